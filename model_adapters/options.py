@@ -1,0 +1,55 @@
+"""What a person may choose about the model, its prompts and the images: the fields all models share.
+
+Pure data without torch, so that a command line can be built from it at once. Field names are the flags' names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PromptType = Literal["plain", "parti", "hpsv2"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
+
+
+class DeviceType(BaseModel):
+    """Describe a hardware set-up by name: over how many cards one copy of the model goes, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tp_size: int = Field(ge=1, description="ranks that hold one copy of the model")
+    cpu_offload: bool = Field(default=False, description="keep on the card only the part of the pipeline that runs")
+
+
+class PipelineOptions(BaseModel):
+    """Choose the prompts and how images are generated from them; each model adds the path to its weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    path: str = Field(min_length=1, description="folder of the float pipeline (or its hub id, owner/name)")
+    prompt_path: str = Field(default="./calib_prompts.txt", min_length=1, description="file with the prompts")
+    prompt_type: PromptType = Field(default="plain", description="format of the prompt file")
+    num_images_per_prompt: int = Field(default=1, ge=1, description="images to generate for each prompt")
+    max_num_prompt: int = Field(default=0, ge=0, description="use at most this many prompts (0: all)")
+    info_file_save_path: str = Field(
+        default="./image_info.json", min_length=1, description="where to write which image came from which prompt"
+    )
+    width: int = Field(default=1024, gt=0, multiple_of=16, description="width of the images in pixels")
+    height: int = Field(default=1024, gt=0, multiple_of=16, description="height of the images in pixels")
+    infer_steps: int = Field(default=50, ge=1, description="denoising steps per image")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="seed of the initial noise")
+    batch_size: int = Field(default=1, ge=1, description="prompts per call of the pipeline")
+    data_split_num: int = Field(default=1, ge=1, description="into how many parts the prompts are divided")
+    data_split_id: int = Field(default=0, ge=0, description="which of these parts to use, counted from 0")
+    guidance_scale: float | None = Field(default=None, ge=0, description="guidance scale (default: the pipeline's own)")
+    dtype: DtypeName | None = Field(default=None, description="dtype to compute in (default: the model's own)")
+
+    @model_validator(mode="after")
+    def _split_exists(self) -> PipelineOptions:
+        if self.data_split_id >= self.data_split_num:
+            raise ValueError(
+                f"data_split_id {self.data_split_id} must be below data_split_num {self.data_split_num}: "
+                f"use 0 to {self.data_split_num - 1}"
+            )
+        return self

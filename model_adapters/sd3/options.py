@@ -1,0 +1,26 @@
+"""What a person may choose about SD3 beyond the shared options, and SD3's own defaults."""
+
+from __future__ import annotations
+
+from pydantic import AliasChoices, Field
+
+from model_adapters.options import DeviceType, PipelineOptions
+
+# No named hardware set-ups: one copy of the model goes over all ranks unless the job says otherwise.
+DEVICE_TYPES: dict[str, DeviceType] = {}
+
+DEFAULTS: dict[str, object] = {"quant_type": "w8a8", "save_path": "./results"}
+
+
+class SD3Options(PipelineOptions):
+    """Choose an SD3 or SD3.5 pipeline, its prompts and its images."""
+
+    path: str = Field(
+        min_length=1,
+        validation_alias=AliasChoices("sd3_model_path", "path"),
+        description="folder of the float pipeline (or its hub id, owner/name)",
+    )
+    infer_steps: int = Field(default=28, ge=1, description="denoising steps per image")
+
+
+OPTIONS = SD3Options
