@@ -1,0 +1,90 @@
+"""Say which options of a job do not fit each other, and what to change.
+
+Each rule looks at the whole configuration and yields a problem for every combination it refuses; a rule that has
+nothing to object to yields nothing. A new rule is a function and a line in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from quant_core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from launcher.job_config import JobConfig
+
+Rule = Callable[["JobConfig"], Iterator[ConfigurationError]]
+
+
+def has_something_to_do(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse a run that would load the model and produce nothing."""
+    if not job.quantization.do_quant and not job.output.do_save_img:
+        yield ConfigurationError(
+            "this run would produce nothing",
+            where="--do_quant, --do_save_img",
+            why="without --do_quant nothing is quantized, and without --do_save_img no image is saved",
+            advice="add --do_quant to quantize, --do_save_img to make images, or both",
+        )
+
+
+def quantizing_has_its_folders(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse to quantize without a place for the calibration data and the weights."""
+    if not job.quantization.do_quant:
+        return
+    examples = {
+        "quant_weight_save_folder": "./results/quant/safetensors",
+        "quant_dump_calib_folder": "./results/quant/cache",
+    }
+    for name, example in examples.items():
+        if getattr(job.output, name) is None:
+            yield ConfigurationError(
+                f"--{name} is missing",
+                where=f"--{name}",
+                why=f"--do_quant needs it: {type(job.output).model_fields[name].description}",
+                advice=f"add --{name} {example}",
+            )
+
+
+def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse a boundary between steps where nothing depends on the step, or beyond the last one."""
+    boundary, scheme, steps = job.quantization.timestep_sep, job.quantization.quant_type, job.pipeline.infer_steps
+    if boundary is None:
+        return
+    if scheme != "w8a8_timestep":
+        yield ConfigurationError(
+            f"--timestep_sep {boundary} has no meaning for {scheme}",
+            where="--timestep_sep, --quant_type",
+            why="only w8a8_timestep treats steps differently",
+            advice="drop --timestep_sep, or use --quant_type w8a8_timestep",
+        )
+    elif boundary > steps:
+        yield ConfigurationError(
+            f"--timestep_sep {boundary} lies beyond the last of {steps} steps",
+            where="--timestep_sep, --infer_steps",
+            why="steps below it run dynamic and the others static, so it is at most the number of steps",
+            advice=f"--timestep_sep {steps // 2} (half the steps), or leave it out",
+        )
+
+
+def exponents_belong_to_their_method(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse a smoothing exponent that the chosen method would not read."""
+    readers = {"anti_alpha": ("m4", "m6"), "anti_beta": ("m6",)}
+    method = job.quantization.anti_method
+    for name, methods in readers.items():
+        value = getattr(job.quantization, name)
+        if value is not None and method not in methods:
+            yield ConfigurationError(
+                f"--{name} {value} has no meaning {f'for {method}' if method else 'without --anti_method'}",
+                where=f"--{name}, --anti_method",
+                why=f"it is read by {' and '.join(methods)} only",
+                advice=f"drop --{name}, or use --anti_method {' or '.join(methods)}",
+            )
+
+
+RULES: tuple[Rule, ...] = (
+    has_something_to_do,
+    quantizing_has_its_folders,
+    timestep_sep_is_a_step_of_a_timestep_scheme,
+    exponents_belong_to_their_method,
+)
