@@ -1,0 +1,43 @@
+"""FLUX as the launcher sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model_adapters.adapter import ModelAdapter
+from model_adapters.flux.options import DEVICE_TYPES, FluxOptions
+from model_adapters.flux.recipes import DISABLED_LAYERS
+from model_adapters.flux.shard_plan import SHARD_PLANS
+from model_adapters.flux.structure import STRUCTURE
+
+# Tokens of T5 that FLUX.1-dev was trained with; a shorter limit would move the ranges of the text stream.
+_MAX_SEQUENCE_LENGTH = 512
+
+
+def generate(pipeline: Any, prompts: list[str], options: FluxOptions, generator: Any, output_type: str = "pil") -> Any:
+    """Run FLUX once for a batch of prompts, one image for each; guidance is an input of the transformer."""
+    guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
+    return pipeline(
+        prompt=prompts,
+        width=options.width,
+        height=options.height,
+        num_inference_steps=options.infer_steps,
+        max_sequence_length=_MAX_SEQUENCE_LENGTH,
+        generator=generator,
+        output_type=output_type,
+        **guidance,
+    ).images
+
+
+ADAPTER = ModelAdapter(
+    name="flux",
+    options=FluxOptions,
+    device_types=DEVICE_TYPES,
+    transformer_class="FluxTransformer2DModel",
+    pipeline_class="FluxPipeline",
+    default_dtype="bfloat16",
+    shard_plans=SHARD_PLANS,
+    structure=STRUCTURE,
+    disabled_layers=DISABLED_LAYERS,
+    generate=generate,
+)

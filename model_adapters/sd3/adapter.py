@@ -1,0 +1,40 @@
+"""SD3 and SD3.5 as the launcher sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model_adapters.adapter import ModelAdapter
+from model_adapters.sd3.options import DEVICE_TYPES, SD3Options
+from model_adapters.sd3.recipes import DISABLED_LAYERS
+from model_adapters.sd3.shard_plan import SHARD_PLANS
+from model_adapters.sd3.structure import STRUCTURE
+
+
+def generate(pipeline: Any, prompts: list[str], options: SD3Options, generator: Any, output_type: str = "pil") -> Any:
+    """Run SD3 once for a batch of prompts, one image for each, guided away from the empty prompt."""
+    guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
+    return pipeline(
+        prompt=prompts,
+        negative_prompt=[""] * len(prompts),
+        width=options.width,
+        height=options.height,
+        num_inference_steps=options.infer_steps,
+        generator=generator,
+        output_type=output_type,
+        **guidance,
+    ).images
+
+
+ADAPTER = ModelAdapter(
+    name="sd3",
+    options=SD3Options,
+    device_types=DEVICE_TYPES,
+    transformer_class="SD3Transformer2DModel",
+    pipeline_class="StableDiffusion3Pipeline",
+    default_dtype="float16",
+    shard_plans=SHARD_PLANS,
+    structure=STRUCTURE,
+    disabled_layers=DISABLED_LAYERS,
+    generate=generate,
+)
