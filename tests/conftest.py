@@ -1,0 +1,38 @@
+"""Fixtures of all tests: one thread, no network, and tiny pipelines made once a session by the product's own script."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before anything imports huggingface_hub or torch: both read these when they load. Child processes inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are not an installed package
+
+import torch
+
+from scripts.make_tiny_pipeline import make_tiny_pipeline, write_prompts
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the layout of FLUX.1-dev, bfloat16; shared, so do not write into it."""
+    return make_tiny_pipeline("flux", tmp_path_factory.mktemp("pipelines") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the layout of stable-diffusion-3-medium-diffusers, float16; do not write into it."""
+    return make_tiny_pipeline("sd3", tmp_path_factory.mktemp("pipelines") / "tiny-sd3")
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    """Return a file of four prompts, one a line, mode 0640."""
+    return write_prompts(tmp_path / "calib_prompts.txt")
