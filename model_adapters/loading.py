@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,7 @@ def load_pipeline(
     index = folder / "model_index.json"
     check_class(index, read_json(index), adapter.pipeline_class)
     try:
-        pipeline = adapter.pipeline_type().from_pretrained(
-            folder, transformer=transformer, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        pipeline = _around(adapter, folder, transformer, dtype)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"the {adapter.pipeline_class} around the transformer cannot be loaded",
@@ -113,6 +112,15 @@ def load_pipeline(
             advice="check that the folder is complete: text encoders, tokenizers, vae, scheduler",
         ) from error
     return _place(_freeze(pipeline), device, cpu_offload)
+
+
+def _around(adapter: ModelAdapter, folder: Path, transformer: nn.Module, dtype: torch.dtype) -> Any:
+    with warnings.catch_warnings():
+        # The newest diffusers calls it `dtype`, the oldest one that is supported knows only this name.
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        return adapter.pipeline_type().from_pretrained(
+            folder, transformer=transformer, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
 
 
 def _freeze(pipeline: Any) -> Any:
