@@ -124,8 +124,9 @@ class _Count(NamedTuple):
 
     @property
     def text(self) -> str:
-        # Blocks of one kind have the same problem: 57 lines of it would hide a second one.
-        return f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', self.name)}: {self.number} {self.kind}"
+        # All blocks of one kind have the same problem: 57 times the same line would hide a second one.
+        every_block = re.sub(r"\.[0-9]+\.", ".*.", self.name, count=1)
+        return f"{every_block}: {self.number} {self.kind}"
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

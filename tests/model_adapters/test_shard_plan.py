@@ -143,6 +143,7 @@ def test_an_uneven_split_lists_every_problem_once_and_the_sizes_that_fit():
     assert caught.value.where == "tp_size 5, layout megatron"
     problems = caught.value.why.removeprefix("5 does not divide: ").split("; ")
     assert "transformer_blocks.*.attn: 24 heads" in problems
+    assert "transformer_blocks.*.ff.net.0.proj: 12288 outputs" in problems
     assert "single_transformer_blocks.*.proj_out: 12288 inputs in one block" in problems
     # 2 attentions, 12 linears of the double block, 4 of the single one, and the 2 packed blocks of its proj_out, whose
     # whole width, 15360, is divisible by 5: looking at that alone would let a wrong split pass.
