@@ -1,0 +1,66 @@
+"""Quantize linear layers of diffusion transformers: the public names, each loaded when first used.
+
+Importing this package imports nothing heavy, so that a command line built on it can answer `--help` at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quant_core.capture import DumperManager as DumperManager
+    from quant_core.naming import get_disable_layer_names as get_disable_layer_names
+    from quant_core.quantize import quant_model as quant_model
+    from quant_core.rank_files import get_rank as get_rank
+    from quant_core.rank_files import get_rank_suffix_file as get_rank_suffix_file
+    from quant_core.safe_load import safe_torch_load as safe_torch_load
+    from quant_core.session_config import FA3ProcessorConfig as FA3ProcessorConfig
+    from quant_core.session_config import M3ProcessorConfig as M3ProcessorConfig
+    from quant_core.session_config import M4ProcessorConfig as M4ProcessorConfig
+    from quant_core.session_config import M6Config as M6Config
+    from quant_core.session_config import M6ProcessorConfig as M6ProcessorConfig
+    from quant_core.session_config import SaveProcessorConfig as SaveProcessorConfig
+    from quant_core.session_config import SessionConfig as SessionConfig
+    from quant_core.session_config import W8A8DynamicProcessorConfig as W8A8DynamicProcessorConfig
+    from quant_core.session_config import W8A8DynamicQuantConfig as W8A8DynamicQuantConfig
+    from quant_core.session_config import W8A8ProcessorConfig as W8A8ProcessorConfig
+    from quant_core.session_config import W8A8QuantConfig as W8A8QuantConfig
+    from quant_core.session_config import W8A8TimeStepProcessorConfig as W8A8TimeStepProcessorConfig
+    from quant_core.session_config import W8A8TimeStepQuantConfig as W8A8TimeStepQuantConfig
+    from quant_core.timestep import TimestepManager as TimestepManager
+
+_HOME = {
+    "DumperManager": "capture",
+    "get_disable_layer_names": "naming",
+    "quant_model": "quantize",
+    "get_rank": "rank_files",
+    "get_rank_suffix_file": "rank_files",
+    "safe_torch_load": "safe_load",
+    "TimestepManager": "timestep",
+} | dict.fromkeys(
+    (
+        "FA3ProcessorConfig",
+        "M3ProcessorConfig",
+        "M4ProcessorConfig",
+        "M6Config",
+        "M6ProcessorConfig",
+        "SaveProcessorConfig",
+        "SessionConfig",
+        "W8A8DynamicProcessorConfig",
+        "W8A8DynamicQuantConfig",
+        "W8A8ProcessorConfig",
+        "W8A8QuantConfig",
+        "W8A8TimeStepProcessorConfig",
+        "W8A8TimeStepQuantConfig",
+    ),
+    "session_config",
+)
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'quant_core' has no attribute '{name}'")
+    return getattr(import_module(f"quant_core.{_HOME[name]}"), name)

@@ -1,0 +1,121 @@
+"""Capture what a model is called with, without touching the pipeline that calls it.
+
+A hook in front of the model's forward copies the arguments to the host. The denoising step comes from `step_source`
+(an adapter asks the scheduler) or else from `TimestepManager`: never from counting calls, because guidance may call
+the model twice in a step, a pipeline may warm up, and a step cache may skip.
+
+Worked example: 2 steps with guidance in two calls. The scheduler says 0, 0, 1, 1; the dump has four records with
+steps 0, 0, 1, 1. Counting calls would have said 0, 1, 2, 3 and put the ranges of half the run into the wrong rows.
+
+Each distinct tensor is kept once: arguments are interned by their bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import ConfigurationError, InputError
+from quant_core.records import save_dump
+from quant_core.timestep import TimestepManager
+
+
+class DumperManager:
+    """Record every forward of `model` until `save` or `close`.
+
+    capture_mode: `args` keeps positional argument lists, `timestep` records with the denoising step.
+    step_source: returns the index of the current denoising step; `TimestepManager` is asked when left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capture_mode: Literal["args", "timestep"] = "args",
+        *,
+        step_source: Callable[[], int | None] | None = None,
+    ) -> None:
+        if capture_mode not in ("args", "timestep"):
+            raise ConfigurationError(
+                f"no capture mode '{capture_mode}'", where="DumperManager", advice="'args' or 'timestep'"
+            )
+        self.records: list[Any] = []
+        self._signature = inspect.signature(type(model).forward)
+        self._model, self._mode = model, capture_mode
+        self._step_source = step_source or TimestepManager.get_timestep_idx
+        self._interned: dict[tuple[Any, ...], Tensor] = {}
+        self._paused = False
+        self._hook = model.register_forward_pre_hook(self._capture, with_kwargs=True, prepend=True)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what the model is called with inside the block: a warm-up, a preview."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def save(self, path: str | Path, header: Mapping[str, Any] | None = None) -> Path:
+        """Stop capturing and publish the dump under `path`. Raises InputError when nothing was captured."""
+        self.close()
+        if not self.records:
+            raise InputError(
+                "nothing was captured",
+                where=f"{type(self._model).__name__}, dump {path}",
+                why="the model was not called between creating the dumper and saving",
+                advice="run the pipeline on at least one prompt first",
+            )
+        return save_dump(Path(path), self.records, header or {})
+
+    def close(self) -> None:
+        """Stop capturing; the records stay."""
+        self._hook.remove()
+
+    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused:
+            return
+        bound = self._signature.bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = {name: self._keep(name, value) for name, value in list(bound.arguments.items())[1:]}
+        self.records.append(list(arguments.values()) if self._mode == "args" else self._record(arguments))
+
+    def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        step = self._step_source()
+        if step is None:
+            raise ConfigurationError(
+                "the denoising step of a forward is unknown",
+                where=f"capturing {type(self._model).__name__}",
+                why="no step_source was given and nobody called TimestepManager.set_timestep_idx",
+                advice="set the index at the start of each step of the loop, or capture with capture_mode='args'",
+            )
+        name = f"{type(self._model).__name__}.forward"
+        return {"tag": "", "timestep_idx": int(step), "module_name": name, "args": [], "kwargs": arguments}
+
+    def _keep(self, name: str, value: Any) -> Any:
+        """Copy plain data and tensors to the host, interning the tensors; refuse what a dump cannot hold."""
+        if isinstance(value, Tensor):
+            return self._intern(value)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return [self._keep(name, item) for item in value]
+        if isinstance(value, Mapping):
+            return {str(key): self._keep(f"{name}.{key}", item) for key, item in value.items()}
+        raise InputError(
+            f"argument '{name}' of the model cannot be dumped",
+            where=f"{type(self._model).__name__}.forward",
+            why=f"it is a {type(value).__name__}; a dump holds tensors and plain data, so that loading it is safe",
+            advice="run the pipeline without that option while calibrating",
+        )
+
+    def _intern(self, tensor: Tensor) -> Tensor:
+        host = tensor.detach().to("cpu", copy=True).contiguous()
+        digest = hashlib.sha256(host.reshape(-1).view(torch.uint8).numpy().data).digest()
+        return self._interned.setdefault((host.dtype, tuple(host.shape), digest), host)

@@ -1,0 +1,106 @@
+"""The checkpoint contract: which entries a quantized model has, and the two files that hold them.
+
+A description is a flat JSON object in module order; the safetensors file holds exactly the tensors it lists. Names,
+dtypes and shapes are those of the spec (checkpoint that the runtime loads, tensors).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quant_core.atomic_file import write_atomically, write_text_atomically
+from quant_core.linear import CalibratedLinear
+
+FLOAT = "FLOAT"
+MODEL_TYPE_KEY = "model_quant_type"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the checkpoint: its full name, its type in the description, its value."""
+
+    name: str
+    type: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Where a checkpoint lies: its tensors and its description."""
+
+    weights: Path
+    description: Path
+
+
+def weight_file_name(quant_type: str) -> str:
+    """Return the stem that the consumer derives from the description's `model_quant_type`."""
+    return f"quant_model_weight_{quant_type.lower()}"
+
+
+def description_file_name(quant_type: str) -> str:
+    """Return the stem of the description."""
+    return f"quant_model_description_{quant_type.lower()}"
+
+
+def entries(model: nn.Module, quant_type: str, *, buffers: bool, extra: Mapping[str, list[Entry]]) -> Iterator[Entry]:
+    """Yield every entry of a quantized model in module order.
+
+    buffers: whether persistent buffers belong to it. extra: further entries by module name, placed where the module
+    comes (attention scales).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, CalibratedLinear):
+            yield from _layer_entries(module, quant_type)
+        else:
+            yield from _float_entries(name, module, buffers)
+        yield from extra.get(name, ())
+
+
+def _layer_entries(module: CalibratedLinear, quant_type: str) -> Iterator[Entry]:
+    name = module.layer.name
+    if module.layer.mul_scale_I is not None:
+        # A smoothed layer is a container of the factor and the linear: the runtime's own module structure.
+        yield Entry(f"{name}.div.mul_scale", FLOAT, module.layer.mul_scale_I)
+        name = f"{name}.linear"
+    for tensor_name, tensor in module.layer.tensors.items():
+        yield Entry(f"{name}.{tensor_name}", FLOAT if tensor_name == "bias" else quant_type, tensor)
+
+
+def _float_entries(name: str, module: nn.Module, buffers: bool) -> Iterator[Entry]:
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    if buffers:
+        persistent = set(dict(module.named_buffers(recurse=False))) - module._non_persistent_buffers_set
+        own |= {key: value for key, value in module.named_buffers(recurse=False) if key in persistent}
+    for key, tensor in own.items():
+        yield Entry(f"{name}.{key}" if name else key, FLOAT, tensor)
+
+
+def write_checkpoint(
+    found: Iterable[Entry],
+    files: CheckpointFiles,
+    quant_type: str,
+    *,
+    header: Mapping[str, str],
+    metadata: Mapping[str, str],
+) -> CheckpointFiles:
+    """Publish the tensors, then the description, each whole or not at all.
+
+    header: description keys between the model's type and the entries. metadata: strings for the safetensors header.
+    """
+    listed = list(found)
+    tensors = {entry.name: _storable(entry.tensor) for entry in listed}
+    description = {MODEL_TYPE_KEY: quant_type, **header} | {entry.name: entry.type for entry in listed}
+    write_atomically(files.weights, lambda path: save_file(tensors, path, metadata=dict(metadata) or None))
+    write_text_atomically(files.description, json.dumps(description, indent=2) + "\n")
+    return files
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """Return the tensor on the host, contiguous and owning its memory, as the format demands."""
+    return tensor.detach().cpu().contiguous().clone()

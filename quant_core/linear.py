@@ -1,0 +1,75 @@
+"""A linear layer while it is calibrated: still the module it was, with its weight quantized in place.
+
+The class of the module is exchanged, not the module: its name, parameters and hooks stay, so a tensor-parallel
+collective that hangs on it keeps working (spec: running on many ranks, failing and finishing together).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant_core.numerics import Numerics
+from quant_core.observers import InputObserver
+from quant_core.parallel import Group, reduce_over
+
+
+@dataclass
+class QuantizedLayer:
+    """Hold what quantization knows of one linear layer.
+
+    codes_OI: int8, on the host; weight_scale_O1 and bias_O in the model's dtype; mul_scale_I multiplies the input of a
+    smoothed layer; observer watches the input of a static one; tensors: what the checkpoint holds, once known.
+    """
+
+    name: str
+    codes_OI: Tensor
+    weight_scale_O1: Tensor
+    bias_O: Tensor | None = None
+    mul_scale_I: Tensor | None = None
+    observer: InputObserver | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class CalibratedLinear(nn.Linear):
+    """Compute with the fake-quantized weight, and show the input to the layer's observer."""
+
+    layer: QuantizedLayer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output; input: (..., in_features)."""
+        if self.layer.mul_scale_I is not None:
+            input = input * self.layer.mul_scale_I
+        if self.layer.observer is not None:
+            input = self.layer.observer.observe(input)
+        return F.linear(input, self.weight, self.bias)
+
+
+@torch.no_grad()
+def quantize_linear(
+    name: str,
+    linear: nn.Linear,
+    numerics: Numerics,
+    *,
+    scale_group: Group | None = None,
+    mul_scale_I: Tensor | None = None,
+    observer: InputObserver | None = None,
+) -> QuantizedLayer:
+    """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
+
+    scale_group: ranks over which the row maxima must agree. mul_scale_I: the factor that the layer's input will be
+    multiplied with, in the model's dtype; the weight is divided by it.
+    """
+    dtype = linear.weight.dtype
+    w_OI = linear.weight.detach() if mul_scale_I is None else numerics.fold(linear.weight.detach(), mul_scale_I)
+    amax_O1 = reduce_over(scale_group, "max", w_OI.abs().amax(dim=1, keepdim=True))
+    weight = numerics.quantize_weight(w_OI, amax_O1, dtype)
+    linear.weight.data.copy_(weight.fake)
+    bias_O = None if linear.bias is None else linear.bias.detach()
+    layer = QuantizedLayer(name, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I, observer)
+    linear.__class__ = CalibratedLinear
+    linear.layer = layer  # type: ignore[assignment]
+    return layer

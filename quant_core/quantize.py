@@ -1,0 +1,213 @@
+"""Quantize a model: the whole session on one screen.
+
+    smooth the outliers → quantize the weights → observe the activations by replaying the records → store
+
+Smoothing comes first, because it changes what the weights and the activations are; weights come before activations,
+because each layer's input is observed as it is behind the quantized layers in front of it (spec: observing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.checkpoint import (
+    CheckpointFiles,
+    Entry,
+    description_file_name,
+    entries,
+    weight_file_name,
+    write_checkpoint,
+)
+from quant_core.errors import ConfigurationError, InputError
+from quant_core.linear import QuantizedLayer, quantize_linear
+from quant_core.naming import linear_names, select
+from quant_core.numerics import NUMERICS, Numerics
+from quant_core.observers import ESTIMATORS, InputObserver, SyncRange
+from quant_core.parallel import Group, Parallel, reduce_many, reduce_over
+from quant_core.records import Record, as_records
+from quant_core.replay import Progress, replay, silent
+from quant_core.schemes import SCHEMES
+from quant_core.schemes.scheme import Scheme
+from quant_core.session_config import SaveProcessorConfig, SessionConfig
+from quant_core.structure import ModelStructure
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """Say what a session made: the scheme's type, the layers by name, the timesteps of a per-step scheme, the files."""
+
+    quant_type: str
+    layers: dict[str, QuantizedLayer] = field(repr=False)
+    timesteps: int | None
+    files: CheckpointFiles | None
+
+
+@torch.no_grad()
+def quant_model(
+    model: nn.Module,
+    config: SessionConfig,
+    *,
+    structure: ModelStructure | None = None,
+    parallel: Parallel | None = None,
+    progress: Progress = silent,
+) -> QuantizedModel:
+    """Quantize the model in place as configured, and save it if the configuration says where.
+
+    structure: found by the model's class when left out. parallel: this rank's place, when the model is a shard.
+    Raises ConfigurationError for patterns that match nothing and InputError for calibration data that does not cover
+    every layer and step.
+    """
+    parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.quant_type]
+    _check_numerics(numerics, parallel)
+    _place(model, config)
+    records = _ordered(as_records(config.calib_data), scheme, numerics)
+    layers = _quantize_weights(model, config, scheme, numerics, parallel)
+    if scheme.observes_input:
+        _check_records(records, scheme)
+        replay(model, records, stage="observe", progress=progress)
+    steps = _reduce_ranges(layers, scheme, records, parallel)
+    for layer in layers.values():
+        layer.tensors = scheme.layer_tensors(layer, steps, numerics)
+    files = _save(model, config, scheme, numerics)
+    return QuantizedModel(scheme.quant_type, layers, len(steps) if scheme.per_step else None, files)
+
+
+def target_layers(model: nn.Module, disable_names: Sequence[str]) -> list[str]:
+    """Return the linear layers to quantize, in model order: all but the disabled ones and the last.
+
+    The last linear makes the model's output; it stays float whatever is asked (spec: which layers).
+    Raises ConfigurationError for a pattern that matches no layer.
+    """
+    names = linear_names(model)
+    kept_float = set(select(names, disable_names, where=f"disable_names, model {type(model).__name__}"))
+    kept_float.add(names[-1])
+    return [name for name in names if name not in kept_float]
+
+
+def _place(model: nn.Module, config: SessionConfig) -> None:
+    if config.device is not None:
+        index = f":{config.dev_id}" if config.dev_id is not None and config.device != "cpu" else ""
+        model.to(f"{config.device}{index}")
+
+
+def _ordered(records: list[Record], scheme: Scheme, numerics: Numerics) -> list[Record]:
+    """Return the records in the order of the replay; only a carried range depends on it (descending step, stable)."""
+    if not (scheme.per_step and numerics.carries_range):
+        return records
+    return sorted(records, key=lambda record: -1 if record.step is None else record.step, reverse=True)
+
+
+def _quantize_weights(
+    model: nn.Module, config: SessionConfig, scheme: Scheme, numerics: Numerics, parallel: Parallel
+) -> dict[str, QuantizedLayer]:
+    new_estimator = ESTIMATORS[numerics.name][config.scheme.cfg.act_method]
+    layers = {}
+    for name in target_layers(model, config.scheme.disable_names):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), "target_layers returns linears"
+        group = parallel.scale_group(name)
+        observer = (
+            InputObserver(numerics, new_estimator, per_step=scheme.per_step, sync=_range_sync(group))
+            if scheme.observes_input
+            else None
+        )
+        layers[name] = quantize_linear(name, linear, numerics, scale_group=group, observer=observer)
+    return layers
+
+
+def _range_sync(group: Group | None) -> SyncRange:
+    """Return what makes one call's extremes those of the whole layer: a reduction over the ranks that share scales."""
+
+    def sync(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        neg_low, high = reduce_over(group, "max", torch.stack((-low, high))).unbind()
+        return -neg_low, high
+
+    return sync if group is not None else lambda low, high: (low, high)
+
+
+def _check_numerics(numerics: Numerics, parallel: Parallel) -> None:
+    if numerics.carries_range and parallel.dp_group is not None:
+        raise ConfigurationError(
+            "numerics='reference' cannot share records over data-parallel ranks",
+            where="numerics",
+            why="its running mean is defined over one sequence of records",
+            advice="use one data-parallel rank (world = tp_size), or numerics='float32'",
+        )
+
+
+def _check_records(records: Sequence[Record], scheme: Scheme) -> None:
+    if not records:
+        raise InputError(
+            f"{scheme.quant_type} needs calibration data and got none",
+            where="calib_data",
+            why="static activation ranges are measured by replaying what the model was called with",
+            advice="dump some with DumperManager, or quantize with w8a8_dynamic",
+        )
+    if scheme.per_step and (unknown := [i for i, record in enumerate(records) if record.step is None]):
+        raise InputError(
+            f"{len(unknown)} calibration records do not say their denoising step",
+            where=f"calib_data, record {unknown[0]}",
+            why=f"{scheme.quant_type} keeps a range for each step",
+            advice="dump with DumperManager(model, capture_mode='timestep')",
+        )
+
+
+def _reduce_ranges(
+    layers: dict[str, QuantizedLayer], scheme: Scheme, records: Sequence[Record], parallel: Parallel
+) -> list[int | None]:
+    """Combine what the ranks observed, check that nothing is missing, and return the steps (or [None]).
+
+    All ranks come through with the same outcome: an absent statistic is a neutral one until all are combined.
+    """
+    if not scheme.observes_input:
+        return [None]
+    steps: list[int | None] = [None]
+    if scheme.per_step:
+        last = max((record.step for record in records if record.step is not None), default=-1)
+        steps = list(range(int(reduce_over(parallel.dp_group, "max", torch.tensor(last))) + 1))
+    observed = [(layer, layer.observer) for layer in layers.values() if layer.observer is not None]
+    calls = torch.tensor([[observer.calls[step] for step in steps] for _, observer in observed])
+    calls = reduce_over(parallel.dp_group, "sum", calls)
+    if (missing := (calls == 0).nonzero()).numel():
+        row, column = missing[0].tolist()
+        raise _never_ran(observed[row][0].name, steps[column], len(missing))
+    reduce_many(parallel.dp_group, (part for _, observer in observed for s in steps for part in observer.state(s)))
+    shared = [observer for layer, observer in observed if parallel.scale_group(layer.name) is not None]
+    reduce_many(parallel.tp_group, (part for observer in shared for s in steps for part in observer.state(s)))
+    return steps
+
+
+def _never_ran(layer: str, step: int | None, count: int) -> InputError:
+    return InputError(
+        f"the calibration never ran layer '{layer}'" + ("" if step is None else f" in step {step}"),
+        where=f"calib_data ({count} missing layer and step pairs in all)",
+        why="a static range cannot be guessed",
+        advice="calibrate with every step and every part of the model, or keep the layer float with disable_names",
+    )
+
+
+def _save(model: nn.Module, config: SessionConfig, scheme: Scheme, numerics: Numerics) -> CheckpointFiles | None:
+    if config.save is None:
+        return None
+    found: list[Entry] = list(entries(model, scheme.quant_type, buffers=numerics.writes_buffers, extra={}))
+    return write_checkpoint(
+        found,
+        checkpoint_files(config.save, scheme.quant_type),
+        scheme.quant_type,
+        header={},
+        metadata=config.save.metadata,
+    )
+
+
+def checkpoint_files(save: SaveProcessorConfig, quant_type: str) -> CheckpointFiles:
+    """Return where a save configuration puts the two files; names left out are the consumer's own."""
+    folder = Path(save.output_path)
+    return CheckpointFiles(
+        folder / (save.safetensors_name or f"{weight_file_name(quant_type)}.safetensors"),
+        folder / (save.json_name or f"{description_file_name(quant_type)}.json"),
+    )

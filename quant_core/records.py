@@ -1,0 +1,106 @@
+"""Calibration records: the inputs of one forward of the model, and the file that holds many of them.
+
+A dump is the contract between calibrating and quantizing. It is one torch file of plain data:
+
+    format, version   what the file is
+    header            whatever the job says of itself, plain data: its fingerprint, prompts, ranks
+    complete          True, written last: a dump without it was cut short
+    records           list of {tag, timestep_idx, module_name, args, kwargs}
+
+Equal tensors are one tensor in memory and therefore one storage in the file: the prompt embeddings of a fifty-step
+loop stand there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant_core.atomic_file import write_atomically
+from quant_core.errors import InputError
+from quant_core.safe_load import safe_torch_load
+
+FORMAT = "dit-calibration"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """Hold the inputs of one forward, and the denoising step it belongs to (None when unknown)."""
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
+
+
+def as_records(calib_data: Any) -> list[Record]:
+    """Return the records in calibration data of any accepted form, in their order.
+
+    Accepted: a dump as loaded, a list of positional argument lists, a list of mappings with `args`, `kwargs` and
+    `timestep_idx`. Raises InputError naming the entry that is none of them.
+    """
+    if calib_data is None:
+        return []
+    if isinstance(calib_data, Mapping):
+        calib_data = _checked_dump(calib_data, "calib_data")["records"]
+    if not isinstance(calib_data, (list, tuple)):
+        raise _not_records(f"calib_data is a {type(calib_data).__name__}")
+    return [_as_record(index, entry) for index, entry in enumerate(calib_data)]
+
+
+def save_dump(path: Path, records: Sequence[Any], header: Mapping[str, Any]) -> Path:
+    """Publish records and their header as one file, whole or not at all."""
+    dump = {"format": FORMAT, "version": VERSION, "header": dict(header), "records": list(records), "complete": True}
+    return write_atomically(path, lambda temporary: torch.save(dump, temporary))
+
+
+def load_dump(path: Path, *, mmap: bool = True) -> dict[str, Any]:
+    """Load a whole dump on the CPU, tensors mapped from the file.
+
+    Raises InputError when it is unreadable, of another format or version, or incomplete.
+    """
+    return _checked_dump(safe_torch_load(path, map_location="cpu", mmap=mmap), str(path))
+
+
+def _checked_dump(dump: Any, where: str) -> dict[str, Any]:
+    if not isinstance(dump, Mapping) or dump.get("format") != FORMAT:
+        raise _not_records("it does not say that it is one", where)
+    if dump.get("version") != VERSION:
+        raise _not_records(f"its version is {dump.get('version')}, this program reads version {VERSION}", where)
+    if dump.get("complete") is not True or not isinstance(dump.get("records"), list):
+        raise _not_records("it was not finished", where)
+    if not isinstance(dump.get("header"), Mapping):
+        raise _not_records("it has no header", where)
+    return dict(dump)
+
+
+def _as_record(index: int, entry: Any) -> Record:
+    if isinstance(entry, Record):
+        return entry
+    if isinstance(entry, Mapping) and isinstance(entry.get("args", []), (list, tuple)):
+        args, kwargs, step = entry.get("args") or (), entry.get("kwargs") or {}, entry.get("timestep_idx")
+        if isinstance(kwargs, Mapping) and (step is None or isinstance(step, int)):
+            return Record(() if _same_call(args, kwargs) else args, kwargs, step)
+    if isinstance(entry, (list, tuple)):
+        return Record(entry)
+    raise _not_records(f"entry {index} is a {type(entry).__name__} without args, kwargs and timestep_idx")
+
+
+def _same_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether args and kwargs are one call written twice, as the reference tool's timestep records are."""
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    named = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
+    return len(args) == len(kwargs) and bool(tensors) and all(a is b for a, b in zip(tensors, named))
+
+
+def _not_records(why: str, where: str = "calib_data") -> InputError:
+    return InputError(
+        "this is no calibration dump",
+        where=where,
+        why=why,
+        advice="dump it again with DumperManager (or remove the file and run the job again)",
+    )

@@ -1,0 +1,47 @@
+"""Send calibration records through a model again, each once, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.records import Record
+from quant_core.timestep import TimestepManager
+
+# stage, records done, records in all
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@torch.no_grad()
+def replay(model: nn.Module, records: Sequence[Record], *, stage: str, progress: Progress = silent) -> None:
+    """Call the model with every record on the model's device, its denoising step set for whoever asks.
+
+    Progress is reported after each record, under the name of the stage.
+    """
+    device = next(model.parameters()).device
+    before = TimestepManager.get_timestep_idx()
+    try:
+        for done, record in enumerate(records, start=1):
+            TimestepManager.set_timestep_idx(record.step)
+            model(*to_device(list(record.args), device), **to_device(dict(record.kwargs), device))
+            progress(stage, done, len(records))
+    finally:
+        TimestepManager.set_timestep_idx(before)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return nested lists and mappings with their tensors on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value
