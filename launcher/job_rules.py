@@ -82,9 +82,21 @@ def exponents_belong_to_their_method(job: JobConfig) -> Iterator[ConfigurationEr
             )
 
 
+def device_id_counts_cards(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse to pick one of several processors: there is only `cpu`."""
+    if job.ranks.device == "cpu" and job.ranks.device_id:
+        yield ConfigurationError(
+            f"--device_id {job.ranks.device_id} has no meaning for cpu",
+            where="--device_id, --device",
+            why="it picks one of several cards",
+            advice="drop --device_id",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     has_something_to_do,
     quantizing_has_its_folders,
     timestep_sep_is_a_step_of_a_timestep_scheme,
     exponents_belong_to_their_method,
+    device_id_counts_cards,
 )

@@ -150,6 +150,7 @@ def test_an_unknown_model_is_refused_with_the_nearest() -> None:
         ({"pipeline": {"width": 100}}, "--width", "1024"),
         ({"quantization": {"quant_type": "w8a8_dynamik"}}, "--quant_type", "w8a8_dynamic"),
         ({"quantization": {"anti_alpha": 2, "anti_method": "m6"}}, "--anti_alpha", "exponent"),
+        ({"ranks": {"device": "cpu", "device_id": 1}}, "--device_id, --device", "drop --device_id"),
         ({"ranks": {"device": "gpu"}}, "--device", "npu"),
         ({"ranks": {"devise": "npu"}}, "ranks.devise", "device"),
         ({"pipeline": {"device": "npu"}}, "pipeline.device", "ranks"),

@@ -1,0 +1,80 @@
+"""Any exception gets the four parts of an error for people."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from launcher.failures import explained
+from launcher.together import Failure, combine
+from quant_core.errors import (
+    ConfigurationError,
+    DistributedError,
+    EnvironmentFailure,
+    ExplainedError,
+    InputError,
+    MemoryExhausted,
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), MemoryExhausted),
+        (MemoryError(), MemoryExhausted),
+        (RuntimeError("NPU out of memory. Tried to allocate 3 GiB"), MemoryExhausted),
+        (OSError(errno.ENOSPC, "No space left on device", "w.safetensors"), EnvironmentFailure),
+        (RuntimeError("[transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:17683"), DistributedError),
+        (RuntimeError("Timed out waiting 1000ms for recv operation to complete"), DistributedError),
+        (torch.distributed.DistNetworkError("The client socket has timed out after 60s"), DistributedError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ExplainedError),
+        (KeyError("x"), ExplainedError),
+    ],
+)
+def test_an_exception_becomes_an_error_of_its_kind(error: Exception, kind: type) -> None:
+    told = explained(error)
+    assert type(told) is kind
+    assert told.what
+    assert told.why
+    assert told.advice
+
+
+def test_an_explained_error_stays_itself() -> None:
+    error = InputError("no")
+    assert explained(error) is error
+
+
+def test_a_bug_says_where_it_happened() -> None:
+    with pytest.raises(IndexError) as caught:
+        [][0]
+    assert "test_failures.py" in explained(caught.value).where
+
+
+def failure(rank: int, kind: type[ExplainedError], what: str, at: float) -> Failure:
+    return Failure(rank, kind.__name__, what, "", "because", "do this", at)
+
+
+def test_an_error_about_other_ranks_is_never_the_first_cause() -> None:
+    lost = failure(0, DistributedError, "another rank is gone", at=1.0)
+    cause = failure(3, InputError, "weights are truncated", at=2.0)
+    error = combine([lost, cause], "quantize")
+    assert isinstance(error, InputError)
+    assert error.where == "rank 3, quantize"
+    assert error.why == "because; then rank 0: another rank is gone"
+
+
+def test_the_same_error_on_several_ranks_is_told_once() -> None:
+    failures = [failure(rank, ConfigurationError, "no such layout", at=float(rank)) for rank in (2, 0, 1)]
+    error = combine(failures, "load")
+    assert error.where == "ranks 0, 1, 2, load"
+    assert error.why == "because"
+
+
+def test_of_two_causes_the_earlier_speaks() -> None:
+    late, early = failure(0, InputError, "late", at=2.0), failure(1, MemoryExhausted, "early", at=1.0)
+    error = combine([late, early], "quantize")
+    assert isinstance(error, MemoryExhausted)
+    assert error.what == "early"
+    assert "rank 0: late" in error.why
