@@ -96,6 +96,10 @@ class Output(Section):
     resume: Literal["auto", "never"] = Field(
         default="auto", description="reuse what an earlier run of the same job finished"
     )
+    fingerprint: Literal["content", "stat"] = Field(
+        default="content",
+        description="know the model by the content of its weights, or faster by their sizes and times",
+    )
     overwrite: bool = Field(default=False, description="replace an already published result of another job")
 
 

@@ -127,12 +127,14 @@ def combine(failures: Sequence[Failure], stage: str) -> ExplainedError:
     same = [f.rank for f in failures if f is not first and (f.kind, f.what) == (first.kind, first.what)]
     others = [f"rank {f.rank}: {f.what}" for f in failures if f is not first and f.rank not in same]
     place = f"rank{'s' * bool(same)} {', '.join(map(str, sorted([first.rank, *same])))}, {stage}"
-    return _KINDS.get(first.kind, ExplainedError)(
+    combined = _KINDS.get(first.kind, ExplainedError)(
         first.what,
         where=f"{place}: {first.where}" if first.where else place,
         why="; ".join([*filter(None, [first.why]), *(f"then {other}" for other in others)]),
         advice=first.advice,
     )
+    combined.shared = True
+    return combined
 
 
 def _not_all_came(ranks: Ranks, what: str, limit: float, error: RuntimeError) -> DistributedError:

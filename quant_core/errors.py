@@ -17,7 +17,12 @@ from collections.abc import Iterable
 
 
 class ExplainedError(Exception):
-    """Carry what failed, where (rank, layer, file, field), why, and what to try next."""
+    """Carry what failed, where (rank, layer, file, field), why, and what to try next.
+
+    `shared` says that all ranks raise this same error, so that one of them can speak for all.
+    """
+
+    shared: bool = False
 
     def __init__(self, what: str, *, where: str = "", why: str = "", advice: str = "") -> None:
         super().__init__(what)

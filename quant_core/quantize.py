@@ -8,14 +8,18 @@ because each layer's input is observed as it is behind the quantized layers in f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from quant_core.attention.head_scales import FA_QUANT, AttentionObserver
+from quant_core.attention.session import attention_observers, reduce_attentions
+from quant_core.attention.watch import watch_attentions
 from quant_core.checkpoint import (
+    FA_QUANT_TYPE_KEY,
     CheckpointFiles,
     Entry,
     description_file_name,
@@ -34,17 +38,21 @@ from quant_core.replay import Progress, replay, silent
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session_config import SaveProcessorConfig, SessionConfig
-from quant_core.structure import ModelStructure
+from quant_core.structure import ModelStructure, find_structure
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """Say what a session made: the scheme's type, the layers by name, the timesteps of a per-step scheme, the files."""
+    """Say what a session made: the scheme's type, the layers by name, the files.
+
+    A per-step scheme also has its number of timesteps, and `timestep_sep`: steps below it are to run dynamic.
+    """
 
     quant_type: str
     layers: dict[str, QuantizedLayer] = field(repr=False)
-    timesteps: int | None
     files: CheckpointFiles | None
+    timesteps: int | None = None
+    timestep_sep: int | None = None
 
 
 @torch.no_grad()
@@ -66,15 +74,19 @@ def quant_model(
     _check_numerics(numerics, parallel)
     _place(model, config)
     records = _ordered(as_records(config.calib_data), scheme, numerics)
+    attentions = attention_observers(model, structure or find_structure(model), numerics) if config.fa3 else {}
     layers = _quantize_weights(model, config, scheme, numerics, parallel)
-    if scheme.observes_input:
+    if scheme.observes_input or attentions:
         _check_records(records, scheme)
-        replay(model, records, stage="observe", progress=progress)
+        with watch_attentions(model, attentions):
+            replay(model, records, stage="observe", progress=progress)
     steps = _reduce_ranges(layers, scheme, records, parallel)
+    reduce_attentions(attentions, parallel.dp_group)
     for layer in layers.values():
         layer.tensors = scheme.layer_tensors(layer, steps, numerics)
-    files = _save(model, config, scheme, numerics)
-    return QuantizedModel(scheme.quant_type, layers, len(steps) if scheme.per_step else None, files)
+    files = _save(model, config, scheme, numerics, attentions)
+    timesteps = len(steps) if scheme.per_step else None
+    return QuantizedModel(scheme.quant_type, layers, files, timesteps, _timestep_sep(config, timesteps))
 
 
 def target_layers(model: nn.Module, disable_names: Sequence[str]) -> list[str]:
@@ -87,6 +99,14 @@ def target_layers(model: nn.Module, disable_names: Sequence[str]) -> list[str]:
     kept_float = set(select(names, disable_names, where=f"disable_names, model {type(model).__name__}"))
     kept_float.add(names[-1])
     return [name for name in names if name not in kept_float]
+
+
+def _timestep_sep(config: SessionConfig, timesteps: int | None) -> int | None:
+    """Return the boundary between dynamic and static steps; half the steps unless the configuration says."""
+    if timesteps is None:
+        return None
+    chosen = getattr(config.scheme, "timestep_sep", None)
+    return timesteps // 2 if chosen is None else chosen
 
 
 def _place(model: nn.Module, config: SessionConfig) -> None:
@@ -113,10 +133,13 @@ def _quantize_weights(
         group = parallel.scale_group(name)
         observer = (
             InputObserver(numerics, new_estimator, per_step=scheme.per_step, sync=_range_sync(group))
-            if scheme.observes_input
+            # The reference tool calibrates attention behind static layers, whatever the scheme (spec: to the last bit).
+            if scheme.observes_input or (config.fa3 and numerics.carries_range)
             else None
         )
-        layers[name] = quantize_linear(name, linear, numerics, scale_group=group, observer=observer)
+        layers[name] = quantize_linear(
+            name, linear, numerics, scale_group=group, observer=observer, per_token=not scheme.observes_input
+        )
     return layers
 
 
@@ -191,15 +214,22 @@ def _never_ran(layer: str, step: int | None, count: int) -> InputError:
     )
 
 
-def _save(model: nn.Module, config: SessionConfig, scheme: Scheme, numerics: Numerics) -> CheckpointFiles | None:
+def _save(
+    model: nn.Module,
+    config: SessionConfig,
+    scheme: Scheme,
+    numerics: Numerics,
+    attentions: Mapping[str, AttentionObserver],
+) -> CheckpointFiles | None:
     if config.save is None:
         return None
-    found: list[Entry] = list(entries(model, scheme.quant_type, buffers=numerics.writes_buffers, extra={}))
+    extra = {name: attention.entries() for name, attention in attentions.items()}
+    found: list[Entry] = list(entries(model, scheme.quant_type, buffers=numerics.writes_buffers, extra=extra))
     return write_checkpoint(
         found,
         checkpoint_files(config.save, scheme.quant_type),
         scheme.quant_type,
-        header={},
+        header={FA_QUANT_TYPE_KEY: FA_QUANT} if attentions else {},
         metadata=config.save.metadata,
     )
 

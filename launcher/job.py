@@ -1,0 +1,37 @@
+"""What all stages of one job share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.console import Console
+from launcher.fingerprint import Fingerprint
+from launcher.job_config import JobConfig
+from launcher.model_session import ModelSession
+from launcher.process_group import Ranks
+from launcher.run_folder import RunFolder
+from model_adapters.prompts import Batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """Hold the configuration, the ranks, the model and this rank's share of the images.
+
+    `batches` are those of this rank's copy of the model. `folder` and the fingerprints are None when nothing is
+    quantized.
+    """
+
+    config: JobConfig
+    ranks: Ranks
+    model: ModelSession
+    console: Console
+    batches: list[Batch]
+
+
+@dataclass(frozen=True)
+class QuantJob(Job):
+    """A job that quantizes: where its files lie, and what they depend on."""
+
+    folder: RunFolder
+    calibration: Fingerprint
+    quantization: Fingerprint

@@ -1,0 +1,88 @@
+"""Hold this rank's model for the stages of a job: loaded when first needed, and no part longer than needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.job_config import JobConfig
+from launcher.process_group import Ranks
+from model_adapters import load_adapter
+from model_adapters.adapter import ModelAdapter
+from model_adapters.loading import LoadedTransformer, build_empty, load_pipeline, load_transformer
+from model_adapters.model_folder import pipeline_folder, weight_files
+from model_adapters.options import DeviceType
+from quant_core.quantize import target_layers
+
+
+@dataclass
+class ModelSession:
+    """Load this rank's part of the transformer, and the pipeline around it."""
+
+    config: JobConfig
+    ranks: Ranks
+    adapter: ModelAdapter = field(init=False)
+    _transformer: LoadedTransformer | None = None
+    _pipeline: Any = None
+
+    def __post_init__(self) -> None:
+        self.adapter = load_adapter(self.config.model)
+
+    @property
+    def disabled_layers(self) -> tuple[str, ...]:
+        """Return the patterns of layers to keep float: the user's, else those of the model's recipe."""
+        chosen = self.config.quantization.disable_names
+        return self.adapter.disabled_layers[self.config.quantization.quant_type] if chosen is None else chosen
+
+    @property
+    def device_type(self) -> DeviceType:
+        """Return what the chosen hardware set-up means; a model without any runs without offload."""
+        name = getattr(self.config.pipeline, "device_type", None)
+        return self.adapter.device_types[name] if name else DeviceType(tp_size=self.ranks.mesh.tp_size)
+
+    def check(self) -> None:
+        """Refuse, before anything is loaded, what would fail later: folder, layout, divisibility, layer patterns."""
+        folder = pipeline_folder(self.config.pipeline.path) / "transformer"
+        model = build_empty(self.adapter, folder)
+        self.adapter.shard_plan(self.config.ranks.layout).check_divisible(model, self.ranks.mesh.tp_size)
+        weight_files(folder)
+        if self.config.quantization.do_quant:
+            target_layers(model, self.disabled_layers)
+
+    @property
+    def transformer(self) -> LoadedTransformer:
+        """Return this rank's part of the transformer, reading it from disk the first time."""
+        if self._transformer is None:
+            mesh, options = self.ranks.mesh, self.config.pipeline
+            self._transformer = load_transformer(
+                self.adapter,
+                options.path,
+                tp_rank=mesh.tp_rank,
+                tp_size=mesh.tp_size,
+                tp_group=self.ranks.tp_device_group,
+                layout=self.config.ranks.layout,
+                dtype=self.adapter.dtype(options),
+                device="cpu" if self.device_type.cpu_offload else self.ranks.device,
+            )
+        return self._transformer
+
+    @property
+    def pipeline(self) -> Any:
+        """Return the pipeline around the transformer, loading its other parts the first time."""
+        if self._pipeline is None:
+            options = self.config.pipeline
+            self._pipeline = load_pipeline(
+                self.adapter,
+                options,
+                self.transformer.model,
+                self.ranks.device,
+                self.adapter.dtype(options),
+                cpu_offload=self.device_type.cpu_offload,
+            )
+        return self._pipeline
+
+    def drop_pipeline(self) -> None:
+        """Free text encoders and VAE; the transformer stays."""
+        if self._pipeline is not None:
+            self._pipeline.remove_all_hooks()
+            self._pipeline = None

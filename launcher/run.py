@@ -1,0 +1,114 @@
+"""One job from the configuration to the published checkpoint: the table of contents of a run.
+
+Every stage leaves complete files behind and skips itself when a matching earlier run already left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from launcher.console import Console
+from launcher.identity import calibration_fingerprint, model_fields, quantization_fingerprint
+from launcher.job import Job, QuantJob
+from launcher.job_config import JobConfig
+from launcher.manifest import read_manifest
+from launcher.model_session import ModelSession
+from launcher.process_group import Ranks, join, leave
+from launcher.run_folder import RunFolder
+from launcher.stages.calibrate import calibrate
+from launcher.stages.images import check_save_path, make_float_images
+from launcher.stages.merge import merge
+from launcher.stages.quantize import quantize
+from launcher.together import gather_objects, run_together
+from model_adapters.prompts import Batch, even_share, read_batches
+from quant_core.atomic_file import make_folder, sweep
+from quant_core.errors import InputError
+
+T = TypeVar("T")
+
+
+def run(config: JobConfig) -> None:
+    """Run the job on this rank, together with the others."""
+    ranks = join(config)
+    console = Console(speaks=ranks.rank == 0)
+    for reason in ranks.reasons:
+        console.say(reason)
+    job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, console))
+    if config.quantization.do_quant:
+        _quantize(_identify(job))
+    else:
+        make_float_images(job)
+    leave(ranks)
+
+
+def _quantize(job: QuantJob) -> None:
+    if run_together(job.ranks, "looking at the output folder", lambda: _is_published(job)):
+        job.console.say(f"published already: {job.folder.manifest}")
+        return
+    dump = calibrate(job)
+    quantize(job, dump)
+    merge(job)
+
+
+def _prepare(config: JobConfig, ranks: Ranks, console: Console) -> Job:
+    """Check everything that can be checked before anything is loaded or written."""
+    session = ModelSession(config, ranks)
+    session.check()
+    job = Job(config, ranks, session, console, _share(read_batches(config.pipeline), ranks))
+    check_save_path(job)
+    return job
+
+
+def _share(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+    """Return this copy's batches: consecutive ones, so that the dumps of all copies, in order, are those of one."""
+    mesh = ranks.mesh
+    return even_share(batches, mesh.dp_size, mesh.dp_rank, where=f"{mesh.dp_size} data-parallel ranks")
+
+
+def _identify(job: Job) -> QuantJob:
+    """Find out what the job's results depend on, and where they go; rank 0 reads the weights for all."""
+    config, ranks = job.config, job.ranks
+    model = run_together(ranks, "reading the model's weights", lambda: _on_first(ranks, lambda: model_fields(config)))
+    everything = read_batches(config.pipeline)
+    fields = next(found for found in gather_objects(ranks, model, what="the fingerprint") if found is not None)
+    calibration = calibration_fingerprint(job.model, ranks.mesh, fields, everything)
+    return QuantJob(
+        **{name: getattr(job, name) for name in Job.__dataclass_fields__},
+        folder=run_together(ranks, "making the output folders", lambda: _folder(job)),
+        calibration=calibration,
+        quantization=quantization_fingerprint(calibration, job.model),
+    )
+
+
+def _on_first(ranks: Ranks, work: Callable[[], T]) -> T | None:
+    return work() if ranks.rank == 0 else None
+
+
+def _folder(job: Job) -> RunFolder:
+    weights, dumps = job.config.output.quant_weight_save_folder, job.config.output.quant_dump_calib_folder
+    assert weights is not None, "the configuration requires it"
+    assert dumps is not None, "the configuration requires it"
+    scheme = job.config.quantization.quant_type.removesuffix("_fa3")
+    folder = RunFolder(weights, dumps, scheme, job.ranks.mesh, job.ranks.is_distributed)
+    for path in (weights, dumps, folder.staging):
+        make_folder(path)
+        if job.ranks.rank == 0:
+            sweep(path)
+    return folder
+
+
+def _is_published(job: QuantJob) -> bool:
+    """Tell whether this very job has been published here; raises InputError when another one has."""
+    manifest = read_manifest(job.folder.manifest)
+    if manifest is None or job.config.output.resume == "never" or job.config.output.overwrite:
+        return False
+    differences = job.quantization.differences(manifest.fields)
+    if not differences:
+        return manifest.files_are_there(job.folder.weights)
+    raise InputError(
+        "the output folder holds the checkpoint of another job",
+        where=str(job.folder.manifest),
+        why="; ".join(differences[:5]),
+        advice="use another --quant_weight_save_folder, or --overwrite to replace it",
+    )

@@ -1,0 +1,81 @@
+"""CALIBRATE: run the float pipeline on this rank's prompts and dump what the transformer was called with.
+
+Whether finished dumps are used again is decided by all ranks together: one rank that skipped the pipeline alone
+would leave the others in the model's collectives for ever.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.job import QuantJob
+from launcher.stages.images import list_images, run_pipeline
+from launcher.together import all_agree, run_together
+from quant_core.capture import DumperManager
+from quant_core.errors import InputError
+from quant_core.records import load_dump
+
+FLOAT_IMAGES = "calib_fp"
+
+
+def calibrate(job: QuantJob) -> Path:
+    """Return this rank's dump: a finished one of the same job, or a new one."""
+    path = job.folder.dump()
+    mine = run_together(job.ranks, "looking at the calibration data", lambda: _is_reusable(job, path))
+    wants_images = job.config.output.do_save_img
+    if all_agree(job.ranks, mine, what="whether to calibrate"):
+        job.console.say(f"calibrate: reusing {path}")
+        if wants_images and not _images_exist(job):
+            list_images(job, run_pipeline(job, "float images", folder=_float_folder(job)))
+        return path
+    dumper = DumperManager(
+        job.model.transformer.model,
+        capture_mode="timestep",
+        step_source=lambda: job.model.adapter.step_index(job.model.pipeline),
+    )
+    made = run_pipeline(job, "calibrate", folder=_float_folder(job) if wants_images else None)
+    run_together(job.ranks, "saving the calibration data", lambda: dumper.save(path, _header(job)))
+    if wants_images:
+        list_images(job, made)
+    job.console.say(f"calibrate: {len(dumper.records)} records in {path}")
+    return path
+
+
+def _header(job: QuantJob) -> dict[str, object]:
+    mesh = job.ranks.mesh
+    return {
+        "fingerprint": job.calibration.digest,
+        "fields": dict(job.calibration.fields),
+        "rank": mesh.rank,
+        "tp_rank": mesh.tp_rank,
+        "dp_rank": mesh.dp_rank,
+        "images": [request.number for batch in job.batches for request in batch],
+    }
+
+
+def _is_reusable(job: QuantJob, path: Path) -> bool:
+    """Tell whether the dump at `path` is this job's; raises InputError when it is another job's."""
+    if not path.exists() or job.config.output.resume == "never":
+        return False
+    header = load_dump(path)["header"]
+    differences = job.calibration.differences(header.get("fields", {}))
+    if not differences and header.get("rank") == job.ranks.rank:
+        return True
+    if job.config.output.overwrite:
+        return False
+    raise InputError(
+        "the calibration data was made by another job",
+        where=str(path),
+        why="; ".join(differences[:5]) or f"rank: {header.get('rank')} -> {job.ranks.rank}",
+        advice="use another --quant_dump_calib_folder, or --overwrite to replace it",
+    )
+
+
+def _float_folder(job: QuantJob) -> Path:
+    return job.config.output.save_path / FLOAT_IMAGES
+
+
+def _images_exist(job: QuantJob) -> bool:
+    """Tell, on all ranks alike, whether every float image is there already."""
+    files = [_float_folder(job) / f"{request.file_stem}.png" for batch in job.batches for request in batch]
+    return all_agree(job.ranks, all(file.is_file() for file in files), what="whether to make images")

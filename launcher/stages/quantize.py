@@ -1,0 +1,123 @@
+"""QUANTIZE: turn this rank's part of the model and its dump into a staged shard.
+
+Ranks that hold the same shard (data parallel) all compute it from their share of the records, with statistics reduced
+over them, and the first writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.job import QuantJob
+from launcher.job_config import Quantization
+from launcher.shard_note import read_note, write_note
+from launcher.together import all_agree, run_together
+from model_adapters.tensor_parallel import assert_collectives
+from quant_core.parallel import Parallel
+from quant_core.quantize import quant_model
+from quant_core.records import load_dump
+from quant_core.session_config import (
+    FA3ProcessorConfig,
+    M3ProcessorConfig,
+    M4ProcessorConfig,
+    M6Config,
+    M6ProcessorConfig,
+    ProcessorConfig,
+    SaveProcessorConfig,
+    SessionConfig,
+    W8A8DynamicProcessorConfig,
+    W8A8ProcessorConfig,
+    W8A8QuantConfig,
+    W8A8TimeStepProcessorConfig,
+)
+
+# What a quantization type of the command line means as processors: the scheme, and whether attention is quantized.
+_SCHEMES: dict[str, Callable[[Quantization, dict[str, Any]], list[ProcessorConfig]]] = {
+    "w8a8": lambda options, common: [W8A8ProcessorConfig(**common)],
+    "w8a8_timestep": lambda options, common: [W8A8TimeStepProcessorConfig(**common, timestep_sep=options.timestep_sep)],
+    "w8a8_dynamic": lambda options, common: [W8A8DynamicProcessorConfig(**common)],
+    "w8a8_dynamic_fa3": lambda options, common: [W8A8DynamicProcessorConfig(**common), FA3ProcessorConfig()],
+}
+_SMOOTHING: dict[str | None, Callable[[Quantization], list[ProcessorConfig]]] = {
+    None: lambda options: [],
+    "m3": lambda options: [M3ProcessorConfig()],
+    "m4": lambda options: [M4ProcessorConfig(alpha=options.anti_alpha)],
+    "m6": lambda options: [M6ProcessorConfig(cfg=M6Config(alpha=options.anti_alpha, beta=options.anti_beta))],
+}
+
+
+def quantize(job: QuantJob, dump: Path) -> None:
+    """Stage this rank's shard, or leave a finished one of the same job where it is."""
+    mine = run_together(job.ranks, "looking at the shards", lambda: _is_staged(job))
+    if all_agree(job.ranks, mine, what="whether to quantize"):
+        job.console.say(f"quantize: reusing {job.folder.staged().weights}")
+        return
+    loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
+    records = run_together(job.ranks, "reading the calibration data", lambda: load_dump(dump)["records"])
+    job.model.drop_pipeline()
+    result = quant_model(
+        loaded.model,
+        session_config(job, records),
+        structure=job.model.adapter.structure,
+        parallel=_parallel(job),
+        progress=job.console.progress,
+    )
+    assert_collectives(loaded.model)
+    run_together(job.ranks, "noting what was staged", lambda: write_note(job, result) if _writes(job) else None)
+    job.console.say(f"quantize: {len(result.layers)} layers as {result.quant_type}")
+
+
+def session_config(job: QuantJob, records: list[Any]) -> SessionConfig:
+    """Say in the quantizer's words what the job asks for; only the first copy of the model saves."""
+    options = job.config.quantization
+    common = {"cfg": W8A8QuantConfig(act_method=options.act_method), "disable_names": job.model.disabled_layers}
+    processors = [*_SCHEMES[options.quant_type](options, common), *_SMOOTHING[options.anti_method](options)]
+    if _writes(job):
+        processors.append(_save(job))
+    return SessionConfig(
+        processor_cfg_map={processor.key: processor for processor in processors},
+        calib_data=records,
+        numerics=options.numerics,
+    )
+
+
+def _save(job: QuantJob) -> SaveProcessorConfig:
+    files = job.folder.staged()
+    return SaveProcessorConfig(
+        output_path=str(files.weights.parent),
+        safetensors_name=files.weights.name,
+        json_name=files.description.name,
+        metadata={
+            "format": "pt",
+            "fingerprint": job.quantization.digest,
+            "layout": job.model.adapter.shard_plan(job.config.ranks.layout).name,
+            "tp_rank": str(job.ranks.mesh.tp_rank),
+            "tp_size": str(job.ranks.mesh.tp_size),
+        },
+    )
+
+
+def _writes(job: QuantJob) -> bool:
+    return job.ranks.mesh.dp_rank == 0
+
+
+def _is_staged(job: QuantJob) -> bool:
+    """Tell whether this rank's shard of this very job is complete already; ranks that write none say yes."""
+    if not _writes(job):
+        return True
+    if job.config.output.resume == "never":
+        return False
+    note = read_note(job.folder.note())
+    return note is not None and note.fingerprint == job.quantization.digest and note.is_whole(job.folder.weights)
+
+
+def _parallel(job: QuantJob) -> Parallel:
+    mesh = job.ranks.mesh
+    return Parallel(
+        shards=job.model.transformer.shards,
+        tp_group=job.ranks.tp_control if mesh.tp_size > 1 else None,
+        dp_group=job.ranks.dp_control if mesh.dp_size > 1 else None,
+        scale_sync=job.config.quantization.scale_sync,
+    )
