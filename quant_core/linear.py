@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from quant_core.numerics import Numerics
 from quant_core.observers import InputObserver
 from quant_core.parallel import Group, reduce_over
+from quant_core.scale_arithmetic import fake_quantize_tokens
 
 
 @dataclass
@@ -22,7 +23,8 @@ class QuantizedLayer:
     """Hold what quantization knows of one linear layer.
 
     codes_OI: int8, on the host; weight_scale_O1 and bias_O in the model's dtype; mul_scale_I multiplies the input of a
-    smoothed layer; observer watches the input of a static one; tensors: what the checkpoint holds, once known.
+    smoothed layer; observer watches the input of a static one; per_token: calibrate behind inputs quantized token by
+    token, as the dynamic scheme's runtime does; tensors: what the checkpoint holds, once known.
     """
 
     name: str
@@ -31,6 +33,7 @@ class QuantizedLayer:
     bias_O: Tensor | None = None
     mul_scale_I: Tensor | None = None
     observer: InputObserver | None = None
+    per_token: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -45,6 +48,8 @@ class CalibratedLinear(nn.Linear):
             input = input * self.layer.mul_scale_I
         if self.layer.observer is not None:
             input = self.layer.observer.observe(input)
+        elif self.layer.per_token:
+            input = fake_quantize_tokens(input)
         return F.linear(input, self.weight, self.bias)
 
 
@@ -57,6 +62,7 @@ def quantize_linear(
     scale_group: Group | None = None,
     mul_scale_I: Tensor | None = None,
     observer: InputObserver | None = None,
+    per_token: bool = False,
 ) -> QuantizedLayer:
     """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
 
@@ -69,7 +75,7 @@ def quantize_linear(
     weight = numerics.quantize_weight(w_OI, amax_O1, dtype)
     linear.weight.data.copy_(weight.fake)
     bias_O = None if linear.bias is None else linear.bias.detach()
-    layer = QuantizedLayer(name, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I, observer)
+    layer = QuantizedLayer(name, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I, observer, per_token)
     linear.__class__ = CalibratedLinear
     linear.layer = layer  # type: ignore[assignment]
     return layer

@@ -91,6 +91,15 @@ class Numerics:
         scale, offset = scale.to(compute), offset.to(compute)
         return dequantize(quantize(x.to(compute), scale, offset), scale, offset).to(x.dtype)
 
+    def attention_rows(self, x_BHSD: Tensor) -> Tensor:
+        """Return the values of q, k or v as rows that share a scale: (heads, values).
+
+        The reference tool takes the token axis for the head axis, so its rows are the token positions.
+        """
+        if self.carries_range:
+            return x_BHSD.transpose(1, 2).reshape(x_BHSD.shape[2], -1)
+        return x_BHSD.transpose(0, 1).flatten(1)
+
     def deq_scale(self, input_scale: Tensor, weight_scale_O1: Tensor) -> Tensor:
         """Return what one unit of the integer product stands for, (O,) float32; input_scale: (1,)."""
         compute = self._compute_dtype(weight_scale_O1)

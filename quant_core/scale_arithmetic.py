@@ -55,6 +55,13 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Te
     return (codes - offset) * scale
 
 
+def fake_quantize_tokens(x: Tensor) -> Tensor:
+    """Return x as a runtime that quantizes each token symmetrically sees it; (..., I), computed in float32."""
+    precise = x.to(torch.float32)
+    scale = symmetric_scale(precise.abs().amax(dim=-1, keepdim=True))
+    return dequantize(quantize(precise, scale), scale).to(x.dtype)
+
+
 def pack_deq_scale(deq_scale: Tensor, model_dtype: torch.dtype) -> Tensor:
     """Return `deq_scale` in the form the consumer reads for a model of this dtype, same shape.
 
