@@ -19,6 +19,7 @@ from quant_core.linear import CalibratedLinear
 
 FLOAT = "FLOAT"
 MODEL_TYPE_KEY = "model_quant_type"
+FA_QUANT_TYPE_KEY = "fa_quant_type"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Two ways to compute the same tensors: `float32`, the better one, and `reference`, equal to the reference tool.
 
-Both write the same names, dtypes and shapes. They differ in four places, and this file holds all of them:
+Both write the same names, dtypes and shapes. They differ in five places, and this file holds all of them:
 
     weights       float32 rounds the scale once to the stored dtype and takes the codes from that stored scale;
                   reference does every step in the model's dtype
@@ -8,6 +8,7 @@ Both write the same names, dtypes and shapes. They differ in four places, and th
     deq_scale     float32 multiplies the stored scales in float32; reference rounds the product to the model's dtype
     replay        float32 fake-quantizes a call with that call's own range, so no result depends on the order or
                   the distribution of the records; reference with the range known so far, in one sequence
+    attention     float32 has a scale per head; reference per token position
 
 Worked example, bf16: a row with absmax 1.0 has the scale 1/127 = 0.0078740, stored in bf16 as 0.0078735. A weight of
 0.326172 is 41.43 steps, code 41. In bf16 arithmetic the quotient has eight bits and becomes 41.5, which half-to-even
