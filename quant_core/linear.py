@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from quant_core.numerics import Numerics
 from quant_core.observers import InputObserver
 from quant_core.parallel import Group, reduce_over
+from quant_core.rescaling import Rescaling
 from quant_core.scale_arithmetic import fake_quantize_tokens
 
 
@@ -60,17 +61,19 @@ def quantize_linear(
     numerics: Numerics,
     *,
     scale_group: Group | None = None,
-    mul_scale_I: Tensor | None = None,
+    rescaling: Rescaling | None = None,
     observer: InputObserver | None = None,
     per_token: bool = False,
 ) -> QuantizedLayer:
     """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
 
-    scale_group: ranks over which the row maxima must agree. mul_scale_I: the factor that the layer's input will be
-    multiplied with, in the model's dtype; the weight is divided by it.
+    scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first.
     """
-    dtype = linear.weight.dtype
-    w_OI = linear.weight.detach() if mul_scale_I is None else numerics.fold(linear.weight.detach(), mul_scale_I)
+    dtype, w_OI, mul_scale_I = linear.weight.dtype, linear.weight.detach(), None
+    if rescaling is not None:
+        w_OI, mul_scale_I = rescaling.weight(numerics.working(w_OI)), rescaling.mul_scale_I
+        if linear.bias is not None:
+            linear.bias.data.copy_(rescaling.bias(linear.bias.detach()))
     amax_O1 = reduce_over(scale_group, "max", w_OI.abs().amax(dim=1, keepdim=True))
     weight = numerics.quantize_weight(w_OI, amax_O1, dtype)
     linear.weight.data.copy_(weight.fake)

@@ -69,13 +69,21 @@ class Numerics:
         fake_OI = dequantize(points_OI if self.carries_range else codes_OI, scale_O1.to(compute))
         return QuantizedWeight(codes_OI.to(torch.int8), scale_O1, fake_OI.to(dtype))
 
-    def fold(self, w_OI: Tensor, mul_scale_I: Tensor) -> Tensor:
-        """Return the weight that undoes a factor on its input, in the precision to quantize it from.
+    def split_factor(self, factor_I: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what a smoothing factor multiplies weight columns with, and `mul_scale` in `dtype`, which undoes it.
 
-        mul_scale_I: the stored factor, in the model's dtype.
+        The better numerics rounds `mul_scale` first and gives the weight the inverse of that very value.
         """
-        compute = self._compute_dtype(w_OI)
-        return w_OI.to(compute) / mul_scale_I.to(compute)
+        if self.carries_range:
+            factor_I = factor_I.to(dtype)
+            return factor_I, torch.ones_like(factor_I) / factor_I
+        finite = torch.finfo(dtype)
+        mul_scale_I = (1 / factor_I.to(torch.float32)).clamp(finite.tiny, finite.max).to(dtype)
+        return 1 / mul_scale_I.to(torch.float32), mul_scale_I
+
+    def working(self, x: Tensor) -> Tensor:
+        """Return x in the precision that this numerics computes in."""
+        return x.to(self._compute_dtype(x))
 
     def input_scale(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return scale and offset of a static activation, both (1,) in `dtype`; low, high: ends of its range."""

@@ -38,6 +38,7 @@ from quant_core.replay import Progress, replay, silent
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session_config import SaveProcessorConfig, SessionConfig
+from quant_core.smoothing.smooth import Smoothing, smooth
 from quant_core.structure import ModelStructure, find_structure
 
 
@@ -75,9 +76,10 @@ def quant_model(
     _place(model, config)
     records = _ordered(as_records(config.calib_data), scheme, numerics)
     attentions = attention_observers(model, structure or find_structure(model), numerics) if config.fa3 else {}
-    layers = _quantize_weights(model, config, scheme, numerics, parallel)
+    smoothing = _smooth(model, config, records, structure, numerics, parallel, progress)
+    layers = _quantize_weights(model, config, scheme, numerics, parallel, smoothing)
     if scheme.observes_input or attentions:
-        _check_records(records, scheme)
+        _check_records(records, scheme, parallel.dp_group)
         with watch_attentions(model, attentions):
             replay(model, records, stage="observe", progress=progress)
     steps = _reduce_ranges(layers, scheme, records, parallel)
@@ -122,8 +124,37 @@ def _ordered(records: list[Record], scheme: Scheme, numerics: Numerics) -> list[
     return sorted(records, key=lambda record: -1 if record.step is None else record.step, reverse=True)
 
 
+def _smooth(
+    model: nn.Module,
+    config: SessionConfig,
+    records: Sequence[Record],
+    structure: ModelStructure | None,
+    numerics: Numerics,
+    parallel: Parallel,
+    progress: Progress,
+) -> Smoothing:
+    """Return how outlier suppression changes the layers, not at all when the session has none."""
+    if config.smoothing is None:
+        return Smoothing()
+    return smooth(
+        model,
+        config.smoothing,
+        records,
+        structure=structure or find_structure(model),
+        targets=target_layers(model, config.scheme.disable_names),
+        numerics=numerics,
+        parallel=parallel,
+        progress=progress,
+    )
+
+
 def _quantize_weights(
-    model: nn.Module, config: SessionConfig, scheme: Scheme, numerics: Numerics, parallel: Parallel
+    model: nn.Module,
+    config: SessionConfig,
+    scheme: Scheme,
+    numerics: Numerics,
+    parallel: Parallel,
+    smoothing: Smoothing,
 ) -> dict[str, QuantizedLayer]:
     new_estimator = ESTIMATORS[numerics.name][config.scheme.cfg.act_method]
     layers = {}
@@ -138,7 +169,13 @@ def _quantize_weights(
             else None
         )
         layers[name] = quantize_linear(
-            name, linear, numerics, scale_group=group, observer=observer, per_token=not scheme.observes_input
+            name,
+            linear,
+            numerics,
+            scale_group=group,
+            rescaling=smoothing.rescalings.get(name),
+            observer=observer,
+            per_token=not scheme.observes_input,
         )
     return layers
 
@@ -163,13 +200,14 @@ def _check_numerics(numerics: Numerics, parallel: Parallel) -> None:
         )
 
 
-def _check_records(records: Sequence[Record], scheme: Scheme) -> None:
-    if not records:
+def _check_records(records: Sequence[Record], scheme: Scheme, group: Group | None) -> None:
+    # A data-parallel rank without a prompt of its own is fine, and must not leave the others waiting.
+    if not reduce_over(group, "sum", torch.tensor(len(records))):
         raise InputError(
             f"{scheme.quant_type} needs calibration data and got none",
             where="calib_data",
-            why="static activation ranges are measured by replaying what the model was called with",
-            advice="dump some with DumperManager, or quantize with w8a8_dynamic",
+            why="static ranges and attention scales are measured by replaying what the model was called with",
+            advice="dump some with DumperManager, or quantize with w8a8_dynamic and without fa3",
         )
     if scheme.per_step and (unknown := [i for i, record in enumerate(records) if record.step is None]):
         raise InputError(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
-from quant_core.errors import nearest
+from quant_core.errors import ConfigurationError, nearest
 
 # The reference tool's numbers for the same estimators.
 _METHOD_NUMBERS = {1: "minmax", 2: "histogram", 3: "mix"}
@@ -84,9 +84,15 @@ class W8A8DynamicProcessorConfig(SchemeConfig):
 
 
 class SmoothingConfig(ProcessorConfig):
-    """Configure an outlier suppression."""
+    """Configure an outlier suppression.
+
+    `smoothing_groups`: the model's default groups, or its optional ones too. `fused`: let the linears in front absorb
+    the factors, so that nothing is multiplied at run time.
+    """
 
     kind: ClassVar[str] = "outlier suppression"
+    smoothing_groups: Literal["default", "all"] = "default"
+    fused: bool = False
 
 
 class M3ProcessorConfig(SmoothingConfig):
@@ -168,7 +174,12 @@ class SessionConfig(_Config):
         if not any(isinstance(processor, SchemeConfig) for processor in self.processor_cfg_map.values()):
             raise ValueError("no quantization scheme: add one of w8a8, w8a8_timestep, w8a8_dynamic")
         if self.fa3 and self.scheme.quant_type != "W8A8_DYNAMIC":
-            raise ValueError(f"fa3 goes with w8a8_dynamic only, not with {self.scheme.key}")
+            raise ConfigurationError(
+                f"fa3 goes with w8a8_dynamic only, not with {self.scheme.key}",
+                where="processor_cfg_map",
+                why="a runtime that quantizes attention quantizes the linear layers around it token by token",
+                advice="replace the scheme by w8a8_dynamic, or drop fa3",
+            )
         return self
 
     @property

@@ -6,6 +6,7 @@ model's class; a third party adds a model by adding an entry point.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 from pydantic import BaseModel, ConfigDict
@@ -18,24 +19,43 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Modulation(_Frozen):
+    """Name the linear whose output shifts and scales a normalized input: `norm(x) * (1 + scale) + shift`.
+
+    Its output is a row of equally wide chunks. `chunks`: how many there are -> where shift and scale stand among them.
+    """
+
+    linear: str
+    chunks: Mapping[int, tuple[int, int]]
+
+
 class SmoothingGroup(_Frozen):
     """Name linears that share one input: patterns relative to every module that matches `block`.
 
-    An empty `block` is the model itself.
+    An empty `block` is the model itself. What makes the input may absorb its factor: a `modulation`, or the `values`
+    linears of the attention whose output it is (output channel i is a mean of value channel i). Groups with the same
+    values have one factor then, because each value reaches them all.
     """
 
     block: str
     linears: tuple[str, ...]
+    modulation: Modulation | None = None
+    values: tuple[str, ...] = ()
 
 
 class ModelStructure(_Frozen):
     """Say which linears share an input and where the attentions are.
 
-    `attentions` are patterns of attention modules, in the grammar of `quant_core.naming`.
+    `optional_smoothing_groups` are smoothed on request only. `m4_alpha` and `smoothing_floor`: the model's own exponent
+    of m4, and the least factor of m4 and m6. `attentions` are patterns of attention modules, in the grammar of
+    `quant_core.naming`.
     """
 
     model_class: str
     smoothing_groups: tuple[SmoothingGroup, ...] = ()
+    optional_smoothing_groups: tuple[SmoothingGroup, ...] = ()
+    m4_alpha: float = 0.5
+    smoothing_floor: float = 1e-5
     attentions: tuple[str, ...] = ()
 
 

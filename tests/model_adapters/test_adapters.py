@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from torch import nn
 
 from model_adapters import adapter_names, load_adapter
 from model_adapters.loading import load_pipeline, load_transformer
-from model_adapters.sd3.structure import BLOCKS_STRUCTURE
 from quant_core.errors import InputError
 from quant_core.naming import linear_names, matches, select
-from quant_core.structure import ModelStructure
+from quant_core.structure import SmoothingGroup
 from tests.model_adapters.tiny_models import KINDS, build, example_inputs
 
 FOLDERS = {"flux": "tiny_flux_folder", "sd3": "tiny_sd3_folder"}
@@ -142,7 +142,7 @@ def test_the_structure_names_the_adapters_own_transformer(name):
     assert adapter.structure.model_class == adapter.transformer_class == adapter.transformer_type().__name__
 
 
-def group_inputs(kind: str, structure: ModelStructure) -> dict[str, list[torch.Tensor]]:
+def group_inputs(kind: str, groups: Sequence[SmoothingGroup]) -> dict[str, list[torch.Tensor]]:
     """Run one forward and return, for each group in each block, what its linears were given."""
     model, seen = build(kind), {}
     for name in linear_names(model):
@@ -150,7 +150,7 @@ def group_inputs(kind: str, structure: ModelStructure) -> dict[str, list[torch.T
     model(**example_inputs(kind))
     blocks = {"": model} | dict(model.named_modules())
     found: dict[str, list[torch.Tensor]] = {}
-    for group in structure.smoothing_groups:
+    for group in groups:
         for block in (name for name in blocks if name == group.block or matches(name, group.block)):
             names = [f"{block}.{linear}".lstrip(".") for linear in group.linears]
             if all(name in seen for name in names):
@@ -159,17 +159,19 @@ def group_inputs(kind: str, structure: ModelStructure) -> dict[str, list[torch.T
 
 
 @pytest.mark.parametrize(
-    ("kind", "structure", "groups"),
+    ("kind", "optional", "count"),
     [
-        ("flux", load_adapter("flux").structure, 12),  # 6 groups in each of 2 double blocks
-        ("sd3", load_adapter("sd3").structure, 1),  # context_embedder
-        ("sd3", BLOCKS_STRUCTURE, 17),  # 1 + 6 in each of 2 blocks + 4 in the last, which has no text output
-        ("sd35", BLOCKS_STRUCTURE, 21),  # the same + 2 of the second attention in each of 2 blocks
+        ("flux", False, 12),  # 6 groups in each of 2 double blocks
+        ("sd3", False, 1),  # context_embedder
+        ("sd3", True, 17),  # 1 + 6 in each of 2 blocks + 4 in the last, which has no text output
+        ("sd35", True, 21),  # the same + 2 of the second attention in each of 2 blocks
     ],
 )
-def test_the_linears_of_a_smoothing_group_really_share_one_input(kind, structure, groups):
-    found = group_inputs(kind, structure)
-    assert len(found) == groups
+def test_the_linears_of_a_smoothing_group_really_share_one_input(kind, optional, count):
+    structure = load_adapter(KINDS[kind][0]).structure
+    groups = structure.smoothing_groups + (structure.optional_smoothing_groups if optional else ())
+    found = group_inputs(kind, groups)
+    assert len(found) == count
     for inputs in found.values():
         assert all(other is inputs[0] for other in inputs)
 

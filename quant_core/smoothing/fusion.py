@@ -1,0 +1,94 @@
+"""Let the linears that make an input absorb its factor, so that nothing is left to multiply at run time.
+
+Two kinds of linears make the inputs of a transformer block's groups. A modulation gives `norm(x) * (1 + g) + h`: with
+its rows for h divided by s, and its rows for g mapped to `(1 + g) / s - 1`, the whole is divided by s. An attention's
+output channel is a mean of the value channel of the same index, so the value's row divided by s divides the output.
+
+Worked example, one channel with g = 0.5, h = 0.2, norm(x) = 2, s = 4: 2 * 1.5 + 0.2 = 3.2 before; after, h = 0.05 and
+g = 1.5 / 4 - 1 = -0.625, so 2 * 0.375 + 0.05 = 0.8, a quarter.
+
+What this gives up: the runtime loads quantized layers only, so a linear that stays float cannot absorb anything (its
+changed weight would be lost without a word), and the two streams of a joint attention must share one factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import ConfigurationError
+from quant_core.rescaling import Rescaling
+from quant_core.smoothing.groups import LinearGroup
+from quant_core.structure import Modulation
+
+
+def check_fusible(model: nn.Module, groups: Iterable[LinearGroup], targets: Collection[str]) -> None:
+    """Raise ConfigurationError with every reason why a factor could not be absorbed.
+
+    targets: the linears that will be quantized.
+    """
+    problems = [problem for group in groups for problem in _problems(model, group, targets)]
+    if problems:
+        raise ConfigurationError(
+            f"{len(problems)} smoothing factors cannot be fused",
+            where="outlier suppression, fused",
+            why="the runtime loads quantized layers only, and these cannot absorb a factor: " + _few(problems),
+            advice="quantize these layers too, keep the smoothed ones float, or drop fused (--anti_fused)",
+        )
+
+
+def _problems(model: nn.Module, group: LinearGroup, targets: Collection[str]) -> Iterator[str]:
+    producers = (group.modulation.linear,) if group.modulation else group.values
+    if not producers:
+        yield f"nothing in the model makes the input of {group.name} and nothing else"
+    for name in producers:
+        if name not in targets:
+            yield f"{name} (for {group.name}) stays float"
+    if group.modulation and not _has_bias(model, group.modulation.linear):
+        yield f"{group.modulation.linear} (for {group.name}) has no bias to shift"
+
+
+def _has_bias(model: nn.Module, name: str) -> bool:
+    return getattr(model.get_submodule(name), "bias", None) is not None
+
+
+def _few(problems: list[str], shown: int = 3) -> str:
+    rest = len(problems) - shown
+    return "; ".join(problems[:shown]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def absorb(model: nn.Module, group: LinearGroup, factor_I: Tensor) -> dict[str, Rescaling]:
+    """Return how the linears that make a group's input change when it is divided by the factor."""
+    if group.modulation is not None:
+        return {group.modulation.linear: modulate(group.modulation, _outputs(model, group.modulation.linear), factor_I)}
+    return {name: Rescaling(rows_O=1 / factor_I.to(torch.float32)) for name in group.values}
+
+
+def modulate(modulation: Modulation, outputs: int, factor_I: Tensor) -> Rescaling:
+    """Return the change of a modulation with that many outputs: shift rows / s, scale rows `(1 + g) / s - 1`.
+
+    Raises ConfigurationError when the outputs are not one of the declared numbers of chunks.
+    """
+    width = len(factor_I)
+    if outputs % width or outputs // width not in modulation.chunks:
+        raise ConfigurationError(
+            f"'{modulation.linear}' makes {outputs / width:g} chunks",
+            where="the model's structure, smoothing groups",
+            why=f"shift and scale are known to it for {' or '.join(map(str, modulation.chunks))} chunks only",
+            advice="add their places for this model, or drop fused (--anti_fused)",
+        )
+    inverse_I = 1 / factor_I.to(torch.float32)
+    rows_O, bias_shift_O = inverse_I.new_ones(outputs), inverse_I.new_zeros(outputs)
+    shift, scale = (slice(place * width, (place + 1) * width) for place in modulation.chunks[outputs // width])
+    rows_O[shift] = inverse_I
+    rows_O[scale] = inverse_I
+    bias_shift_O[scale] = inverse_I - 1
+    return Rescaling(rows_O=rows_O, bias_shift_O=bias_shift_O)
+
+
+def _outputs(model: nn.Module, name: str) -> int:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear), "only linears are targets"
+    return linear.out_features

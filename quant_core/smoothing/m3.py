@@ -1,0 +1,49 @@
+"""m3: a power of the mean activation, searched so that the weights' quantization shows least in the output (AWQ)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant_core.numerics import Numerics
+from quant_core.session_config import M3ProcessorConfig
+from quant_core.smoothing.measured_group import MeasuredGroup
+from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.statistics import FirstCall, Tokens, TokenSample
+
+_GRID = [step / 20 for step in range(20)]
+_LEAST_FACTOR = 1e-4
+
+
+def factor(group: MeasuredGroup, config: M3ProcessorConfig) -> Tensor:
+    """Return the candidate with the least loss, of equals the first, (I,)."""
+    mean_I = group.mean_I()
+    candidates = [_candidate(mean_I, ratio) for ratio in _GRID]
+    losses = group.total(torch.stack([_loss(group, candidate) for candidate in candidates]))
+    return candidates[int(losses.argmin())]
+
+
+def _candidate(mean_I: Tensor, ratio: float) -> Tensor:
+    """Return `mean^ratio`, centred so that the largest and the smallest factor are each other's inverse."""
+    factor_I = mean_I.pow(ratio).clamp(min=_LEAST_FACTOR)
+    return factor_I / (factor_I.max() * factor_I.min()).sqrt()
+
+
+def _loss(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
+    """Return the mean squared error of each linear's output, added up and weighted by the tokens it is the mean of."""
+    loss = torch.zeros((), device=group.device)
+    for x_NI, w_OI in group.samples():
+        scaled_OI = w_OI * factor_I
+        amax_O1 = scaled_OI.abs().amax(1, keepdim=True)
+        fake_OI = group.numerics.quantize_weight(scaled_OI, amax_O1, scaled_OI.dtype).fake / factor_I
+        difference = F.linear(x_NI, w_OI).to(torch.float32) - F.linear(x_NI, fake_OI).to(torch.float32)
+        loss += difference.square().mean() * len(x_NI)
+    return loss
+
+
+def _tokens(config: M3ProcessorConfig, numerics: Numerics, channels: int) -> Tokens:
+    return FirstCall() if numerics.carries_range else TokenSample(channels)
+
+
+METHOD = SmoothingMethod(M3ProcessorConfig.key, _tokens, factor)

@@ -1,0 +1,97 @@
+"""m6: the balance of activation and weight maxima with two exponents, which are searched where they are not given.
+
+The search compares the product of quantized activations and weights with the exact one, on tokens of all records. It
+goes along beta = 1 - alpha first, then along beta alone; 21 points each. With one exponent given, only the other is
+searched (reference: both; spec: outlier suppression).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant_core.numerics import Numerics
+from quant_core.scale_arithmetic import LEVELS, QMAX, QMIN
+from quant_core.session_config import M6ProcessorConfig
+from quant_core.smoothing.balance import balance
+from quant_core.smoothing.measured_group import MeasuredGroup
+from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.statistics import AllCalls, NoTokens, Tokens, TokenSample
+
+_GRID = [step / 20 for step in range(21)]
+
+
+class Exponents(NamedTuple):
+    """Exponents of the activations' and the weights' maxima."""
+
+    alpha: float
+    beta: float
+
+
+def factor(group: MeasuredGroup, config: M6ProcessorConfig) -> Tensor:
+    """Return `amax^alpha / wmax^beta`, (I,)."""
+    return balance(group, *exponents(group, config))
+
+
+def exponents(group: MeasuredGroup, config: M6ProcessorConfig) -> Exponents:
+    """Return the given exponents, those that are missing searched."""
+    alpha, beta = config.cfg.alpha, config.cfg.beta
+    if alpha is not None and beta is not None:
+        return Exponents(alpha, beta)
+    if alpha is not None and not group.numerics.carries_range:
+        return _best(group, [Exponents(alpha, beta) for beta in _GRID])
+    if beta is not None and not group.numerics.carries_range:
+        return _best(group, [Exponents(alpha, beta) for alpha in _GRID])
+    first = _best(group, [Exponents(alpha, 1 - alpha) for alpha in _GRID])
+    return _best(group, [first, *(Exponents(first.alpha, beta) for beta in _GRID)])
+
+
+def _best(group: MeasuredGroup, candidates: Sequence[Exponents]) -> Exponents:
+    """Return the candidate with the least error, of equals the last; the same on all ranks that share the factor."""
+    errors = group.total(torch.stack([_squares(group, candidate) for candidate in candidates]))
+    relative = (errors[:, 0] / errors[:, 1]).tolist()
+    return candidates[max(range(len(candidates)), key=lambda index: (-relative[index], index))]
+
+
+def _squares(group: MeasuredGroup, candidate: Exponents) -> Tensor:
+    """Return the squared error of the quantized product and the square of the exact one, summed over all, (2,)."""
+    factor_I = _unbounded_factor(group, candidate)
+    sums = torch.zeros(2, device=group.device)
+    for x_NI, w_OI in group.samples():
+        exact = F.linear(x_NI, w_OI).to(torch.float32)
+        product = F.linear(_quantized_activation(x_NI / factor_I), _quantized_weight(w_OI * factor_I))
+        sums += torch.stack(((product.to(torch.float32) - exact).square().sum(), exact.square().sum()))
+    return sums
+
+
+def _unbounded_factor(group: MeasuredGroup, candidate: Exponents) -> Tensor:
+    if group.numerics.carries_range:
+        return group.amax_I().pow(candidate.alpha) * group.wmax_I().pow(-candidate.beta)
+    # A channel that never carries anything would divide by zero; the factor in use is bounded in the same way.
+    return balance(group, *candidate)
+
+
+def _quantized_activation(x_NI: Tensor) -> Tensor:
+    """Quantize between the extremes: nothing lies outside, so nothing is clamped."""
+    low, high = x_NI.aminmax()
+    scale = (high - low) / LEVELS
+    offset = torch.round(-low / scale) + QMIN
+    return (torch.round(x_NI / scale + offset) - offset) * scale
+
+
+def _quantized_weight(w_OI: Tensor) -> Tensor:
+    scale_O1 = w_OI.abs().amax(1, keepdim=True) / QMAX
+    return torch.round(w_OI / scale_O1).clamp(-QMAX, QMAX) * scale_O1
+
+
+def _tokens(config: M6ProcessorConfig, numerics: Numerics, channels: int) -> Tokens:
+    if config.cfg.alpha is not None and config.cfg.beta is not None:
+        return NoTokens()
+    return AllCalls() if numerics.carries_range else TokenSample(channels)
+
+
+METHOD = SmoothingMethod(M6ProcessorConfig.key, _tokens, factor)

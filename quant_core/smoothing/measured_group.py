@@ -1,0 +1,69 @@
+"""One group as a smoothing method sees it: its weights, the statistics of its inputs, and who shares its factor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant_core.numerics import Numerics
+from quant_core.parallel import Group, reduce_over
+from quant_core.smoothing.statistics import InputStatistics
+
+
+class SharedInput(NamedTuple):
+    """Hold the weights (O, I) of the linears that read one input, in the model's dtype, and the input's statistics."""
+
+    weights: tuple[Tensor, ...]
+    statistics: InputStatistics
+
+
+@dataclass(frozen=True)
+class MeasuredGroup:
+    """Answer a method's questions about a group.
+
+    tp_group: ranks that must come to the same factor, because they hold other rows of the same layers; dp_group: ranks
+    that saw other records. alpha, floor: the model's own for m4, and the least factor.
+    """
+
+    inputs: Sequence[SharedInput]
+    numerics: Numerics
+    alpha: float
+    floor: float
+    tp_group: Group | None = None
+    dp_group: Group | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        return self.inputs[0].weights[0].device
+
+    def amax_I(self) -> Tensor:
+        """Return the largest |x| of each channel, in the working precision."""
+        each = [shared.statistics.amax_I.to(self.device) for shared in self.inputs]
+        return self.numerics.working(torch.stack(each).amax(0))
+
+    def wmax_I(self) -> Tensor:
+        """Return the largest |w| of each column over all rows of all linears on all ranks, in the working precision."""
+        each = [weight.abs().amax(0) for shared in self.inputs for weight in shared.weights]
+        return self.numerics.working(reduce_over(self.tp_group, "max", torch.stack(each).amax(0)))
+
+    def mean_I(self) -> Tensor:
+        """Return the mean |x| of each channel, in the working precision."""
+        each = [shared.statistics.tokens.mean_abs().to(self.device) for shared in self.inputs]
+        return self.numerics.working(torch.stack(each).mean(0) if len(each) > 1 else each[0])
+
+    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each kept batch of tokens (N, I) with the weight (O, I) of each linear that reads them."""
+        for shared in self.inputs:
+            for rows in shared.statistics.tokens.rows():
+                x_NI = self.numerics.working(rows.to(self.device))
+                for weight in shared.weights:
+                    yield x_NI, self.numerics.working(weight)
+
+    def total(self, losses: Tensor) -> Tensor:
+        """Return losses summed over the ranks that must choose alike; any shape, every rank the same."""
+        return reduce_over(self.dp_group, "sum", reduce_over(self.tp_group, "sum", losses))

@@ -1,0 +1,163 @@
+"""Suppress outliers: one factor for each group of linears that share an input, from one replay of the float model.
+
+Activations of a diffusion transformer have a few channels that are ten to a hundred times larger than the others, in
+every token. One scale for all channels then leaves the others a handful of codes. Weights have no such channels, so
+dividing a large channel by s and multiplying the weight's column by s moves what is hard to quantize to where it is
+easy, and changes nothing in the product: (x / s) (w s) = x w (spec: outlier suppression).
+
+Worked example: two channels with maxima 16 and 1, weights 0.25 and 0.25. One scale for both, 16 / 127, leaves the
+second channel 8 codes on each side. With s = amax^0.5 / wmax^0.5 = (8, 2) the inputs become 2 and 0.5, the weights 2
+and 0.5: the second channel has 32 codes, and the weights' row maximum is now 2, of which 0.5 has 32 codes too.
+
+What was chosen: the input is divided at run time (`mul_scale`), which every consumer can load, and fused into the
+linears in front of it only on request. Factors come from the float model, so their replay comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import InputError
+from quant_core.numerics import Numerics
+from quant_core.parallel import Parallel, reduce_many, reduce_over
+from quant_core.records import Record
+from quant_core.replay import Progress, replay, silent
+from quant_core.rescaling import Rescaling
+from quant_core.session_config import SmoothingConfig
+from quant_core.smoothing import METHODS
+from quant_core.smoothing.fusion import absorb, check_fusible
+from quant_core.smoothing.groups import LinearGroup, resolve
+from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
+from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.statistics import InputStatistics
+from quant_core.structure import ModelStructure
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Say how each linear changes, by name, and why which groups (by their first linear) were left out."""
+
+    rescalings: Mapping[str, Rescaling] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def smooth(
+    model: nn.Module,
+    config: SmoothingConfig,
+    records: Sequence[Record],
+    *,
+    structure: ModelStructure | None,
+    targets: Collection[str],
+    numerics: Numerics,
+    parallel: Parallel | None = None,
+    progress: Progress = silent,
+) -> Smoothing:
+    """Choose the factors of a float model by replaying each record once; the model is not changed.
+
+    targets: the linears that will be quantized. Raises ConfigurationError when there is nothing to smooth or to fuse
+    into, InputError when the records do not run every group.
+    """
+    parallel = parallel or Parallel()
+    resolved = resolve(model, structure, targets=targets, selection=config.smoothing_groups, fused=config.fused)
+    assert structure is not None, "resolve refuses a model without one"
+    if config.fused:
+        check_fusible(model, resolved.smoothed, targets)
+    method = METHODS[config.key]
+    statistics = {
+        shared[0]: _fresh_statistics(model, shared[0], method, config, numerics)
+        for group in resolved.smoothed
+        for shared in group.inputs
+    }
+    _measure(model, statistics, records, progress)
+    _combine(statistics, parallel)
+    rescalings: dict[str, Rescaling] = {}
+    for group in resolved.smoothed:
+        measured = _measured(model, group, statistics, structure, numerics, parallel)
+        # Equal to the last bit on all ranks that hold rows of the same layers, whatever order they added in.
+        factor_I = reduce_over(measured.tp_group, "max", method.factor(measured, config))
+        for name, rescaling in _rescale(model, group, factor_I, numerics, config).items():
+            rescalings[name] = rescalings.get(name, Rescaling()).then(rescaling)
+    return Smoothing(rescalings, resolved.skipped)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear), "groups are made of linears"
+    return linear
+
+
+def _fresh_statistics(
+    model: nn.Module, name: str, method: SmoothingMethod, config: SmoothingConfig, numerics: Numerics
+) -> InputStatistics:
+    linear = _linear(model, name)
+    dtype = numerics.working(linear.weight).dtype
+    return InputStatistics(linear.in_features, dtype, method.tokens(config, numerics, linear.in_features))
+
+
+def _measure(
+    model: nn.Module, statistics: Mapping[str, InputStatistics], records: Sequence[Record], progress: Progress
+) -> None:
+    """Replay the records and show each watched linear's input to its statistics."""
+    hooks = [_linear(model, name).register_forward_pre_hook(_observer(of)) for name, of in statistics.items()]
+    try:
+        replay(model, records, stage="smooth", progress=progress)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _observer(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda linear, inputs: statistics.update(inputs[0])
+
+
+def _combine(statistics: Mapping[str, InputStatistics], parallel: Parallel) -> None:
+    """Combine what data-parallel ranks saw; all come through with the same outcome."""
+    calls = reduce_over(parallel.dp_group, "sum", torch.tensor([each.calls for each in statistics.values()]))
+    missing = [name for name, count in zip(statistics, calls.tolist()) if count == 0]
+    if missing:
+        raise InputError(
+            f"the calibration never ran layer '{missing[0]}'",
+            where=f"calib_data ({len(missing)} smoothing groups without an input)",
+            why="outlier suppression measures the input of every group by replaying what the model was called with",
+            advice="calibrate with records that run the whole model, or drop the outlier suppression (--anti_method)",
+        )
+    reduce_many(parallel.dp_group, (part for each in statistics.values() for part in each.state()))
+
+
+def _measured(
+    model: nn.Module,
+    group: LinearGroup,
+    statistics: Mapping[str, InputStatistics],
+    structure: ModelStructure,
+    numerics: Numerics,
+    parallel: Parallel,
+) -> MeasuredGroup:
+    inputs = [
+        SharedInput(tuple(_linear(model, name).weight.detach() for name in shared), statistics[shared[0]])
+        for shared in group.inputs
+    ]
+    # Row-split layers see channels of their own, so each rank chooses for itself.
+    row_split = any(parallel.shard(name).split_dim == 1 for name in group.linears)
+    return MeasuredGroup(
+        inputs,
+        numerics,
+        alpha=structure.m4_alpha,
+        floor=structure.smoothing_floor,
+        tp_group=None if row_split else parallel.tp_group,
+        dp_group=parallel.dp_group,
+    )
+
+
+def _rescale(
+    model: nn.Module, group: LinearGroup, factor_I: Tensor, numerics: Numerics, config: SmoothingConfig
+) -> dict[str, Rescaling]:
+    """Return how the group's linears change, and with them the linears in front when the factor is fused."""
+    if config.fused:
+        return {name: Rescaling(columns_I=factor_I) for name in group.linears} | absorb(model, group, factor_I)
+    columns_I, mul_scale_I = numerics.split_factor(factor_I, _linear(model, group.name).weight.dtype)
+    return {name: Rescaling(columns_I=columns_I, mul_scale_I=mul_scale_I) for name in group.linears}
