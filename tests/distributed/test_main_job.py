@@ -1,0 +1,175 @@
+"""The whole job under real torchrun: from the command line to files that the runtime loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import consumer
+import pytest
+import torch
+from torchrun import Finished, run_torchrun
+
+from launcher.job_config import job_config
+from launcher.run import run
+from model_adapters import load_adapter
+from model_adapters.loading import build_empty
+from quant_core.records import load_dump
+from quant_core.safe_load import safe_torch_load
+from quant_core.sharding import join
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+PROMPTS = 4  # of the prompt_file fixture
+
+
+def torchrun(
+    ranks: int, model: str, folder: Path, prompts: Path, out: Path, *flags: str | Path, check: bool = True
+) -> Finished:
+    """Run the job of `model` on a tiny pipeline; its files go below `out`."""
+    path_flag = "--sd3_model_path" if model == "sd3" else "--path"
+    finished = run_torchrun(
+        ranks, "-m", "launcher", model, path_flag, folder, "--device", "cpu", "--prompt_path", prompts,
+        "--width", "64", "--height", "64", "--infer_steps", str(STEPS), "--do_quant",
+        "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps", *flags,
+    )  # fmt: skip
+    if check:
+        assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from scripts.make_tiny_pipeline import write_prompts
+
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "calib_prompts.txt")
+
+
+@pytest.fixture(scope="module")
+def timestep_job(tiny_flux_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """FLUX on two ranks, the dual-card layout, per-timestep scales."""
+    out = tmp_path_factory.mktemp("timestep")
+    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")
+    return out, torchrun(2, "flux", tiny_flux_folder, prompts, out, *flags)
+
+
+def test_two_ranks_publish_timestep_shards_that_the_runtime_loads(timestep_job):
+    out, finished = timestep_job
+    for rank in (0, 1):
+        loaded = consumer.load(out / "weights", rank, "w8a8_timestep")
+        consumer.check(loaded, torch.bfloat16, timesteps=STEPS)
+        assert len(loaded.quantized_layers) == 45  # 50 linears of the tiny FLUX less 4 net.2 and the last
+    manifest = consumer.check_manifest(out / "weights")
+    assert manifest["timestep_policy"]["registration"]["3.0"] == 'policy.register(range(2, 4), "static")'
+    assert 'policy.register(range(2, 4), "static")' in finished.stdout
+    # From the command to published files; the product promises under a minute on two cores.
+    assert finished.seconds < 60
+
+
+def test_each_rank_dumps_its_own_complete_self_describing_calibration_data(timestep_job):
+    out, _ = timestep_job
+    for rank in (0, 1):
+        dump = load_dump(out / "dumps" / f"calib_data_rank{rank}.pth")
+        assert dump["header"]["rank"] == rank
+        assert dump["header"]["fields"]["prompts.count"] == PROMPTS
+        assert [record["timestep_idx"] for record in dump["records"]] == list(range(STEPS)) * PROMPTS
+        embeddings = [record["kwargs"]["encoder_hidden_states"] for record in dump["records"]]
+        # One storage for each prompt's embeddings, however many steps use them.
+        assert len({tensor.untyped_storage().data_ptr() for tensor in embeddings}) == PROMPTS
+        assert safe_torch_load(out / "dumps" / f"calib_data_rank{rank}.pth")["complete"] is True
+
+
+def test_a_second_run_finds_everything_published_and_changes_nothing(timestep_job, tiny_flux_folder, prompts):
+    out, _ = timestep_job
+    before = {path: path.stat().st_mtime_ns for path in (out / "weights").iterdir()}
+    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")
+    again = torchrun(2, "flux", tiny_flux_folder, prompts, out, *flags)
+    assert "published already" in again.stdout
+    unchanged = {path: path.stat().st_mtime_ns for path in before}
+    assert unchanged == before
+
+
+def test_another_job_does_not_silently_use_the_dumps_and_every_rank_ends(timestep_job, tiny_flux_folder, prompts, tmp_path):
+    out, _ = timestep_job
+    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep", "--seed", "7")
+    refused = torchrun(
+        2, "flux", tiny_flux_folder, prompts, out, *flags, "--quant_weight_save_folder", tmp_path, check=False
+    )
+    assert refused.returncode == 1  # torchrun's own, whatever a rank exits with
+    assert "error: the calibration data was made by another job" in refused.stderr
+    assert "pipeline.seed: 42 -> 7" in refused.stderr
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_joined_global_shards_are_the_tensors_of_the_undivided_model(tiny_flux_folder, prompts, tmp_path):
+    flags = ("--quant_type", "w8a8_dynamic", "--disable_names")  # no value: the row-split net.2 is quantized too
+    torchrun(
+        2, "flux", tiny_flux_folder, prompts, tmp_path / "tp2", *flags, "--device_type", "A2-32g-dual",
+        "--scale_sync", "global",
+    )  # fmt: skip
+    quantize_alone("flux", tiny_flux_folder, prompts, tmp_path / "tp1", quant_type="w8a8_dynamic", disable_names=())
+    whole = consumer.load(tmp_path / "tp1" / "weights", None, "w8a8_dynamic")
+    parts = [consumer.load(tmp_path / "tp2" / "weights", rank, "w8a8_dynamic") for rank in (0, 1)]
+    consumer.check(whole, torch.bfloat16)
+    adapter = load_adapter("flux")
+    shards = adapter.shard_plan("mindie").resolve(build_empty(adapter, tiny_flux_folder / "transformer"), 0, 2)
+    for name, tensor in whole.tensors.items():
+        shard = shards.get(name.rpartition(".")[0])
+        pieces = [part.tensors.get(name) for part in parts]
+        joined = pieces[0] if shard is None else join(name, pieces, shard)
+        assert joined is not None, name
+        assert joined.dtype == tensor.dtype
+        assert torch.equal(joined, tensor), name
+
+
+def test_four_ranks_are_two_copies_of_two_shards_and_write_each_shard_once(tiny_flux_folder, prompts, tmp_path):
+    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8", "--do_save_img", "--save_path", tmp_path / "img")
+    info = ("--info_file_save_path", tmp_path / "info.json")
+    finished = torchrun(4, "flux", tiny_flux_folder, prompts, tmp_path, *flags, *info)
+    assert "world 4 = dp 2 × tp 2" in finished.stdout
+    weights = tmp_path / "weights"
+    assert sorted(path.name for path in weights.glob("*.safetensors")) == [
+        "quant_model_weight_w8a8_0.safetensors",
+        "quant_model_weight_w8a8_1.safetensors",
+    ]
+    for rank in (0, 1):
+        consumer.check(consumer.load(weights, rank, "w8a8"), torch.bfloat16)
+    dumps = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth")["header"] for rank in range(4)]
+    assert [header["images"] for header in dumps] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert len(list((tmp_path / "img" / "calib_fp").glob("*.png"))) == PROMPTS
+
+
+def test_sd3_on_two_ranks_spreads_one_copy_over_both(tiny_sd3_folder, prompts, tmp_path):
+    finished = torchrun(2, "sd3", tiny_sd3_folder, prompts, tmp_path)
+    assert "world 2 = dp 1 × tp 2" in finished.stdout
+    for rank in (0, 1):
+        loaded = consumer.load(tmp_path / "weights", rank, "w8a8")
+        consumer.check(loaded, torch.float16)
+        assert loaded.description["pos_embed.pos_embed"] == "FLOAT"
+        bias = "transformer_blocks.0.attn.to_out.0.bias"
+        assert (bias in loaded.tensors) == (rank == 0), "a row-split bias lives on the first rank only"
+        assert "transformer_blocks.0.attn.to_out.0.quant_bias" in loaded.tensors
+
+
+def test_sd3_alone_writes_files_without_a_rank(tiny_sd3_folder, prompts, tmp_path):
+    quantize_alone("sd3", tiny_sd3_folder, prompts, tmp_path)
+    consumer.check(consumer.load(tmp_path / "weights", None, "w8a8"), torch.float16)
+    assert (tmp_path / "dumps" / "calib_data.pth").is_file()
+    manifest = consumer.check_manifest(tmp_path / "weights")
+    assert [file["name"] for file in manifest["files"]] == [
+        "quant_model_weight_w8a8.safetensors",
+        "quant_model_description_w8a8.json",
+    ]
+
+
+def quantize_alone(model: str, folder: Path, prompts: Path, out: Path, **quantization: object) -> None:
+    """Run the job in this very process, as one rank."""
+    pipeline = {"path": str(folder), "prompt_path": str(prompts), "width": 64, "height": 64, "infer_steps": STEPS}
+    folders = {"quant_weight_save_folder": out / "weights", "quant_dump_calib_folder": out / "dumps"}
+    tree = {
+        "pipeline": pipeline,
+        "quantization": {"do_quant": True, **quantization},
+        "ranks": {"device": "cpu"},
+        "output": folders,
+    }
+    run(job_config(model, tree))
