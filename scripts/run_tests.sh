@@ -1,0 +1,9 @@
+#!/bin/sh
+# run_tests.sh [PYTEST WORDS...]: set up, check style and types, run all tests.
+set -eu
+cd "$(dirname "$0")/.."
+sh scripts/setup.sh dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyright --pythonpath .venv/bin/python
+exec .venv/bin/python -m pytest "$@"
