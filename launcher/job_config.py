@@ -49,6 +49,12 @@ class Quantization(Section):
         default=None, description="exponent of the activations in m4 and m6; left out: the method's own, or its search"
     )
     anti_beta: Exponent | None = Field(default=None, description="exponent of the weights in m6; left out: searched")
+    anti_groups: Literal["default", "all"] = Field(
+        default="default", description="layers to smooth: the model's usual ones, or its optional ones too"
+    )
+    anti_fused: bool = Field(
+        default=False, description="fold smoothing into the layers in front, so that nothing is multiplied at run time"
+    )
     act_method: Literal["minmax"] = Field(default="minmax", description="estimator of static activation ranges")
     numerics: Literal["float32", "reference"] = Field(
         default="float32", description="arithmetic: the better one, or bit-equal to the reference tool"

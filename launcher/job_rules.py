@@ -67,15 +67,22 @@ def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[Conf
         )
 
 
-def exponents_belong_to_their_method(job: JobConfig) -> Iterator[ConfigurationError]:
-    """Refuse a smoothing exponent that the chosen method would not read."""
-    readers = {"anti_alpha": ("m4", "m6"), "anti_beta": ("m6",)}
-    method = job.quantization.anti_method
+def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse a smoothing option that the chosen method would not read."""
+    every_method = ("m3", "m4", "m6")
+    readers = {
+        "anti_alpha": ("m4", "m6"),
+        "anti_beta": ("m6",),
+        "anti_groups": every_method,
+        "anti_fused": every_method,
+    }
+    method, options = job.quantization.anti_method, type(job.quantization).model_fields
     for name, methods in readers.items():
         value = getattr(job.quantization, name)
-        if value is not None and method not in methods:
+        if value != options[name].default and method not in methods:
+            given = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
             yield ConfigurationError(
-                f"--{name} {value} has no meaning {f'for {method}' if method else 'without --anti_method'}",
+                f"{given} has no meaning {f'for {method}' if method else 'without --anti_method'}",
                 where=f"--{name}, --anti_method",
                 why=f"it is read by {' and '.join(methods)} only",
                 advice=f"drop --{name}, or use --anti_method {' or '.join(methods)}",
@@ -97,6 +104,6 @@ RULES: tuple[Rule, ...] = (
     has_something_to_do,
     quantizing_has_its_folders,
     timestep_sep_is_a_step_of_a_timestep_scheme,
-    exponents_belong_to_their_method,
+    smoothing_options_belong_to_their_method,
     device_id_counts_cards,
 )

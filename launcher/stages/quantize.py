@@ -40,11 +40,13 @@ _SCHEMES: dict[str, Callable[[Quantization, dict[str, Any]], list[ProcessorConfi
     "w8a8_dynamic": lambda options, common: [W8A8DynamicProcessorConfig(**common)],
     "w8a8_dynamic_fa3": lambda options, common: [W8A8DynamicProcessorConfig(**common), FA3ProcessorConfig()],
 }
-_SMOOTHING: dict[str | None, Callable[[Quantization], list[ProcessorConfig]]] = {
-    None: lambda options: [],
-    "m3": lambda options: [M3ProcessorConfig()],
-    "m4": lambda options: [M4ProcessorConfig(alpha=options.anti_alpha)],
-    "m6": lambda options: [M6ProcessorConfig(cfg=M6Config(alpha=options.anti_alpha, beta=options.anti_beta))],
+_SMOOTHING: dict[str | None, Callable[[Quantization, dict[str, Any]], list[ProcessorConfig]]] = {
+    None: lambda options, common: [],
+    "m3": lambda options, common: [M3ProcessorConfig(**common)],
+    "m4": lambda options, common: [M4ProcessorConfig(**common, alpha=options.anti_alpha)],
+    "m6": lambda options, common: [
+        M6ProcessorConfig(**common, cfg=M6Config(alpha=options.anti_alpha, beta=options.anti_beta))
+    ],
 }
 
 
@@ -73,7 +75,8 @@ def session_config(job: QuantJob, records: list[Any]) -> SessionConfig:
     """Say in the quantizer's words what the job asks for; only the first copy of the model saves."""
     options = job.config.quantization
     common = {"cfg": W8A8QuantConfig(act_method=options.act_method), "disable_names": job.model.disabled_layers}
-    processors = [*_SCHEMES[options.quant_type](options, common), *_SMOOTHING[options.anti_method](options)]
+    smoothed = {"smoothing_groups": options.anti_groups, "fused": options.anti_fused}
+    processors = [*_SCHEMES[options.quant_type](options, common), *_SMOOTHING[options.anti_method](options, smoothed)]
     if _writes(job):
         processors.append(_save(job))
     return SessionConfig(

@@ -141,6 +141,8 @@ def test_an_unknown_model_is_refused_with_the_nearest() -> None:
         ),
         ({"quantization": {"timestep_sep": 51}}, "--timestep_sep, --infer_steps", "--timestep_sep 25"),  # 50 steps
         ({"quantization": {"anti_alpha": 0.5}}, "--anti_alpha, --anti_method", "--anti_method m4 or m6"),
+        ({"quantization": {"anti_fused": True}}, "--anti_fused, --anti_method", "drop --anti_fused"),
+        ({"quantization": {"anti_groups": "all"}}, "--anti_groups, --anti_method", "--anti_method m3 or m4 or m6"),
         (
             {"quantization": {"anti_method": "m4", "anti_beta": 0.5}},
             "--anti_beta, --anti_method",
