@@ -9,9 +9,10 @@ from launcher.job_config import JobConfig
 from launcher.process_group import Ranks
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
-from model_adapters.loading import LoadedTransformer, build_empty, load_pipeline, load_transformer
+from model_adapters.loading import LoadedTransformer, load_pipeline, load_transformer
 from model_adapters.model_folder import pipeline_folder, weight_files
 from model_adapters.options import DeviceType
+from model_adapters.transformer_part import build_empty
 from quant_core.quantize import target_layers
 
 

@@ -96,10 +96,15 @@ def write_checkpoint(
     """
     listed = list(found)
     tensors = {entry.name: _storable(entry.tensor) for entry in listed}
-    description = {MODEL_TYPE_KEY: quant_type, **header} | {entry.name: entry.type for entry in listed}
     write_atomically(files.weights, lambda path: save_file(tensors, path, metadata=dict(metadata) or None))
-    write_text_atomically(files.description, json.dumps(description, indent=2) + "\n")
+    write_text_atomically(files.description, description_text(listed, quant_type, header))
     return files
+
+
+def description_text(found: Iterable[Entry], quant_type: str, header: Mapping[str, str] | None = None) -> str:
+    """Return the description as JSON text: the model's type, the further keys of `header`, the type of each entry."""
+    types = {entry.name: entry.type for entry in found}
+    return json.dumps({MODEL_TYPE_KEY: quant_type, **(header or {}), **types}, indent=2) + "\n"
 
 
 def _storable(tensor: Tensor) -> Tensor:
