@@ -11,15 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quant_core.atomic_file import write_atomically, write_text_atomically
+from quant_core.atomic_file import write_text_atomically
 from quant_core.linear import CalibratedLinear
+from quant_core.tensor_parts import GB, write_tensors
 
 FLOAT = "FLOAT"
 MODEL_TYPE_KEY = "model_quant_type"
 FA_QUANT_TYPE_KEY = "fa_quant_type"
+# In the header of the tensors: the first static step of a per-step scheme, which the description has no place for.
+TIMESTEP_SEP_KEY = "timestep_sep"
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,19 @@ def write_checkpoint(
     *,
     header: Mapping[str, str],
     metadata: Mapping[str, str],
+    part_file_size: float | None = None,
 ) -> CheckpointFiles:
-    """Publish the tensors, then the description, each whole or not at all.
+    """Publish the tensors, then the description, each whole or not at all; return where they are.
 
     header: description keys between the model's type and the entries. metadata: strings for the safetensors header.
+    part_file_size: in GB; tensors that do not fit in one file of it become parts with an index.
     """
-    listed = list(found)
-    tensors = {entry.name: _storable(entry.tensor) for entry in listed}
-    write_atomically(files.weights, lambda path: save_file(tensors, path, metadata=dict(metadata) or None))
+    listed, written = list(found), set[int]()
+    tensors = {entry.name: _storable(entry.tensor, written) for entry in listed}
+    part_bytes = None if part_file_size is None else part_file_size * GB
+    weights = write_tensors(files.weights, tensors, metadata=metadata, part_bytes=part_bytes)
     write_text_atomically(files.description, description_text(listed, quant_type, header))
-    return files
+    return CheckpointFiles(weights, files.description)
 
 
 def description_text(found: Iterable[Entry], quant_type: str, header: Mapping[str, str] | None = None) -> str:
@@ -107,6 +112,14 @@ def description_text(found: Iterable[Entry], quant_type: str, header: Mapping[st
     return json.dumps({MODEL_TYPE_KEY: quant_type, **(header or {}), **types}, indent=2) + "\n"
 
 
-def _storable(tensor: Tensor) -> Tensor:
-    """Return the tensor on the host, contiguous and owning its memory, as the format demands."""
-    return tensor.detach().cpu().contiguous().clone()
+def _storable(tensor: Tensor, written: set[int]) -> Tensor:
+    """Return the tensor on the host, contiguous, and alone in memory that no other entry uses, as the format demands.
+
+    A tensor that is so already is not copied. written: addresses of the memory that entries have so far.
+    """
+    host = tensor.detach().cpu().contiguous()
+    storage = host.untyped_storage()
+    if storage.nbytes() != host.nbytes or storage.data_ptr() in written:
+        host = host.clone()
+    written.add(host.untyped_storage().data_ptr())
+    return host

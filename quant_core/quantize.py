@@ -1,9 +1,10 @@
 """Quantize a model: the whole session on one screen.
 
-    smooth the outliers → quantize the weights → observe the activations by replaying the records → store
+    smooth the outliers → quantize the weights → observe the activations by replaying the records → store → deploy
 
 Smoothing comes first, because it changes what the weights and the activations are; weights come before activations,
-because each layer's input is observed as it is behind the quantized layers in front of it (spec: observing).
+because each layer's input is observed as it is behind the quantized layers in front of it (spec: observing). What is
+left in the caller's hands computes as the hardware will.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from quant_core.attention.session import attention_observers, reduce_attentions
 from quant_core.attention.watch import watch_attentions
 from quant_core.checkpoint import (
     FA_QUANT_TYPE_KEY,
+    TIMESTEP_SEP_KEY,
     CheckpointFiles,
     Entry,
     description_file_name,
@@ -27,6 +29,7 @@ from quant_core.checkpoint import (
     weight_file_name,
     write_checkpoint,
 )
+from quant_core.deployed import deploy
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.linear import QuantizedLayer, quantize_linear
 from quant_core.naming import linear_names, select
@@ -37,6 +40,7 @@ from quant_core.records import Record, as_records
 from quant_core.replay import Progress, replay, silent
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
+from quant_core.session_checks import check_float, first_static_step
 from quant_core.session_config import SaveProcessorConfig, SessionConfig
 from quant_core.smoothing.smooth import Smoothing, smooth
 from quant_core.structure import ModelStructure, find_structure
@@ -65,7 +69,7 @@ def quant_model(
     parallel: Parallel | None = None,
     progress: Progress = silent,
 ) -> QuantizedModel:
-    """Quantize the model in place as configured, and save it if the configuration says where.
+    """Quantize the model in place as configured, save it if the configuration says where, and leave it deployed.
 
     structure: found by the model's class when left out. parallel: this rank's place, when the model is a shard.
     Raises ConfigurationError for patterns that match nothing and InputError for calibration data that does not cover
@@ -73,22 +77,28 @@ def quant_model(
     """
     parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.quant_type]
     _check_numerics(numerics, parallel)
+    check_float(model)
     _place(model, config)
     records = _ordered(as_records(config.calib_data), scheme, numerics)
     attentions = attention_observers(model, structure or find_structure(model), numerics) if config.fa3 else {}
+    observes = scheme.observes_input or bool(attentions)
+    if observes:
+        _check_records(records, scheme, parallel.dp_group)
+    steps = _timesteps(scheme, records, parallel)
+    timestep_sep = first_static_step(config.scheme, len(steps))
     smoothing = _smooth(model, config, records, structure, numerics, parallel, progress)
     layers = _quantize_weights(model, config, scheme, numerics, parallel, smoothing)
-    if scheme.observes_input or attentions:
-        _check_records(records, scheme, parallel.dp_group)
+    if observes:
         with watch_attentions(model, attentions):
             replay(model, records, stage="observe", progress=progress)
-    steps = _reduce_ranges(layers, scheme, records, parallel)
+    _reduce_ranges(layers, scheme, steps, parallel)
     reduce_attentions(attentions, parallel.dp_group)
     for layer in layers.values():
         layer.tensors = scheme.layer_tensors(layer, steps, numerics)
-    files = _save(model, config, scheme, numerics, attentions)
+    files = _save(model, config, scheme, numerics, attentions, timestep_sep)
+    deploy(model, scheme.quant_type, timestep_sep=timestep_sep)
     timesteps = len(steps) if scheme.per_step else None
-    return QuantizedModel(scheme.quant_type, layers, files, timesteps, _timestep_sep(config, timesteps))
+    return QuantizedModel(scheme.quant_type, layers, files, timesteps, timestep_sep)
 
 
 def target_layers(model: nn.Module, disable_names: Sequence[str]) -> list[str]:
@@ -101,14 +111,6 @@ def target_layers(model: nn.Module, disable_names: Sequence[str]) -> list[str]:
     kept_float = set(select(names, disable_names, where=f"disable_names, model {type(model).__name__}"))
     kept_float.add(names[-1])
     return [name for name in names if name not in kept_float]
-
-
-def _timestep_sep(config: SessionConfig, timesteps: int | None) -> int | None:
-    """Return the boundary between dynamic and static steps; half the steps unless the configuration says."""
-    if timesteps is None:
-        return None
-    chosen = getattr(config.scheme, "timestep_sep", None)
-    return timesteps // 2 if chosen is None else chosen
 
 
 def _place(model: nn.Module, config: SessionConfig) -> None:
@@ -218,19 +220,23 @@ def _check_records(records: Sequence[Record], scheme: Scheme, group: Group | Non
         )
 
 
+def _timesteps(scheme: Scheme, records: Sequence[Record], parallel: Parallel) -> list[int | None]:
+    """Return the denoising steps that any rank has records of, from 0 on without a gap; [None] for one range."""
+    if not scheme.per_step:
+        return [None]
+    last = max((record.step for record in records if record.step is not None), default=-1)
+    return list(range(int(reduce_over(parallel.dp_group, "max", torch.tensor(last))) + 1))
+
+
 def _reduce_ranges(
-    layers: dict[str, QuantizedLayer], scheme: Scheme, records: Sequence[Record], parallel: Parallel
-) -> list[int | None]:
-    """Combine what the ranks observed, check that nothing is missing, and return the steps (or [None]).
+    layers: dict[str, QuantizedLayer], scheme: Scheme, steps: Sequence[int | None], parallel: Parallel
+) -> None:
+    """Combine what the ranks observed, and check that nothing is missing.
 
     All ranks come through with the same outcome: an absent statistic is a neutral one until all are combined.
     """
     if not scheme.observes_input:
-        return [None]
-    steps: list[int | None] = [None]
-    if scheme.per_step:
-        last = max((record.step for record in records if record.step is not None), default=-1)
-        steps = list(range(int(reduce_over(parallel.dp_group, "max", torch.tensor(last))) + 1))
+        return
     observed = [(layer, layer.observer) for layer in layers.values() if layer.observer is not None]
     calls = torch.tensor([[observer.calls[step] for step in steps] for _, observer in observed])
     calls = reduce_over(parallel.dp_group, "sum", calls)
@@ -240,7 +246,6 @@ def _reduce_ranges(
     reduce_many(parallel.dp_group, (part for _, observer in observed for s in steps for part in observer.state(s)))
     shared = [observer for layer, observer in observed if parallel.scale_group(layer.name) is not None]
     reduce_many(parallel.tp_group, (part for observer in shared for s in steps for part in observer.state(s)))
-    return steps
 
 
 def _never_ran(layer: str, step: int | None, count: int) -> InputError:
@@ -258,6 +263,7 @@ def _save(
     scheme: Scheme,
     numerics: Numerics,
     attentions: Mapping[str, AttentionObserver],
+    timestep_sep: int | None,
 ) -> CheckpointFiles | None:
     if config.save is None:
         return None
@@ -268,7 +274,8 @@ def _save(
         checkpoint_files(config.save, scheme.quant_type),
         scheme.quant_type,
         header={FA_QUANT_TYPE_KEY: FA_QUANT} if attentions else {},
-        metadata=config.save.metadata,
+        metadata=({} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}) | config.save.metadata,
+        part_file_size=config.save.part_file_size,
     )
 
 

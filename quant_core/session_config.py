@@ -133,7 +133,11 @@ class FA3ProcessorConfig(ProcessorConfig):
 
 
 class SaveProcessorConfig(ProcessorConfig):
-    """Write the checkpoint: safetensors and description in `output_path`."""
+    """Write the checkpoint: safetensors and description in `output_path`.
+
+    `part_file_size`: split the tensors into files of at most so many GB (10**9 bytes) with an index; one file when
+    left out, the only form that MindIE-SD reads.
+    """
 
     key: ClassVar[str] = "save"
     kind: ClassVar[str] = "save"
@@ -141,7 +145,7 @@ class SaveProcessorConfig(ProcessorConfig):
     safetensors_name: str | None = None
     json_name: str | None = None
     save_type: list[Literal["safe_tensor"]] = Field(default_factory=lambda: ["safe_tensor"], min_length=1)
-    part_file_size: None = None
+    part_file_size: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     metadata: dict[str, str] = Field(default_factory=dict)
 
 

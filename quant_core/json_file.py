@@ -1,0 +1,44 @@
+"""Read a JSON file that somebody else may have written, cut short or damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quant_core.errors import InputError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, keys in their order.
+
+    Raises InputError when it is missing, unreadable, cut short, no object, or has a key twice (JSON would silently
+    keep the last).
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), advice="check the folder's name, or quantize first") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, str(error)) from None
+    if not isinstance(found, dict):
+        raise _unreadable(path, f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key '{key}' is there twice")
+        found[key] = value
+    return found
+
+
+def _unreadable(path: Path, why: str) -> InputError:
+    return InputError(
+        "the file cannot be read as a JSON object",
+        where=str(path),
+        why=why,
+        advice="it is truncated or of another kind: quantize again, or copy it again",
+    )

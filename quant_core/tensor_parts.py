@@ -1,0 +1,215 @@
+"""Tensors on the disk: one safetensors file, or parts of bounded size with an index.
+
+Parts have the usual form of the Hugging Face hub, `<stem>-00001-of-00003.safetensors` beside
+`<stem>.safetensors.index.json`, whose `weight_map` says for each tensor in which part it is. Tensors fill the parts
+in their order; one that is larger than a part gets a part for itself.
+
+Writing replaces whatever form was there before, so that no reader finds the old tensors under the new description:
+first the old index goes, then the files are published, then what the new form does not use is removed.
+
+Reading opens the headers only; a tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quant_core.atomic_file import write_atomically, write_text_atomically
+from quant_core.errors import InputError, VerificationError
+from quant_core.json_file import read_object
+
+GB = 10**9
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorInfo(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def index_path(path: Path) -> Path:
+    """Return where the index lies of parts that stand for the file `path`."""
+    return path.with_name(f"{path.name}.index.json")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], part_bytes: float | None = None
+) -> Path:
+    """Publish the tensors as the file `path`, or as parts of at most `part_bytes` when they do not fit in one.
+
+    The tensors are on the host, contiguous, and share no memory. Returns the file's path, or the index's; warns when
+    there are parts.
+    """
+    parts = split(tensors, part_bytes)
+    index_path(path).unlink(missing_ok=True)
+    files = [path] if len(parts) == 1 else _part_paths(path, len(parts))
+    for file, names in zip(files, parts):
+        _write_one(file, {name: tensors[name] for name in names}, metadata)
+    if len(parts) > 1:
+        _write_index(path, files, parts, tensors)
+    for stale in _other_forms(path, files):
+        stale.unlink(missing_ok=True)
+    return path if len(parts) == 1 else index_path(path)
+
+
+def split(tensors: Mapping[str, Tensor], part_bytes: float | None) -> list[list[str]]:
+    """Return the names of the tensors of each part, in order; one part at least, none larger than need be."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if part_bytes is not None and parts[-1] and filled + tensor.nbytes > part_bytes:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += tensor.nbytes
+    return parts
+
+
+class TensorFiles:
+    """Read tensors from one safetensors file or from the parts of an index, each when it is asked for.
+
+    Raises InputError when a file is missing or damaged, and VerificationError when parts and index disagree.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parts = _named_parts(path) if path.name.endswith(".index.json") else {path: None}
+        self._open = {file: _opened(file) for file in self._parts}
+        self._home = self._one_home()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Return the strings in the header, which are the same in all parts."""
+        found = [dict(file.metadata() or {}) for file in self._open.values()]
+        if any(other != found[0] for other in found):
+            raise _mixed(self.path, "the headers of its parts differ")
+        return found[0]
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """Return dtype and shape of every tensor, reading headers only."""
+        return {name: self._info(name) for name in self._home}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, on the host, owning its memory: a mapped one would change when the file does."""
+        file = self._home[name]
+        try:
+            return self._open[file].get_tensor(name).clone()
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise _damaged(file, f"tensor {name}: {error}") from None
+
+    def _info(self, name: str) -> TensorInfo:
+        view = self._open[self._home[name]].get_slice(name)
+        if view.get_dtype() not in _DTYPES:
+            raise VerificationError(
+                f"the tensor '{name}' has a type that nobody here writes",
+                where=str(self._home[name]),
+                why=view.get_dtype(),
+                advice="quantize again",
+            )
+        return TensorInfo(_DTYPES[view.get_dtype()], tuple(view.get_shape()))
+
+    def _one_home(self) -> dict[str, Path]:
+        """Return the file of each tensor, and check that parts and index agree to the last name."""
+        home: dict[str, Path] = {}
+        for file, promised in self._parts.items():
+            names = set(self._open[file].keys())
+            if promised is not None and names != promised:
+                raise _mixed(self.path, f"'{min(names ^ promised)}' is not where it says, in {file.name}")
+            home |= dict.fromkeys(sorted(names), file)
+        return home
+
+
+def _named_parts(path: Path) -> dict[Path, set[str] | None]:
+    """Return the part files that an index names, beside it, each with the tensors it is said to hold."""
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _mixed(path, "it has no weight_map")
+    parts: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        # An index may be a stranger's: it may name its neighbours only.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise _mixed(path, f"'{name}' lies in {file!r}, which is no safetensors file beside it")
+        promised = parts.setdefault(path.parent / file, set())
+        assert promised is not None, "made in this loop"
+        promised.add(name)
+    return parts
+
+
+def _opened(file: Path) -> Any:
+    if not file.exists():
+        raise InputError("no such file", where=str(file), advice="check the folder's name, or quantize first")
+    if not file.is_file():
+        raise InputError("not a regular file", where=str(file), advice="give the path of a .safetensors file")
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise _damaged(file, str(error)) from None
+
+
+def _write_one(file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=dict(metadata) or None))
+
+
+def _write_index(path: Path, files: list[Path], parts: list[list[str]], tensors: Mapping[str, Tensor]) -> None:
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: file.name for file, names in zip(files, parts) for name in names},
+    }
+    write_text_atomically(index_path(path), json.dumps(index, indent=2) + "\n")
+    warnings.warn(
+        f"{path.name} is split into {len(files)} parts with an index; MindIE-SD reads one file only, so it cannot "
+        "load this checkpoint (leave part_file_size out for it)",
+        stacklevel=2,
+    )
+
+
+def _part_paths(path: Path, count: int) -> list[Path]:
+    return [path.with_name(f"{path.stem}-{i:05d}-of-{count:05d}{path.suffix}") for i in range(1, count + 1)]
+
+
+def _other_forms(path: Path, files: list[Path]) -> list[Path]:
+    """Return what an earlier write under the same name left and this one does not use."""
+    part = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}" + re.escape(path.suffix))
+    return [p for p in path.parent.iterdir() if (p == path or part.fullmatch(p.name)) and p not in files]
+
+
+def _damaged(file: Path, why: str) -> InputError:
+    return InputError(
+        "the file cannot be read as safetensors",
+        where=str(file),
+        why=why,
+        advice="it is truncated or damaged: quantize again, or copy it again",
+    )
+
+
+def _mixed(index: Path, why: str) -> VerificationError:
+    return VerificationError(
+        "the index does not fit its parts",
+        where=str(index),
+        why=why,
+        advice="the parts of two writes are mixed, or one was copied badly: quantize again, or copy all again",
+    )
