@@ -1,0 +1,198 @@
+"""Merging checks every shard against every other, publishes whole or not at all, and says what does not fit.
+
+The shards are real files of a three-layer model on two ranks: `up` column-split, `down` row-split with a bias, `norm`
+replicated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launcher.command_line import MergeFiles
+from launcher.run_folder import MANIFEST, STAGING, note_file, shard_files
+from launcher.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
+from launcher.stages.merge import merge_files, publish_shards
+from quant_core.errors import InputError, VerificationError
+from quant_core.sharding import Shard, Style
+
+FULL = {"up.weight": (8, 4), "up.bias": (8,), "down.weight": (4, 8), "down.bias": (4,), "norm.weight": (4,)}
+STYLES = {"up": Style.COL, "down": Style.ROW}
+SCHEME = "w8a8_dynamic"
+
+
+def stage(folder: Path, rank: int) -> None:
+    """Write one rank's shard as the quantize stage would."""
+    (folder / STAGING).mkdir(parents=True, exist_ok=True)
+    tensors, description = {}, {"model_quant_type": "W8A8_DYNAMIC"}
+    for name, shape in FULL.items():
+        layer, _, kind = name.rpartition(".")
+        whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+        part = Shard(STYLES.get(layer, Style.REPLICATED), rank, 2).take(kind, whole)
+        if part is not None:
+            tensors[name] = part
+            description[name] = "FLOAT"
+    files = shard_files(folder / STAGING, SCHEME, f"_{rank}")
+    save_file(tensors, files.weights)
+    files.description.write_text(json.dumps(description))
+    write_note(folder, rank, equal={"norm.weight": "digest"})
+
+
+def write_note(folder: Path, rank: int, **changed: object) -> None:
+    """Note what is staged now, with some fields changed."""
+    files = shard_files(folder / STAGING, SCHEME, f"_{rank}")
+    fields = {
+        "fingerprint": "f" * 64, "fields": {}, "quant_type": "W8A8_DYNAMIC", "tp_rank": rank, "tp_size": 2, "dp_size": 1,
+        "layout": "mindie", "weights": FileDigest.of(files.weights), "description": FileDigest.of(files.description),
+        "layers": {name: LayerShard(style=style) for name, style in STYLES.items()}, "full_shapes": FULL, "equal": {},
+    }  # fmt: skip
+    note = ShardNote.model_validate({**fields, **changed})
+    note_file(folder / STAGING, SCHEME, f"_{rank}").write_text(note.model_dump_json())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for rank in (0, 1):
+        stage(tmp_path, rank)
+    return tmp_path
+
+
+def notes(folder: Path) -> list[Path]:
+    return [note_file(folder / STAGING, SCHEME, f"_{rank}") for rank in (0, 1)]
+
+
+def rewrite(folder: Path, rank: int, change: Callable[[dict], object], **note: object) -> None:
+    """Change a staged shard's tensors, description and note so that each file is whole by itself."""
+    files = shard_files(folder / STAGING, SCHEME, f"_{rank}")
+    tensors = load_file(files.weights)
+    change(tensors)
+    save_file(tensors, files.weights)
+    listed = {name: "FLOAT" for name in tensors}
+    files.description.write_text(json.dumps({"model_quant_type": "W8A8_DYNAMIC", **listed}))
+    write_note(folder, rank, **{"equal": {"norm.weight": "digest"}, **note})
+
+
+def test_whole_shards_are_published_with_the_manifest_last(folder):
+    manifest = publish_shards(folder, notes(folder))
+    assert [file.name for file in manifest.files] == [
+        f"quant_model_{kind}_w8a8_dynamic_{rank}.{ending}"
+        for rank in (0, 1)
+        for kind, ending in (("weight", "safetensors"), ("description", "json"))
+    ]
+    assert manifest.files_are_there(folder)
+    assert (folder / MANIFEST).is_file()
+    assert not (folder / STAGING).exists()
+
+
+def test_the_merge_command_publishes_what_a_run_left_staged(folder, capsys):
+    merge_files(MergeFiles(folder=folder))
+    assert "4 files and quant_manifest.json" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no staged shards"):
+        merge_files(MergeFiles(folder=folder))
+
+
+def test_an_interrupted_publication_is_finished_by_the_next(folder):
+    """The first file has its final name, the rest does not, and there is no manifest: as after a power cut."""
+    files = shard_files(folder / STAGING, SCHEME, "_0")
+    files.weights.rename(folder / files.weights.name)
+    assert publish_shards(folder, notes(folder)).files_are_there(folder)
+
+
+WRONG = {
+    "a shard of another job": (lambda f: write_note(f, 1, fingerprint="0" * 64), "fingerprint differs"),
+    "another layout": (lambda f: write_note(f, 1, layout="megatron"), "layout differs"),
+    "ranks swapped": (lambda f: write_note(f, 1, tp_rank=0), "shards are of ranks"),
+    "a replicated tensor differs": (
+        lambda f: write_note(f, 1, equal={"norm.weight": "other"}),
+        "'norm.weight' must be the same",
+    ),
+    "a slice too wide": (
+        lambda f: rewrite(f, 1, lambda t: t.update({"up.weight": torch.zeros(5, 4)})),
+        "'up.weight' is (5, 4), its slice of (8, 4) is (4, 4)",
+    ),
+    "a row bias on the second rank": (
+        lambda f: rewrite(f, 1, lambda t: t.update({"down.bias": torch.zeros(4)})),
+        "'down.bias' must live on rank 0 only",
+    ),
+    "a row bias on no rank": (lambda f: rewrite(f, 0, lambda t: t.pop("down.bias")), "rank 0: 'down.bias' is missing"),
+    "a tensor lost": (lambda f: rewrite(f, 1, lambda t: t.pop("norm.weight")), "rank 1: 'norm.weight' is missing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_shards_that_do_not_fit_are_refused_and_nothing_is_published(folder, name):
+    break_it, told = WRONG[name]
+    break_it(folder)
+    with pytest.raises(VerificationError) as raised:
+        publish_shards(folder, notes(folder))
+    assert told in raised.value.why
+    assert not list(folder.glob("*.safetensors"))
+    assert not (folder / MANIFEST).exists()
+
+
+def test_a_description_that_lists_other_tensors_is_refused(folder):
+    files = shard_files(folder / STAGING, SCHEME, "_1")
+    description = json.loads(files.description.read_text())
+    files.description.write_text(json.dumps({**description, "ghost.weight": "FLOAT"}))
+    write_note(folder, 1, equal={"norm.weight": "digest"})
+    with pytest.raises(VerificationError, match="do not fit together"):
+        publish_shards(folder, notes(folder))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no note", "broken note"])
+def test_damaged_or_unfinished_shards_are_refused_before_anything_is_touched(folder, damage):
+    weights = shard_files(folder / STAGING, SCHEME, "_1").weights
+    content = bytearray(weights.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "truncate":
+        weights.write_bytes(content[:-8])
+    elif damage == "remove":
+        weights.unlink()
+    elif damage == "no note":
+        notes(folder)[1].unlink()
+    else:
+        notes(folder)[1].write_text("{")
+    with pytest.raises(InputError):
+        publish_shards(folder, notes(folder))
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_an_old_manifest_goes_before_the_first_file_is_replaced(folder, monkeypatch):
+    publish_shards(folder, notes(folder))
+    for rank in (0, 1):
+        stage(folder, rank)
+
+    def power_cut(*_: object) -> None:
+        raise OSError("power cut")
+
+    monkeypatch.setattr("launcher.stages.merge.os.replace", power_cut)
+    with pytest.raises(OSError, match="power cut"):
+        publish_shards(folder, notes(folder))
+    assert not (folder / MANIFEST).exists()
+
+
+def test_two_schemes_staged_in_one_folder_must_be_told_apart(folder):
+    for path in (folder / STAGING).glob(f"*{SCHEME}*"):
+        shutil.copy(path, path.with_name(path.name.replace(SCHEME, "w8a8")))
+    for path in (folder / STAGING).glob("quant_shard_note_w8a8_[01].json"):
+        note = read_note(path)
+        assert note is not None
+        path.write_text(note.model_copy(update={"quant_type": "W8A8"}).model_dump_json())
+    with pytest.raises(InputError, match="shards of w8a8 and w8a8_dynamic"):
+        merge_files(MergeFiles(folder=folder))
+
+
+def test_a_layer_called_linear_is_not_taken_for_a_smoothed_one():
+    shapes = {"norm1.linear.weight": 0, "to_q.weight": 0}
+    assert layer_of("norm1.linear.weight", shapes) == ("norm1.linear", "weight")
+    assert layer_of("norm1.linear.weight_scale", shapes) == ("norm1.linear", "weight_scale")
+    assert layer_of("to_q.linear.weight_scale", shapes) == ("to_q", "weight_scale")
+    assert layer_of("to_q.div.mul_scale", shapes) == ("to_q", "mul_scale")
