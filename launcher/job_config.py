@@ -25,6 +25,7 @@ from launcher.job_rules import RULES
 from model_adapters import load_options
 from model_adapters.options import PipelineOptions
 from quant_core.errors import ConfigurationError
+from quant_core.session_config import ActMethod
 
 QuantType = Literal["w8a8", "w8a8_timestep", "w8a8_dynamic", "w8a8_dynamic_fa3"]
 # The unit interval: the exponents of the smoothing formulas.
@@ -55,7 +56,7 @@ class Quantization(Section):
     anti_fused: bool = Field(
         default=False, description="fold smoothing into the layers in front, so that nothing is multiplied at run time"
     )
-    act_method: Literal["minmax"] = Field(default="minmax", description="estimator of static activation ranges")
+    act_method: ActMethod = Field(default="minmax", description="estimator of static activation ranges")
     numerics: Literal["float32", "reference"] = Field(
         default="float32", description="arithmetic: the better one, or bit-equal to the reference tool"
     )
@@ -99,6 +100,9 @@ class Output(Section):
     do_save_img: bool = Field(default=False, description="save images: of the float model, and with --do_quant of both")
     quant_weight_save_folder: Path | None = Field(default=None, description="folder of the quantized weights")
     quant_dump_calib_folder: Path | None = Field(default=None, description="folder of the calibration data")
+    calibrate: Literal["always", "needed"] = Field(
+        default="always", description="dump calibration data always, or only if the scheme reads activations"
+    )
     resume: Literal["auto", "never"] = Field(
         default="auto", description="reuse what an earlier run of the same job finished"
     )

@@ -9,10 +9,10 @@ from launcher.job_config import JobConfig
 from launcher.process_group import Ranks
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
-from model_adapters.loading import LoadedTransformer, load_pipeline, load_transformer
+from model_adapters.loading import LoadedTransformer, load_part, load_pipeline
 from model_adapters.model_folder import pipeline_folder, weight_files
 from model_adapters.options import DeviceType
-from model_adapters.transformer_part import build_empty
+from model_adapters.transformer_part import TransformerPart, build_empty, describe_transformer
 from quant_core.quantize import target_layers
 
 
@@ -54,18 +54,21 @@ class ModelSession:
     def transformer(self) -> LoadedTransformer:
         """Return this rank's part of the transformer, reading it from disk the first time."""
         if self._transformer is None:
-            mesh, options = self.ranks.mesh, self.config.pipeline
-            self._transformer = load_transformer(
-                self.adapter,
-                options.path,
-                tp_rank=mesh.tp_rank,
-                tp_size=mesh.tp_size,
-                tp_group=self.ranks.tp_device_group,
-                layout=self.config.ranks.layout,
-                dtype=self.adapter.dtype(options),
-                device="cpu" if self.device_type.cpu_offload else self.ranks.device,
-            )
+            self._transformer = load_part(self.describe(), "cpu" if self.device_type.cpu_offload else self.ranks.device)
         return self._transformer
+
+    def describe(self) -> TransformerPart:
+        """Describe this rank's part of the transformer anew: who reads or quantizes a description uses it up."""
+        mesh, options = self.ranks.mesh, self.config.pipeline
+        return describe_transformer(
+            self.adapter,
+            options.path,
+            tp_rank=mesh.tp_rank,
+            tp_size=mesh.tp_size,
+            tp_group=self.ranks.tp_device_group,
+            layout=self.config.ranks.layout,
+            dtype=self.adapter.dtype(options),
+        )
 
     @property
     def pipeline(self) -> Any:
@@ -87,3 +90,8 @@ class ModelSession:
         if self._pipeline is not None:
             self._pipeline.remove_all_hooks()
             self._pipeline = None
+
+    def drop(self) -> None:
+        """Free the whole model."""
+        self.drop_pipeline()
+        self._transformer = None

@@ -19,7 +19,8 @@ from launcher.run_folder import RunFolder
 from launcher.stages.calibrate import calibrate
 from launcher.stages.images import check_save_path, make_float_images
 from launcher.stages.merge import merge
-from launcher.stages.quantize import quantize
+from launcher.stages.quant_images import make_quant_images
+from launcher.stages.quantize import quantize, reads_dump
 from launcher.together import gather_objects, run_together
 from model_adapters.prompts import Batch, even_share, read_batches
 from quant_core.atomic_file import make_folder, sweep
@@ -45,10 +46,11 @@ def run(config: JobConfig) -> None:
 def _quantize(job: QuantJob) -> None:
     if run_together(job.ranks, "looking at the output folder", lambda: _is_published(job)):
         job.console.say(f"published already: {job.folder.manifest}")
-        return
-    dump = calibrate(job)
-    quantize(job, dump)
-    merge(job)
+    else:
+        dump = calibrate(job, is_read=reads_dump(job))
+        quantize(job, dump)
+        merge(job)
+    make_quant_images(job)
 
 
 def _prepare(config: JobConfig, ranks: Ranks, console: Console) -> Job:

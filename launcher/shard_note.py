@@ -20,6 +20,8 @@ from torch import Tensor
 from launcher.fingerprint import digest_of_file
 from launcher.job import QuantJob
 from launcher.run_folder import STAGING
+from model_adapters.loading import LoadedTransformer
+from model_adapters.transformer_part import TransformerPart
 from quant_core.atomic_file import write_text_atomically
 from quant_core.checkpoint import CheckpointFiles
 from quant_core.errors import InputError
@@ -97,9 +99,9 @@ class ShardNote(_Frozen):
         )
 
 
-def write_note(job: QuantJob, result: QuantizedModel) -> None:
-    """Describe the shard that this rank just staged, and publish the note beside it."""
-    files, loaded, mesh = job.folder.staged(), job.model.transformer, job.ranks.mesh
+def write_note(job: QuantJob, result: QuantizedModel, part: TransformerPart | LoadedTransformer) -> None:
+    """Describe the shard of a rank's part that was just staged, and publish the note beside it."""
+    files, mesh = job.folder.staged(), job.ranks.mesh
     scales_are_global = job.config.quantization.scale_sync == "global"
     note = ShardNote(
         fingerprint=job.quantization.digest,
@@ -111,9 +113,9 @@ def write_note(job: QuantJob, result: QuantizedModel) -> None:
         layout=job.model.adapter.shard_plan(job.config.ranks.layout).name,
         weights=FileDigest.of(files.weights),
         description=FileDigest.of(files.description),
-        layers={name: LayerShard(style=s.style, blocks=s.blocks) for name, s in loaded.shards.items()},
-        full_shapes=loaded.full_shapes,
-        equal=dict(_equal_tensors(files.weights, loaded.shards, loaded.full_shapes, scales_are_global)),
+        layers={name: LayerShard(style=s.style, blocks=s.blocks) for name, s in part.shards.items()},
+        full_shapes=part.full_shapes,
+        equal=dict(_equal_tensors(files.weights, part.shards, part.full_shapes, scales_are_global)),
         timesteps=result.timesteps,
         timestep_sep=result.timestep_sep,
     )
@@ -153,12 +155,15 @@ def _equal_tensors(
     weights: Path, shards: Mapping[str, Shard], full_shapes: Mapping[str, object], scales_are_global: bool
 ) -> Iterator[tuple[str, str]]:
     with safe_open(weights, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            layer, tensor = layer_of(name, full_shapes)
-            if f"{layer}.weight" not in full_shapes and name not in full_shapes:
-                continue  # no part of the float model: attention scales, which are per local head
-            shard = shards.get(layer)
-            if shard is None or _is_equal(shard, tensor, file.get_slice(name).get_shape(), scales_are_global):
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name, shape in shapes.items():
+        layer, tensor = layer_of(name, full_shapes)
+        if f"{layer}.weight" not in full_shapes and name not in full_shapes:
+            continue  # no part of the float model: attention scales, which are per local head
+        shard = shards.get(layer)
+        if shard is None or _is_equal(shard, tensor, shape, scales_are_global):
+            # Opened anew for each tensor: an open file keeps in memory whatever was read of it.
+            with safe_open(weights, "pt") as file:
                 yield name, _digest(file.get_tensor(name))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.job import QuantJob
-from launcher.stages.images import list_images, run_pipeline
+from launcher.stages.images import have_images, list_images, run_pipeline
 from launcher.together import all_agree, run_together
 from quant_core.capture import DumperManager
 from quant_core.errors import InputError
@@ -18,14 +18,19 @@ from quant_core.records import load_dump
 FLOAT_IMAGES = "calib_fp"
 
 
-def calibrate(job: QuantJob) -> Path:
-    """Return this rank's dump: a finished one of the same job, or a new one."""
+def calibrate(job: QuantJob, *, is_read: bool) -> Path | None:
+    """Return this rank's dump: a finished one of the same job, or a new one.
+
+    None if nothing would read it (`is_read`) and the job says to dump only what is needed.
+    """
+    if not is_read and job.config.output.calibrate == "needed":
+        return _skip(job)
     path = job.folder.dump()
     mine = run_together(job.ranks, "looking at the calibration data", lambda: _is_reusable(job, path))
     wants_images = job.config.output.do_save_img
     if all_agree(job.ranks, mine, what="whether to calibrate"):
         job.console.say(f"calibrate: reusing {path}")
-        if wants_images and not _images_exist(job):
+        if wants_images and not have_images(job, _float_folder(job)):
             list_images(job, run_pipeline(job, "float images", folder=_float_folder(job)))
         return path
     dumper = DumperManager(
@@ -39,6 +44,14 @@ def calibrate(job: QuantJob) -> Path:
         list_images(job, made)
     job.console.say(f"calibrate: {len(dumper.records)} records in {path}")
     return path
+
+
+def _skip(job: QuantJob) -> None:
+    """Dump nothing; images that are wanted are made all the same."""
+    quant_type = job.config.quantization.quant_type
+    job.console.say(f"calibrate: skipped, {quant_type} reads no activations (--calibrate always dumps them anyway)")
+    if job.config.output.do_save_img and not have_images(job, _float_folder(job)):
+        list_images(job, run_pipeline(job, "float images", folder=_float_folder(job)))
 
 
 def _header(job: QuantJob) -> dict[str, object]:
@@ -73,9 +86,3 @@ def _is_reusable(job: QuantJob, path: Path) -> bool:
 
 def _float_folder(job: QuantJob) -> Path:
     return job.config.output.save_path / FLOAT_IMAGES
-
-
-def _images_exist(job: QuantJob) -> bool:
-    """Tell, on all ranks alike, whether every float image is there already."""
-    files = [_float_folder(job) / f"{request.file_stem}.png" for batch in job.batches for request in batch]
-    return all_agree(job.ranks, all(file.is_file() for file in files), what="whether to make images")

@@ -6,7 +6,7 @@ over them, and the first writes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from launcher.job import QuantJob
 from launcher.job_config import Quantization
 from launcher.shard_note import read_note, write_note
 from launcher.together import all_agree, run_together
+from model_adapters.loading import LoadedTransformer
 from model_adapters.tensor_parallel import assert_collectives
+from model_adapters.transformer_part import TransformerPart
 from quant_core.parallel import Parallel
-from quant_core.quantize import quant_model
+from quant_core.quantize import QuantizedModel, quant_model
 from quant_core.records import load_dump
 from quant_core.session_config import (
     FA3ProcessorConfig,
@@ -32,6 +34,8 @@ from quant_core.session_config import (
     W8A8QuantConfig,
     W8A8TimeStepProcessorConfig,
 )
+from quant_core.sharding import Shard
+from quant_core.streaming import quantize_streaming, reads_activations
 
 # What a quantization type of the command line means as processors: the scheme, and whether attention is quantized.
 _SCHEMES: dict[str, Callable[[Quantization, dict[str, Any]], list[ProcessorConfig]]] = {
@@ -50,12 +54,27 @@ _SMOOTHING: dict[str | None, Callable[[Quantization, dict[str, Any]], list[Proce
 }
 
 
-def quantize(job: QuantJob, dump: Path) -> None:
-    """Stage this rank's shard, or leave a finished one of the same job where it is."""
+def quantize(job: QuantJob, dump: Path | None) -> None:
+    """Stage this rank's shard, or leave a finished one of the same job where it is.
+
+    dump: this rank's calibration data; a scheme that reads none needs neither it nor the model in memory.
+    """
     mine = run_together(job.ranks, "looking at the shards", lambda: _is_staged(job))
     if all_agree(job.ranks, mine, what="whether to quantize"):
         job.console.say(f"quantize: reusing {job.folder.staged().weights}")
         return
+    result, part = _in_memory(job, dump) if dump is not None and reads_dump(job) else _from_disk(job)
+    run_together(job.ranks, "noting what was staged", lambda: write_note(job, result, part) if _writes(job) else None)
+    job.console.say(f"quantize: {len(result.layers)} layers as {result.quant_type}")
+
+
+def reads_dump(job: QuantJob) -> bool:
+    """Tell whether the result of this job depends on activations."""
+    return reads_activations(session_config(job, []))
+
+
+def _in_memory(job: QuantJob, dump: Path) -> tuple[QuantizedModel, LoadedTransformer]:
+    """Quantize this rank's part of the model by replaying the calibration data."""
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
     records = run_together(job.ranks, "reading the calibration data", lambda: load_dump(dump)["records"])
     job.model.drop_pipeline()
@@ -63,12 +82,26 @@ def quantize(job: QuantJob, dump: Path) -> None:
         loaded.model,
         session_config(job, records),
         structure=job.model.adapter.structure,
-        parallel=_parallel(job),
+        parallel=_parallel(job, loaded.shards),
         progress=job.console.progress,
     )
     assert_collectives(loaded.model)
-    run_together(job.ranks, "noting what was staged", lambda: write_note(job, result) if _writes(job) else None)
-    job.console.say(f"quantize: {len(result.layers)} layers as {result.quant_type}")
+    return result, loaded
+
+
+def _from_disk(job: QuantJob) -> tuple[QuantizedModel, TransformerPart]:
+    """Quantize this rank's part of the model layer by layer, without holding it."""
+    job.model.drop()
+    part = run_together(job.ranks, "looking at the model", job.model.describe)
+    result = quantize_streaming(
+        part.model,
+        part.read,
+        session_config(job, []),
+        parallel=_parallel(job, part.shards),
+        device=job.ranks.device,
+        progress=job.console.progress,
+    )
+    return result, part
 
 
 def session_config(job: QuantJob, records: list[Any]) -> SessionConfig:
@@ -116,10 +149,10 @@ def _is_staged(job: QuantJob) -> bool:
     return note is not None and note.fingerprint == job.quantization.digest and note.is_whole(job.folder.weights)
 
 
-def _parallel(job: QuantJob) -> Parallel:
+def _parallel(job: QuantJob, shards: Mapping[str, Shard]) -> Parallel:
     mesh = job.ranks.mesh
     return Parallel(
-        shards=job.model.transformer.shards,
+        shards=shards,
         tp_group=job.ranks.tp_control if mesh.tp_size > 1 else None,
         dp_group=job.ranks.dp_control if mesh.dp_size > 1 else None,
         scale_sync=job.config.quantization.scale_sync,

@@ -51,10 +51,10 @@ class Written:
     description: list[tuple[str, str]]
 
     @classmethod
-    def read(cls, folder: Path, scheme: str) -> Written:
-        """Read the two files of a folder."""
-        description = json.loads((folder / f"quant_model_description_{scheme}.json").read_text())
-        return cls(load_file(folder / f"quant_model_weight_{scheme}.safetensors"), list(description.items()))
+    def read(cls, folder: Path, scheme: str, suffix: str = "") -> Written:
+        """Read the two files of a folder; suffix: what a rank's files have in front of the extension."""
+        description = json.loads((folder / f"quant_model_description_{scheme}{suffix}.json").read_text())
+        return cls(load_file(folder / f"quant_model_weight_{scheme}{suffix}.safetensors"), list(description.items()))
 
 
 @dataclass(frozen=True)
