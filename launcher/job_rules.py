@@ -89,6 +89,27 @@ def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[Configu
             )
 
 
+def estimator_is_used(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse an estimator where no range is estimated, or where it cannot be what the reference tool computes."""
+    method, scheme = job.quantization.act_method, job.quantization.quant_type
+    if method == "minmax":
+        return
+    if scheme.startswith("w8a8_dynamic"):
+        yield ConfigurationError(
+            f"--act_method {method} has no meaning for {scheme}",
+            where="--act_method, --quant_type",
+            why="its runtime measures each token; no activation range is estimated",
+            advice="drop --act_method, or use --quant_type w8a8 or w8a8_timestep",
+        )
+    elif job.quantization.numerics == "reference":
+        yield ConfigurationError(
+            f"--act_method {method} is no estimator of --numerics reference",
+            where="--act_method, --numerics",
+            why="what the reference tool computes for it is not public; only minmax can be equal to the last bit",
+            advice="--numerics float32, or --act_method minmax",
+        )
+
+
 def device_id_counts_cards(job: JobConfig) -> Iterator[ConfigurationError]:
     """Refuse to pick one of several processors: there is only `cpu`."""
     if job.ranks.device == "cpu" and job.ranks.device_id:
@@ -105,5 +126,6 @@ RULES: tuple[Rule, ...] = (
     quantizing_has_its_folders,
     timestep_sep_is_a_step_of_a_timestep_scheme,
     smoothing_options_belong_to_their_method,
+    estimator_is_used,
     device_id_counts_cards,
 )

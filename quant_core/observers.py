@@ -1,90 +1,18 @@
-"""Estimate the range of a static activation from the calls that calibration makes.
-
-An estimator sees every call of one layer (in one timestep, if ranges are per step) and answers with a range. What it
-has gathered is a few tensors, and it *declares* how each of them combines over ranks, so that data-parallel ranks
-that saw other prompts and tensor-parallel ranks that saw other channels end with the same range as one rank would.
-"""
+"""Watch the input of a layer while the calibration records are replayed."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
 
+from quant_core.estimators.estimator import RangeEstimator, Reduction
 from quant_core.numerics import Numerics
 from quant_core.timestep import TimestepManager
 
-Reduction = Literal["min", "max", "sum"]
 SyncRange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class RangeEstimator(Protocol):
-    """Gather calls and answer with the range to quantize in.
-
-    `reductions` names the state tensors (attributes) and how ranks combine them; a fresh estimator is the neutral
-    element of that combination, and the order of calls and ranks does not matter.
-    """
-
-    reductions: ClassVar[Mapping[str, Reduction]]
-
-    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        """Take in one call: its input x of any shape, and the extremes (scalars) of that call."""
-        ...
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Return the estimated low and high end, scalars."""
-        ...
-
-
-class Extremes:
-    """`minmax`: the true minimum and maximum over all calls."""
-
-    reductions: ClassVar[Mapping[str, Reduction]] = {"low": "min", "high": "max"}
-
-    def __init__(self) -> None:
-        self.low = torch.tensor(float("inf"))
-        self.high = torch.tensor(float("-inf"))
-
-    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        """Widen the range to contain this call's."""
-        self.low = torch.minimum(self.low.to(low), low)
-        self.high = torch.maximum(self.high.to(high), high)
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Return the extremes."""
-        return self.low, self.high
-
-
-class MeanExtremes:
-    """`minmax` of the reference tool: the mean over calls of each call's minimum and maximum, in the model's dtype.
-
-    It is a running mean over one sequence, so it declares no reduction: it exists to be compared with, in one process.
-    """
-
-    reductions: ClassVar[Mapping[str, Reduction]] = {}
-
-    def __init__(self) -> None:
-        self.lows: list[Tensor] = []
-        self.highs: list[Tensor] = []
-
-    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        """Append this call's extremes."""
-        self.lows.append(low)
-        self.highs.append(high)
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Return the means."""
-        return torch.stack(self.lows).mean(), torch.stack(self.highs).mean()
-
-
-ESTIMATORS: Mapping[str, Mapping[str, Callable[[], RangeEstimator]]] = {
-    "float32": {"minmax": Extremes},
-    "reference": {"minmax": MeanExtremes},
-}
 
 
 class InputObserver:

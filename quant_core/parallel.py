@@ -6,7 +6,8 @@ tensors (gloo); the statistics that travel are small, and one kind of group serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,11 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quant_core.observers import Reduction
+from quant_core.estimators.estimator import Reduction
 from quant_core.sharding import Shard, Style
 
 _OPS = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
 _WHOLE = Shard(Style.REPLICATED, rank=0, size=1)
+
+# The histograms of all layers and steps are hundreds of megabytes; together travel at most 64 MiB of float64.
+_TOGETHER = 2**23
+_Part = tuple[Tensor, Callable[[Tensor], None]]
 
 Group = Any  # torch.distributed.ProcessGroup, whose stub differs between torch versions
 
@@ -59,19 +64,30 @@ def reduce_over(group: Group | None, op: Reduction, tensor: Tensor) -> Tensor:
 
 
 def reduce_many(group: Group | None, parts: Iterable[tuple[Reduction, Tensor, Callable[[Tensor], None]]]) -> None:
-    """Reduce many small tensors with one collective for each operation.
+    """Reduce many small tensors with few collectives.
 
     Each part is an operation, a tensor and where to hand the result. All ranks of the group must give the same parts
     in the same order.
     """
     if group is None:
         return
-    by_op: dict[Reduction, list[tuple[Tensor, Callable[[Tensor], None]]]] = {}
+    waiting: dict[Reduction, list[_Part]] = {}
+    sizes: Counter[Reduction] = Counter()
     for op, tensor, put in parts:
-        by_op.setdefault(op, []).append((tensor, put))
-    for op, items in sorted(by_op.items()):
-        flat = torch.cat([tensor.detach().reshape(-1).to("cpu", torch.float64) for tensor, _ in items])
-        dist.all_reduce(flat, op=_OPS[op], group=group)
-        pieces = flat.split([tensor.numel() for tensor, _ in items])
-        for (tensor, put), piece in zip(items, pieces):
-            put(piece.reshape(tensor.shape).to(tensor))
+        if sizes[op] + tensor.numel() > _TOGETHER:
+            _reduce_together(group, op, waiting.pop(op, []))
+            sizes[op] = 0
+        waiting.setdefault(op, []).append((tensor, put))
+        sizes[op] += tensor.numel()
+    for op, items in sorted(waiting.items()):
+        _reduce_together(group, op, items)
+
+
+def _reduce_together(group: Group, op: Reduction, items: Sequence[_Part]) -> None:
+    if not items:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1).to("cpu", torch.float64) for tensor, _ in items])
+    dist.all_reduce(flat, op=_OPS[op], group=group)
+    pieces = flat.split([tensor.numel() for tensor, _ in items])
+    for (tensor, put), piece in zip(items, pieces):
+        put(piece.reshape(tensor.shape).to(tensor))

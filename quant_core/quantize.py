@@ -31,10 +31,11 @@ from quant_core.checkpoint import (
 )
 from quant_core.deployed import deploy
 from quant_core.errors import ConfigurationError, InputError
+from quant_core.estimators import ESTIMATORS
 from quant_core.linear import QuantizedLayer, quantize_linear
 from quant_core.naming import linear_names, select
 from quant_core.numerics import NUMERICS, Numerics
-from quant_core.observers import ESTIMATORS, InputObserver, SyncRange
+from quant_core.observers import InputObserver, SyncRange
 from quant_core.parallel import Group, Parallel, reduce_many, reduce_over
 from quant_core.records import Record, as_records
 from quant_core.replay import Progress, replay, silent

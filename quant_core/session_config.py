@@ -14,9 +14,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from quant_core.errors import ConfigurationError, nearest
 
-# The reference tool's numbers for the same estimators.
-_METHOD_NUMBERS = {1: "minmax", 2: "histogram", 3: "mix"}
-ActMethod = Annotated[Literal["minmax"], BeforeValidator(lambda value: _METHOD_NUMBERS.get(value, value))]
+# The numbers that this family of tools has for the same estimators, in Python and on a command line.
+_METHOD_NUMBERS = {1: "minmax", 2: "histogram", 3: "mix", "1": "minmax", "2": "histogram", "3": "mix"}
+ActMethod = Annotated[
+    Literal["minmax", "histogram", "mix", "percentile", "mse"],
+    BeforeValidator(lambda value: _METHOD_NUMBERS.get(value, value) if isinstance(value, (int, str)) else value),
+]
 Exponent = Annotated[float, Field(ge=0.0, le=1.0)]
 QuantType = Literal["W8A8", "W8A8_TIMESTEP", "W8A8_DYNAMIC"]
 
@@ -26,7 +29,7 @@ class _Config(BaseModel):
 
 
 class W8A8QuantConfig(_Config):
-    """Choose how a static scheme finds its activation ranges."""
+    """Choose how a static scheme finds its activation ranges: `act_method`, by name or 1, 2, 3 (`estimators`)."""
 
     act_method: ActMethod = "minmax"
 
@@ -183,6 +186,25 @@ class SessionConfig(_Config):
                 where="processor_cfg_map",
                 why="a runtime that quantizes attention quantizes the linear layers around it token by token",
                 advice="replace the scheme by w8a8_dynamic, or drop fa3",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_is_used(self) -> SessionConfig:
+        method = self.scheme.cfg.act_method
+        if method != "minmax" and self.numerics == "reference":
+            raise ConfigurationError(
+                f"act_method '{method}' is no estimator of numerics='reference'",
+                where="act_method, numerics",
+                why="what the reference tool computes for it is not public; only minmax can be equal to the last bit",
+                advice="numerics='float32', or act_method='minmax'",
+            )
+        if method != "minmax" and self.scheme.quant_type == "W8A8_DYNAMIC":
+            raise ConfigurationError(
+                f"act_method '{method}' has no meaning for {self.scheme.key}",
+                where="act_method",
+                why="its runtime measures each token; no activation range is estimated",
+                advice="drop act_method, or use w8a8 or w8a8_timestep",
             )
         return self
 

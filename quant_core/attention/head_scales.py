@@ -14,8 +14,8 @@ from torch import Tensor
 from quant_core.attention.window import shortest_window
 from quant_core.checkpoint import Entry
 from quant_core.errors import InputError
+from quant_core.estimators.estimator import Reduction
 from quant_core.numerics import Numerics
-from quant_core.observers import Reduction
 from quant_core.scale_arithmetic import symmetric_scale
 
 FA_QUANT = "FAQuant"
