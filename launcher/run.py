@@ -50,7 +50,8 @@ def _quantize(job: QuantJob) -> None:
         dump = calibrate(job, is_read=reads_dump(job))
         quantize(job, dump)
         merge(job)
-    make_quant_images(job)
+    if job.config.output.do_save_img:
+        make_quant_images(job)
 
 
 def _prepare(config: JobConfig, ranks: Ranks, console: Console) -> Job:

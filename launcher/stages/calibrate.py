@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.job import QuantJob
-from launcher.stages.images import have_images, list_images, run_pipeline
+from launcher.stages.images import have_images, run_pipeline
 from launcher.together import all_agree, run_together
 from quant_core.capture import DumperManager
 from quant_core.errors import InputError
@@ -30,18 +30,16 @@ def calibrate(job: QuantJob, *, is_read: bool) -> Path | None:
     wants_images = job.config.output.do_save_img
     if all_agree(job.ranks, mine, what="whether to calibrate"):
         job.console.say(f"calibrate: reusing {path}")
-        if wants_images and not have_images(job, _float_folder(job)):
-            list_images(job, run_pipeline(job, "float images", folder=_float_folder(job)))
+        if wants_images and not have_images(job, float_folder(job)):
+            run_pipeline(job, "float images", folder=float_folder(job))
         return path
     dumper = DumperManager(
         job.model.transformer.model,
         capture_mode="timestep",
         step_source=lambda: job.model.adapter.step_index(job.model.pipeline),
     )
-    made = run_pipeline(job, "calibrate", folder=_float_folder(job) if wants_images else None)
+    run_pipeline(job, "calibrate", folder=float_folder(job) if wants_images else None)
     run_together(job.ranks, "saving the calibration data", lambda: dumper.save(path, _header(job)))
-    if wants_images:
-        list_images(job, made)
     job.console.say(f"calibrate: {len(dumper.records)} records in {path}")
     return path
 
@@ -50,8 +48,8 @@ def _skip(job: QuantJob) -> None:
     """Dump nothing; images that are wanted are made all the same."""
     quant_type = job.config.quantization.quant_type
     job.console.say(f"calibrate: skipped, {quant_type} reads no activations (--calibrate always dumps them anyway)")
-    if job.config.output.do_save_img and not have_images(job, _float_folder(job)):
-        list_images(job, run_pipeline(job, "float images", folder=_float_folder(job)))
+    if job.config.output.do_save_img and not have_images(job, float_folder(job)):
+        run_pipeline(job, "float images", folder=float_folder(job))
 
 
 def _header(job: QuantJob) -> dict[str, object]:
@@ -84,5 +82,6 @@ def _is_reusable(job: QuantJob, path: Path) -> bool:
     )
 
 
-def _float_folder(job: QuantJob) -> Path:
+def float_folder(job: QuantJob) -> Path:
+    """Return where the float model's images go."""
     return job.config.output.save_path / FLOAT_IMAGES

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from launcher.job import Job
-from launcher.together import gather_objects
-from model_adapters.prompts import Batch
+from launcher.together import all_agree, gather_objects
+from model_adapters.prompts import Batch, ImageRequest
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
 from quant_core.errors import ConfigurationError
 
@@ -23,14 +25,13 @@ def run_pipeline(
     *,
     folder: Path | None = None,
     after_batch: Callable[[Batch], object] = lambda batch: None,
-) -> list[Info]:
-    """Make this rank's images; returns what became of each, with its file if `folder` says where they go.
+) -> None:
+    """Make this rank's images, and save them if `folder` says where.
 
     All ranks of a tensor-parallel group compute the same images, and the first of them saves. Without a folder the
     decoder does not run.
     """
     saves = folder is not None and job.ranks.mesh.tp_rank == 0
-    made: list[Info] = []
     for done, batch in enumerate(job.batches, start=1):
         images = job.model.adapter.generate(
             job.model.pipeline,
@@ -40,37 +41,53 @@ def run_pipeline(
             output_type="pil" if saves else "latent",
         )
         if saves and folder is not None:
-            made += _save(images, batch, folder)
+            _save(images, batch, folder)
         after_batch(batch)
         job.console.progress(stage, done, len(job.batches))
-    return made
 
 
 def make_float_images(job: Job) -> None:
-    """Make the images of the float model without quantizing, and list them in the info file."""
-    made = run_pipeline(job, "images", folder=job.config.output.save_path)
-    list_images(job, made)
+    """Make the images of the float model without quantizing."""
+    folder = job.config.output.save_path
+    run_pipeline(job, "images", folder=folder)
+    list_images(job, [folder])
 
 
-def list_images(job: Job, made: Sequence[Info]) -> None:
-    """Write which image came from which prompt, over all ranks, to the info file."""
-    everything = [info for part in gather_objects(job.ranks, list(made), what="listing images") for info in part]
+def have_images(job: Job, folder: Path) -> bool:
+    """Tell, on all ranks alike, whether every image of this job is in the folder already."""
+    files = [image_file(folder, request) for batch in job.batches for request in batch]
+    return all_agree(job.ranks, all(file.is_file() for file in files), what="whether to make images")
+
+
+def list_images(job: Job, folders: Sequence[Path]) -> None:
+    """Write which images in the folders came from which prompt, over all ranks, to the info file."""
+    mine = [_info(request, folders) for batch in job.batches for request in batch]
+    shares = gather_objects(job.ranks, mine, what="listing images")
     if job.ranks.rank == 0:
-        import json
-
+        everything = [info for share in shares[:: job.ranks.mesh.tp_size] for info in share]
         path = Path(job.config.pipeline.info_file_save_path)
         write_text_atomically(path, json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
-        job.console.say(f"images: {len(everything)} listed in {path}")
+        job.console.say(f"images: {len(everything)} prompts listed in {path}")
 
 
-def _save(images: Sequence[Any], batch: Batch, folder: Path) -> list[Info]:
+def _info(request: ImageRequest, folders: Sequence[Path]) -> Info:
+    files = [image_file(folder, request) for folder in folders]
+    return {
+        "images": [str(file) for file in files if file.is_file()],
+        "prompt": request.prompt,
+        "category": request.category,
+    }
+
+
+def image_file(folder: Path, request: ImageRequest) -> Path:
+    """Return where an image goes."""
+    return folder / f"{request.file_stem}.png"
+
+
+def _save(images: Sequence[Any], batch: Batch, folder: Path) -> None:
     make_folder(folder)
-    made = []
     for image, request in zip(images, batch):
-        path = folder / f"{request.file_stem}.png"
-        write_atomically(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
-        made.append({"images": [str(path)], "prompt": request.prompt, "category": request.category})
-    return made
+        write_atomically(image_file(folder, request), partial(image.save, format="PNG"))
 
 
 def check_save_path(job: Job) -> None:

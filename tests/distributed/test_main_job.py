@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import consumer
@@ -46,7 +47,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def timestep_job(tiny_flux_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+def timestep_job(
+    tiny_flux_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Finished]:
     """FLUX on two ranks, the dual-card layout, per-timestep scales."""
     out = tmp_path_factory.mktemp("timestep")
     flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")
@@ -89,7 +92,9 @@ def test_a_second_run_finds_everything_published_and_changes_nothing(timestep_jo
     assert unchanged == before
 
 
-def test_another_job_does_not_silently_use_the_dumps_and_every_rank_ends(timestep_job, tiny_flux_folder, prompts, tmp_path):
+def test_another_job_does_not_silently_use_the_dumps_and_every_rank_ends(
+    timestep_job, tiny_flux_folder, prompts, tmp_path
+):
     out, _ = timestep_job
     flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep", "--seed", "7")
     refused = torchrun(
@@ -136,7 +141,10 @@ def test_four_ranks_are_two_copies_of_two_shards_and_write_each_shard_once(tiny_
         consumer.check(consumer.load(weights, rank, "w8a8"), torch.bfloat16)
     dumps = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth")["header"] for rank in range(4)]
     assert [header["images"] for header in dumps] == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert len(list((tmp_path / "img" / "calib_fp").glob("*.png"))) == PROMPTS
+    listed = json.loads((tmp_path / "info.json").read_text())
+    assert [Path(image).parent.name for image in listed[0]["images"]] == ["calib_fp", "calib_quant"]
+    assert [len(info["images"]) for info in listed] == [2] * PROMPTS
+    assert all(Path(image).stat().st_size > 0 for info in listed for image in info["images"])
 
 
 def test_sd3_on_two_ranks_spreads_one_copy_over_both(tiny_sd3_folder, prompts, tmp_path):
