@@ -33,12 +33,13 @@ def _candidate(mean_I: Tensor, ratio: float) -> Tensor:
 def _loss(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
     """Return the mean squared error of each linear's output, added up and weighted by the tokens it is the mean of."""
     loss = torch.zeros((), device=group.device)
-    for x_NI, w_OI in group.samples():
-        scaled_OI = w_OI * factor_I
-        amax_O1 = scaled_OI.abs().amax(1, keepdim=True)
-        fake_OI = group.numerics.quantize_weight(scaled_OI, amax_O1, scaled_OI.dtype).fake / factor_I
-        difference = F.linear(x_NI, w_OI).to(torch.float32) - F.linear(x_NI, fake_OI).to(torch.float32)
-        loss += difference.square().mean() * len(x_NI)
+    for _, x_NI, weights in group.samples():
+        for w_OI in weights:
+            scaled_OI = w_OI * factor_I
+            amax_O1 = scaled_OI.abs().amax(1, keepdim=True)
+            fake_OI = group.numerics.quantize_weight(scaled_OI, amax_O1, scaled_OI.dtype).fake / factor_I
+            difference = F.linear(x_NI, w_OI).to(torch.float32) - F.linear(x_NI, fake_OI).to(torch.float32)
+            loss += difference.square().mean() * len(x_NI)
     return loss
 
 

@@ -52,19 +52,31 @@ def exponents(group: MeasuredGroup, config: M6ProcessorConfig) -> Exponents:
 
 def _best(group: MeasuredGroup, candidates: Sequence[Exponents]) -> Exponents:
     """Return the candidate with the least error, of equals the last; the same on all ranks that share the factor."""
-    errors = group.total(torch.stack([_squares(group, candidate) for candidate in candidates]))
+    factors = [_unbounded_factor(group, candidate) for candidate in candidates]
+    ends = group.over_records(torch.stack([_ends(group, factor_I) for factor_I in factors]))
+    errors = group.total(torch.stack([_squares(group, *pair) for pair in zip(factors, ends)]))
     relative = (errors[:, 0] / errors[:, 1]).tolist()
     return candidates[max(range(len(candidates)), key=lambda index: (-relative[index], index))]
 
 
-def _squares(group: MeasuredGroup, candidate: Exponents) -> Tensor:
+def _ends(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
+    """Return how far each divided input reaches below and above zero, (inputs, 2); no sample reaches nowhere."""
+    ends = group.amax_I().new_full((len(group.inputs), 2), -torch.inf)
+    for index, x_NI, _ in group.samples():
+        low, high = (x_NI / factor_I).aminmax()
+        ends[index] = torch.stack((-low, high))
+    return ends
+
+
+def _squares(group: MeasuredGroup, factor_I: Tensor, ends: Tensor) -> Tensor:
     """Return the squared error of the quantized product and the square of the exact one, summed over all, (2,)."""
-    factor_I = _unbounded_factor(group, candidate)
     sums = torch.zeros(2, device=group.device)
-    for x_NI, w_OI in group.samples():
-        exact = F.linear(x_NI, w_OI).to(torch.float32)
-        product = F.linear(_quantized_activation(x_NI / factor_I), _quantized_weight(w_OI * factor_I))
-        sums += torch.stack(((product.to(torch.float32) - exact).square().sum(), exact.square().sum()))
+    for index, x_NI, weights in group.samples():
+        x_quantized_NI = _quantized_activation(x_NI / factor_I, *ends[index])
+        for w_OI in weights:
+            exact = F.linear(x_NI, w_OI).to(torch.float32)
+            product = F.linear(x_quantized_NI, _quantized_weight(w_OI * factor_I)).to(torch.float32)
+            sums += torch.stack(((product - exact).square().sum(), exact.square().sum()))
     return sums
 
 
@@ -75,11 +87,10 @@ def _unbounded_factor(group: MeasuredGroup, candidate: Exponents) -> Tensor:
     return balance(group, *candidate)
 
 
-def _quantized_activation(x_NI: Tensor) -> Tensor:
+def _quantized_activation(x_NI: Tensor, below: Tensor, above: Tensor) -> Tensor:
     """Quantize between the extremes: nothing lies outside, so nothing is clamped."""
-    low, high = x_NI.aminmax()
-    scale = (high - low) / LEVELS
-    offset = torch.round(-low / scale) + QMIN
+    scale = (above + below) / LEVELS
+    offset = torch.round(below / scale) + QMIN
     return (torch.round(x_NI / scale + offset) - offset) * scale
 
 

@@ -56,13 +56,19 @@ class MeasuredGroup:
         each = [shared.statistics.tokens.mean_abs().to(self.device) for shared in self.inputs]
         return self.numerics.working(torch.stack(each).mean(0) if len(each) > 1 else each[0])
 
-    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each kept batch of tokens (N, I) with the weight (O, I) of each linear that reads them."""
-        for shared in self.inputs:
-            for rows in shared.statistics.tokens.rows():
-                x_NI = self.numerics.working(rows.to(self.device))
-                for weight in shared.weights:
-                    yield x_NI, self.numerics.working(weight)
+    def samples(self) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+        """Yield each input's index, its kept tokens (N, I) and the weights (O, I) that read them, to compute with.
+
+        An input of which this rank saw nothing is left out.
+        """
+        for index, shared in enumerate(self.inputs):
+            if kept := shared.statistics.tokens.rows():
+                x_NI = self.numerics.working(torch.cat(kept).to(self.device))
+                yield index, x_NI, [self.numerics.working(weight) for weight in shared.weights]
+
+    def over_records(self, ends: Tensor) -> Tensor:
+        """Return the largest of the ends over the ranks that saw other records; any shape."""
+        return reduce_over(self.dp_group, "max", ends)
 
     def total(self, losses: Tensor) -> Tensor:
         """Return losses summed over the ranks that must choose alike; any shape, every rank the same."""

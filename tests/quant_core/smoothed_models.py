@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model_adapters import load_adapter
 from quant_core.numerics import NUMERICS
+from quant_core.parallel import Parallel
 from quant_core.quantize import target_layers
 from quant_core.records import Record
 from quant_core.session_config import SmoothingConfig
@@ -65,11 +66,23 @@ def relative_error(output: Tensor, exact: Tensor) -> float:
 
 
 def smoothed(
-    kind: str, model: Any, config: SmoothingConfig, of: list[Record], disable: tuple[str, ...] = ()
+    kind: str,
+    model: Any,
+    config: SmoothingConfig,
+    of: list[Record],
+    disable: tuple[str, ...] = (),
+    parallel: Parallel | None = None,
 ) -> Smoothing:
-    """Choose the factors of a float model in the better numerics."""
-    targets = target_layers(model, disable)
-    return smooth(model, config, of, structure=structure_of(kind), targets=targets, numerics=NUMERICS["float32"])
+    """Choose the factors of a float model, or of this rank's part of one, in the better numerics."""
+    return smooth(
+        model,
+        config,
+        of,
+        structure=structure_of(kind),
+        targets=target_layers(model, disable),
+        numerics=NUMERICS["float32"],
+        parallel=parallel,
+    )
 
 
 @torch.no_grad()

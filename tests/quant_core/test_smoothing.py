@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from smoothed_models import apply_in_float, outlier_model, outputs, records, relative_error, smoothed, structure_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +36,15 @@ from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
 from quant_core.smoothing.statistics import SAMPLE_SIZE, AllCalls, InputStatistics, NoTokens, TokenSample
 from quant_core.structure import Modulation
 from tests.model_adapters.tiny_models import HEADS, build
+from tests.quant_core.smoothed_models import (
+    apply_in_float,
+    outlier_model,
+    outputs,
+    records,
+    relative_error,
+    smoothed,
+    structure_of,
+)
 
 WIDTH = HEADS * 8
 KINDS = ("flux", "sd3", "sd35")
