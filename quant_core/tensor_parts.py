@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.errors import InputError, VerificationError
 from quant_core.json_file import read_object
+from quant_core.tensor_file import TensorFile
 
 GB = 10**9
 
@@ -171,7 +171,14 @@ def _opened(file: Path) -> Any:
 
 
 def _write_one(file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=dict(metadata) or None))
+    """Publish one file; the library would put the metadata in another order each time, so the bytes would differ."""
+
+    def write(temporary: Path) -> None:
+        with TensorFile(temporary, tensors, metadata) as opened:
+            for name, tensor in tensors.items():
+                opened.write(name, tensor)
+
+    write_atomically(file, write)
 
 
 def _write_index(path: Path, files: list[Path], parts: list[list[str]], tensors: Mapping[str, Tensor]) -> None:

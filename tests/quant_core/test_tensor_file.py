@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quant_core.tensor_file import TensorFile
+from quant_core.tensor_parts import write_tensors
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8, torch.bool]
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -60,3 +61,13 @@ def test_a_tensor_that_differs_from_its_description_is_refused(tmp_path: Path, w
     file = TensorFile(tmp_path / "file", {"a": torch.zeros(2, 3, dtype=torch.int8)}, {})
     with pytest.raises(AssertionError, match="described as"), file:
         file.write("a", wrong)
+
+
+def test_a_checkpoint_has_the_same_bytes_whenever_it_is_written(tmp_path: Path):
+    # Eight strings: the library, whose order of them is random, would pass by chance once in 8! times.
+    metadata = {f"key{i}": str(i) for i in range(8)}
+    first, second = (
+        write_tensors(tmp_path / name, {"a": example((2, 3), torch.int8)}, metadata=metadata).read_bytes()
+        for name in ("first.safetensors", "second.safetensors")
+    )
+    assert first == second
