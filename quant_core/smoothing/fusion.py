@@ -46,12 +46,24 @@ def _problems(model: nn.Module, group: LinearGroup, targets: Collection[str]) ->
     for name in producers:
         if name not in targets:
             yield f"{name} (for {group.name}) stays float"
-    if group.modulation and not _has_bias(model, group.modulation.linear):
+        elif group.modulation:
+            yield from _modulation_problems(_linear(model, name), group, _linear(model, group.name).in_features)
+
+
+def _modulation_problems(linear: nn.Linear, group: LinearGroup, width: int) -> Iterator[str]:
+    assert group.modulation is not None, "asked for groups with a modulation"
+    known = group.modulation.chunks
+    if linear.out_features not in {count * width for count in known}:
+        counts = " or ".join(map(str, known))
+        yield f"{group.modulation.linear} makes {linear.out_features / width:g} chunks, and only {counts} are known"
+    if linear.bias is None:
         yield f"{group.modulation.linear} (for {group.name}) has no bias to shift"
 
 
-def _has_bias(model: nn.Module, name: str) -> bool:
-    return getattr(model.get_submodule(name), "bias", None) is not None
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear), "groups and targets are linears"
+    return linear
 
 
 def _few(problems: list[str], shown: int = 3) -> str:
@@ -62,23 +74,17 @@ def _few(problems: list[str], shown: int = 3) -> str:
 def absorb(model: nn.Module, group: LinearGroup, factor_I: Tensor) -> dict[str, Rescaling]:
     """Return how the linears that make a group's input change when it is divided by the factor."""
     if group.modulation is not None:
-        return {group.modulation.linear: modulate(group.modulation, _outputs(model, group.modulation.linear), factor_I)}
+        return {
+            group.modulation.linear: modulate(
+                group.modulation, _linear(model, group.modulation.linear).out_features, factor_I
+            )
+        }
     return {name: Rescaling(rows_O=1 / factor_I.to(torch.float32)) for name in group.values}
 
 
 def modulate(modulation: Modulation, outputs: int, factor_I: Tensor) -> Rescaling:
-    """Return the change of a modulation with that many outputs: shift rows / s, scale rows `(1 + g) / s - 1`.
-
-    Raises ConfigurationError when the outputs are not one of the declared numbers of chunks.
-    """
+    """Return the change of a modulation with that many outputs: shift rows / s, scale rows `(1 + g) / s - 1`."""
     width = len(factor_I)
-    if outputs % width or outputs // width not in modulation.chunks:
-        raise ConfigurationError(
-            f"'{modulation.linear}' makes {outputs / width:g} chunks",
-            where="the model's structure, smoothing groups",
-            why=f"shift and scale are known to it for {' or '.join(map(str, modulation.chunks))} chunks only",
-            advice="add their places for this model, or drop fused (--anti_fused)",
-        )
     inverse_I = 1 / factor_I.to(torch.float32)
     rows_O, bias_shift_O = inverse_I.new_ones(outputs), inverse_I.new_zeros(outputs)
     shift, scale = (slice(place * width, (place + 1) * width) for place in modulation.chunks[outputs // width])
@@ -86,9 +92,3 @@ def modulate(modulation: Modulation, outputs: int, factor_I: Tensor) -> Rescalin
     rows_O[scale] = inverse_I
     bias_shift_O[scale] = inverse_I - 1
     return Rescaling(rows_O=rows_O, bias_shift_O=bias_shift_O)
-
-
-def _outputs(model: nn.Module, name: str) -> int:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear), "only linears are targets"
-    return linear.out_features

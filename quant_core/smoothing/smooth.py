@@ -30,7 +30,7 @@ from quant_core.rescaling import Rescaling
 from quant_core.session_config import SmoothingConfig
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import absorb, check_fusible
-from quant_core.smoothing.groups import LinearGroup, resolve
+from quant_core.smoothing.groups import LinearGroup, ResolvedGroups, resolve
 from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
 from quant_core.smoothing.method import SmoothingMethod
 from quant_core.smoothing.statistics import InputStatistics
@@ -62,11 +62,9 @@ def smooth(
     targets: the linears that will be quantized. Raises ConfigurationError when there is nothing to smooth or to fuse
     into, InputError when the records do not run every group.
     """
+    resolved = groups_to_smooth(model, config, structure=structure, targets=targets)
+    assert structure is not None, "a model without a structure is refused"
     parallel = parallel or Parallel()
-    resolved = resolve(model, structure, targets=targets, selection=config.smoothing_groups, fused=config.fused)
-    assert structure is not None, "resolve refuses a model without one"
-    if config.fused:
-        check_fusible(model, resolved.smoothed, targets)
     method = METHODS[config.key]
     statistics = {
         shared[0]: _fresh_statistics(model, shared[0], method, config, numerics)
@@ -83,6 +81,19 @@ def smooth(
         for name, rescaling in _rescale(model, group, factor_I, numerics, config).items():
             rescalings[name] = rescalings.get(name, Rescaling()).then(rescaling)
     return Smoothing(rescalings, resolved.skipped)
+
+
+def groups_to_smooth(
+    model: nn.Module, config: SmoothingConfig, *, structure: ModelStructure | None, targets: Collection[str]
+) -> ResolvedGroups:
+    """Return the groups that would be smoothed, before anything is measured; a model on the meta device is enough.
+
+    Raises ConfigurationError when there is nothing to smooth or to fuse into.
+    """
+    resolved = resolve(model, structure, targets=targets, selection=config.smoothing_groups, fused=config.fused)
+    if config.fused:
+        check_fusible(model, resolved.smoothed, targets)
+    return resolved
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

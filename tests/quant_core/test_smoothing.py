@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,16 +27,17 @@ from quant_core import (
 )
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.numerics import NUMERICS
-from quant_core.quantize import QuantizedModel
+from quant_core.quantize import QuantizedModel, target_layers
 from quant_core.rescaling import Rescaling
 from quant_core.session_config import ProcessorConfig, SmoothingConfig
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import modulate
 from quant_core.smoothing.m6 import exponents
 from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
+from quant_core.smoothing.smooth import groups_to_smooth
 from quant_core.smoothing.statistics import SAMPLE_SIZE, AllCalls, InputStatistics, NoTokens, TokenSample
 from quant_core.structure import Modulation
-from tests.model_adapters.tiny_models import HEADS, build
+from tests.model_adapters.tiny_models import HEADS, SD3, build
 from tests.quant_core.smoothed_models import (
     apply_in_float,
     outlier_model,
@@ -365,6 +367,33 @@ def test_a_smoothing_without_effect_or_place_is_refused(
         quantize(kind, W8A8DynamicProcessorConfig(disable_names=disable), config)
     assert says in error.value.why
     assert advises in error.value.advice
+
+
+@pytest.mark.parametrize(
+    ("config", "disable"), [(M4ProcessorConfig(), ("context_embedder",)), (M4ProcessorConfig(fused=True), ())]
+)
+def test_a_refusal_needs_neither_weights_nor_a_forward(config: SmoothingConfig, disable: tuple[str, ...]):
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**SD3)
+    with pytest.raises(ConfigurationError):
+        groups_to_smooth(model, config, structure=structure_of("sd3"), targets=target_layers(model, disable))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [({"chunks": {4: (0, 1)}}, "makes 6 chunks, and only 4 are known"), (None, "bias")]
+)
+def test_a_modulation_of_another_form_is_refused(change: dict[str, Any] | None, says: str):
+    model, structure = build("flux"), structure_of("flux")
+    first = structure.smoothing_groups[0]
+    assert first.modulation is not None
+    if change is None:
+        model.transformer_blocks[0].norm1.linear.bias = None
+    else:
+        first = first.model_copy(update={"modulation": first.modulation.model_copy(update=change)})
+    structure = structure.model_copy(update={"smoothing_groups": (first,)})
+    with pytest.raises(ConfigurationError) as error:
+        groups_to_smooth(model, M4ProcessorConfig(fused=True), structure=structure, targets=target_layers(model, ()))
+    assert says in error.value.why
 
 
 def test_a_model_without_a_structure_is_refused():
