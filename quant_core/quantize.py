@@ -52,6 +52,7 @@ class QuantizedModel:
     """Say what a session made: the scheme's type, the layers by name, the files.
 
     A per-step scheme also has its number of timesteps, and `timestep_sep`: steps below it are to run dynamic.
+    `skipped_groups`: which groups outlier suppression left out, by their first linear, and why.
     """
 
     quant_type: str
@@ -59,6 +60,7 @@ class QuantizedModel:
     files: CheckpointFiles | None
     timesteps: int | None = None
     timestep_sep: int | None = None
+    skipped_groups: Mapping[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -99,7 +101,7 @@ def quant_model(
     files = _save(model, config, scheme, numerics, attentions, timestep_sep)
     deploy(model, scheme.quant_type, timestep_sep=timestep_sep)
     timesteps = len(steps) if scheme.per_step else None
-    return QuantizedModel(scheme.quant_type, layers, files, timesteps, timestep_sep)
+    return QuantizedModel(scheme.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
 
 
 def target_layers(model: nn.Module, disable_names: Sequence[str]) -> list[str]:

@@ -351,6 +351,14 @@ def test_a_group_with_a_float_member_is_left_out_whole():
     assert smoothing.skipped == {"transformer_blocks.0.attn.to_q": "transformer_blocks.0.attn.to_k stays float"}
 
 
+def test_a_session_says_which_groups_it_left_out():
+    result = quantize("flux", W8A8DynamicProcessorConfig(disable_names=["*.to_add_out"]), M4ProcessorConfig())
+    assert result.skipped_groups == {
+        f"transformer_blocks.{block}.attn.to_add_out": f"transformer_blocks.{block}.attn.to_add_out stays float"
+        for block in range(2)
+    }
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "disable", "says", "advises"),
     [
