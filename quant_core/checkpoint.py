@@ -98,8 +98,8 @@ def write_checkpoint(
     header: description keys between the model's type and the entries. metadata: strings for the safetensors header.
     part_file_size: in GB; tensors that do not fit in one file of it become parts with an index.
     """
-    listed, written = list(found), set[int]()
-    tensors = {entry.name: _storable(entry.tensor, written) for entry in listed}
+    listed = list(found)
+    tensors = {entry.name: entry.tensor for entry in listed}
     part_bytes = None if part_file_size is None else part_file_size * GB
     weights = write_tensors(files.weights, tensors, metadata=metadata, part_bytes=part_bytes)
     write_text_atomically(files.description, description_text(listed, quant_type, header))
@@ -110,16 +110,3 @@ def description_text(found: Iterable[Entry], quant_type: str, header: Mapping[st
     """Return the description as JSON text: the model's type, the further keys of `header`, the type of each entry."""
     types = {entry.name: entry.type for entry in found}
     return json.dumps({MODEL_TYPE_KEY: quant_type, **(header or {}), **types}, indent=2) + "\n"
-
-
-def _storable(tensor: Tensor, written: set[int]) -> Tensor:
-    """Return the tensor on the host, contiguous, and alone in memory that no other entry uses, as the format demands.
-
-    A tensor that is so already is not copied. written: addresses of the memory that entries have so far.
-    """
-    host = tensor.detach().cpu().contiguous()
-    storage = host.untyped_storage()
-    if storage.nbytes() != host.nbytes or storage.data_ptr() in written:
-        host = host.clone()
-    written.add(host.untyped_storage().data_ptr())
-    return host

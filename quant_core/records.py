@@ -81,13 +81,19 @@ def _checked_dump(dump: Any, where: str) -> dict[str, Any]:
 def _as_record(index: int, entry: Any) -> Record:
     if isinstance(entry, Record):
         return entry
-    if isinstance(entry, Mapping) and isinstance(entry.get("args", []), (list, tuple)):
-        args, kwargs, step = entry.get("args") or (), entry.get("kwargs") or {}, entry.get("timestep_idx")
-        if isinstance(kwargs, Mapping) and (step is None or isinstance(step, int)):
+    # A mapping with neither would be a call without arguments, and is more likely a call's keyword arguments.
+    if isinstance(entry, Mapping) and not entry.keys().isdisjoint(("args", "kwargs")):
+        args, kwargs, step = entry.get("args"), entry.get("kwargs"), entry.get("timestep_idx")
+        args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
+        if isinstance(args, (list, tuple)) and isinstance(kwargs, Mapping) and _is_step(step):
             return Record(() if _same_call(args, kwargs) else args, kwargs, step)
     if isinstance(entry, (list, tuple)):
         return Record(entry)
     raise _not_records(f"entry {index} is a {type(entry).__name__} without args, kwargs and timestep_idx")
+
+
+def _is_step(step: Any) -> bool:
+    return step is None or (isinstance(step, int) and step >= 0)
 
 
 def _same_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

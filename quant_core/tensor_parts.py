@@ -61,8 +61,8 @@ def write_tensors(
 ) -> Path:
     """Publish the tensors as the file `path`, or as parts of at most `part_bytes` when they do not fit in one.
 
-    The tensors are on the host, contiguous, and share no memory. Returns the file's path, or the index's; warns when
-    there are parts.
+    The tensors may be on any device and in any layout, and may share memory: each is copied to the host alone, when it
+    is its turn. Returns the file's path, or the index's; warns when there are parts.
     """
     parts = split(tensors, part_bytes)
     index_path(path).unlink(missing_ok=True)
