@@ -9,14 +9,24 @@ from typing import NoReturn
 
 from launcher.command_line import Command, MergeFiles, parse
 from launcher.exit_codes import exit_code
+from launcher.job_config import JobConfig
+from launcher.supervisor_flags import asks_for_ranks
 from quant_core.errors import ExplainedError
 
+# What the supervisor starts on every rank.
+ENTRY = ("-m", "launcher")
 
-def main(argv: Sequence[str] | None = None) -> None:
+
+def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> None:
     """Run one command and exit; every error is explained on the standard error, by one rank if all share it."""
+    words = sys.argv[1:] if argv is None else argv
     rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
     try:
-        command = parse(sys.argv[1:] if argv is None else argv)
+        if asks_for_ranks(words):
+            from launcher.supervisor import supervise
+
+            sys.exit(supervise(words, entry))
+        command = parse(words)
     except ExplainedError as error:
         _end(error, quiet=rank != "0")
     try:
@@ -33,20 +43,40 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _execute(command: Command) -> None:
-    from torch.distributed.elastic.multiprocessing.errors import record
-
     if isinstance(command, MergeFiles):
         from launcher.stages.merge import merge_files
 
         merge_files(command)
-        return
-    from launcher.run import run
+    else:
+        _run_job(command.config)
 
-    record(run)(command.config)
+
+def _run_job(config: JobConfig) -> None:
+    """Run a job under watch; returns only when it is done."""
+    from launcher.logs import quiet_libraries
+    from launcher.offline import stay_offline
+
+    stay_offline(config.pipeline.path)
+    quiet_libraries()
+    from launcher.watch import Watch
+
+    watch = Watch(config)
+    watch.start()
+    try:
+        from launcher.run import run
+
+        run(config, watch)
+    except (Exception, KeyboardInterrupt) as error:
+        watch.fail(error)
 
 
 def _end(error: BaseException, *, quiet: bool) -> NoReturn:
     """Exit at once: an orderly exit would wait for ranks that may be waiting for this one."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from launcher.error_file import write_error_file
+        from launcher.failures import Failure
+
+        write_error_file(Failure.of(error, int(os.environ.get("RANK", "0"))), is_first=True)
     if not quiet:
         print(error, file=sys.stderr)
     sys.stdout.flush()

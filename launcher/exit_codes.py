@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from launcher.stop import Interrupted, Preempted
 from quant_core.errors import (
     ConfigurationError,
     DistributedError,
@@ -37,6 +38,8 @@ EXIT_CODES: dict[type[BaseException], ExitCode] = {
     MemoryError: ExitCode.MEMORY,
     DistributedError: ExitCode.DISTRIBUTED,
     VerificationError: ExitCode.VERIFICATION,
+    Preempted: ExitCode.PREEMPTED,
+    Interrupted: ExitCode.INTERRUPTED,
     KeyboardInterrupt: ExitCode.INTERRUPTED,
 }
 

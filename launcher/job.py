@@ -10,6 +10,7 @@ from launcher.job_config import JobConfig
 from launcher.model_session import ModelSession
 from launcher.process_group import Ranks
 from launcher.run_folder import RunFolder
+from launcher.watch import Watch
 from model_adapters.prompts import Batch
 
 
@@ -24,8 +25,13 @@ class Job:
     config: JobConfig
     ranks: Ranks
     model: ModelSession
-    console: Console
+    watch: Watch
     batches: list[Batch]
+
+    @property
+    def console(self) -> Console:
+        """Where rank 0 speaks."""
+        return self.watch.console
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,10 @@ class RankOptions(Section):
     # Half an hour: longer than the slowest rank-local work between two waits (one prompt, one shard), shorter than
     # a night lost to a dead peer.
     timeout_s: int = Field(default=1800, ge=1, description="seconds after which a wait for another rank is an error")
+    # Two minutes: writing a shard of 12 GB through a library that holds the interpreter's lock stays below it.
+    hang_timeout: int = Field(
+        default=120, ge=1, description="seconds without a sign of life after which a rank is taken for hung"
+    )
 
 
 class Output(Section):

@@ -56,8 +56,10 @@ class Ranks:
         return self.control is not None
 
 
-def join(config: JobConfig) -> Ranks:
+def join(config: JobConfig, store: dist.Store | None = None) -> Ranks:
     """Find this process's rank and device, and connect it with the others; every rank calls this once.
+
+    `store` is where the ranks meet; left out, one is made from the environment.
 
     What can be known to be wrong without the others is refused before waiting for them.
 
@@ -83,7 +85,7 @@ def join(config: JobConfig) -> Ranks:
         f"backend: {backend_reason}",
         f"threads: {threads}, {threads_reason}",
     )
-    groups = _form_groups(launch, mesh, device, backend, config.ranks.timeout_s) if launch.is_distributed else {}
+    groups = _form_groups(launch, mesh, device, backend, config.ranks.timeout_s, store) if launch.is_distributed else {}
     return Ranks(
         rank=launch.rank,
         local_rank=launch.local_rank,
@@ -126,7 +128,12 @@ def lay_out(config: JobConfig, launch: RankVariables) -> tuple[Mesh, str]:
 
 
 def _form_groups(
-    launch: RankVariables, mesh: Mesh, device: torch.device, backend: str, timeout_s: int
+    launch: RankVariables,
+    mesh: Mesh,
+    device: torch.device,
+    backend: str,
+    timeout_s: int,
+    store: dist.Store | None,
 ) -> dict[str, Any]:
     """Connect to all other ranks and make the groups; all ranks make all groups, in the same order."""
     device_options: Any = None
@@ -138,7 +145,8 @@ def _form_groups(
     try:
         dist.init_process_group(
             backend,
-            init_method=launch.init_method,
+            init_method=launch.init_method if store is None else None,
+            store=store,
             rank=launch.rank,
             world_size=launch.world,
             timeout=device_timeout,

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from launcher.console import Console
 from launcher.identity import calibration_fingerprint, model_fields, quantization_fingerprint
 from launcher.job import Job, QuantJob
 from launcher.job_config import JobConfig
+from launcher.logs import quiet_diffusers
 from launcher.manifest import read_manifest
 from launcher.model_session import ModelSession
 from launcher.process_group import Ranks, join, leave
@@ -22,6 +22,7 @@ from launcher.stages.merge import merge
 from launcher.stages.quant_images import make_quant_images
 from launcher.stages.quantize import quantize, reads_dump
 from launcher.together import gather_objects, run_together
+from launcher.watch import Watch
 from model_adapters.prompts import Batch, even_share, read_batches
 from quant_core.atomic_file import make_folder, sweep
 from quant_core.errors import InputError
@@ -29,17 +30,20 @@ from quant_core.errors import InputError
 T = TypeVar("T")
 
 
-def run(config: JobConfig) -> None:
-    """Run the job on this rank, together with the others."""
-    ranks = join(config)
-    console = Console(speaks=ranks.rank == 0)
+def run(config: JobConfig, watch: Watch | None = None) -> None:
+    """Run the job on this rank, together with the others; a caller in Python may do without a watch that is started."""
+    watch = watch or Watch(config)
+    quiet_diffusers()
+    ranks = join(config, watch.stores.groups)
     for reason in ranks.reasons:
-        console.say(reason)
-    job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, console))
+        watch.console.say(reason)
+    watch.enter("prepare")
+    job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
     if config.quantization.do_quant:
         _quantize(_identify(job))
     else:
         make_float_images(job)
+    watch.finish()
     leave(ranks)
 
 
@@ -48,17 +52,19 @@ def _quantize(job: QuantJob) -> None:
         job.console.say(f"published already: {job.folder.manifest}")
     else:
         dump = calibrate(job, is_read=reads_dump(job))
+        job.watch.safe_point(job.ranks.control)
         quantize(job, dump)
+        job.watch.safe_point(job.ranks.control)
         merge(job)
     if job.config.output.do_save_img:
         make_quant_images(job)
 
 
-def _prepare(config: JobConfig, ranks: Ranks, console: Console) -> Job:
+def _prepare(config: JobConfig, ranks: Ranks, watch: Watch) -> Job:
     """Check everything that can be checked before anything is loaded or written."""
     session = ModelSession(config, ranks)
     session.check()
-    job = Job(config, ranks, session, console, _share(read_batches(config.pipeline), ranks))
+    job = Job(config, ranks, session, watch, _share(read_batches(config.pipeline), ranks))
     check_save_path(job)
     return job
 

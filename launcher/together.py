@@ -9,32 +9,22 @@ others are waiting in the model, not here): there a failing rank must die, and i
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from launcher.failures import explained
+from launcher.failures import Failure
 from launcher.process_group import Ranks
-from quant_core import errors
 from quant_core.errors import DistributedError, ExplainedError
 
 T = TypeVar("T")
 
-_KINDS: dict[str, type[ExplainedError]] = {
-    kind.__name__: kind
-    for kind in (
-        errors.ConfigurationError,
-        errors.EnvironmentFailure,
-        errors.InputError,
-        errors.MemoryExhausted,
-        errors.DistributedError,
-        errors.VerificationError,
-    )
-}
+# How long a rank that failed waits for the others, so that an error of all ranks is told once. Whoever is busy for
+# longer learns of the failure from the board and leaves; all are gone within ten seconds.
+_PATIENCE_S = 5.0
 
 
 def run_together(ranks: Ranks, stage: str, fn: Callable[[], T]) -> T:
@@ -45,6 +35,7 @@ def run_together(ranks: Ranks, stage: str, fn: Callable[[], T]) -> T:
     Raises:
         ExplainedError: of the first failure's kind.
         DistributedError: a rank did not arrive within the timeout.
+        Exception: this rank's own, when the others are too busy to hear of it here.
     """
     if ranks.control is None:
         return fn()
@@ -55,8 +46,13 @@ def run_together(ranks: Ranks, stage: str, fn: Callable[[], T]) -> T:
         result = fn()
     except Exception as error:  # raised again below, on all ranks
         mine, cause = Failure.of(error, ranks.rank), error
-    failures = [failure for failure in gather_objects(ranks, mine, what=stage) if failure is not None]
-    if failures:
+    try:
+        outcomes = gather_objects(ranks, mine, what=stage, timeout_s=_PATIENCE_S if cause else None)
+    except DistributedError:
+        if cause is None:
+            raise
+        raise cause from None
+    if failures := [failure for failure in outcomes if failure is not None]:
         raise combine(failures, stage) from cause
     return result
 
@@ -66,7 +62,7 @@ def all_agree(ranks: Ranks, mine: bool, *, what: str = "an agreement") -> bool:
     return all(gather_objects(ranks, mine, what=what))
 
 
-def gather_objects(ranks: Ranks, mine: T, *, what: str = "an exchange") -> list[T]:
+def gather_objects(ranks: Ranks, mine: T, *, what: str = "an exchange", timeout_s: float | None = None) -> list[T]:
     """Return every rank's object, in the order of ranks, on all ranks.
 
     Raises:
@@ -74,7 +70,7 @@ def gather_objects(ranks: Ranks, mine: T, *, what: str = "an exchange") -> list[
     """
     if ranks.control is None:
         return [mine]
-    barrier(ranks, what)
+    barrier(ranks, what, timeout_s)
     gathered: list[Any] = [None] * ranks.world
     try:
         dist.all_gather_object(gathered, mine, group=ranks.control)
@@ -98,26 +94,6 @@ def barrier(ranks: Ranks, what: str, timeout_s: float | None = None) -> None:
         raise _not_all_came(ranks, what, limit, error) from error
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Carry a rank's error to the others, as plain text; `at` is the time it happened, in seconds of the epoch."""
-
-    rank: int
-    kind: str
-    what: str
-    where: str
-    why: str
-    advice: str
-    at: float
-
-    @classmethod
-    def of(cls, error: Exception, rank: int) -> Failure:
-        """Describe an exception that happened on this rank just now."""
-        told = explained(error)
-        kind = next((name for name, kind in _KINDS.items() if isinstance(told, kind)), "")
-        return cls(rank, kind, told.what, told.where, told.why, told.advice, time.time())
-
-
 def combine(failures: Sequence[Failure], stage: str) -> ExplainedError:
     """Return one error for a stage that failed on some ranks: the first failure's, naming the others.
 
@@ -127,12 +103,9 @@ def combine(failures: Sequence[Failure], stage: str) -> ExplainedError:
     same = [f.rank for f in failures if f is not first and (f.kind, f.what) == (first.kind, first.what)]
     others = [f"rank {f.rank}: {f.what}" for f in failures if f is not first and f.rank not in same]
     place = f"rank{'s' * bool(same)} {', '.join(map(str, sorted([first.rank, *same])))}, {stage}"
-    combined = _KINDS.get(first.kind, ExplainedError)(
-        first.what,
-        where=f"{place}: {first.where}" if first.where else place,
-        why="; ".join([*filter(None, [first.why]), *(f"then {other}" for other in others)]),
-        advice=first.advice,
-    )
+    where = f"{place}: {first.where}" if first.where else place
+    why = "; ".join([*filter(None, [first.why]), *(f"then {other}" for other in others)])
+    combined = replace(first, where=where, why=why).error()
     combined.shared = True
     return combined
 

@@ -29,7 +29,7 @@ def pipeline_folder(path: str) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"'{path}' is a file, not a model folder", where=path, advice="give the folder it lies in")
-    if _HUB_ID.fullmatch(path) and not folder.parent.exists():
+    if is_hub_id(path):
         return _download(path)
     raise InputError(
         f"there is no model folder '{path}'",
@@ -37,6 +37,11 @@ def pipeline_folder(path: str) -> Path:
         why="the path does not exist on this machine",
         advice="check the path, and that it is mounted on this node",
     )
+
+
+def is_hub_id(path: str) -> bool:
+    """Tell whether a path has the form of a hub id, `owner/name`, and its first part is no folder here."""
+    return _HUB_ID.fullmatch(path) is not None and not Path(path).expanduser().parent.exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:

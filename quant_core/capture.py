@@ -74,6 +74,12 @@ class DumperManager:
             )
         return save_dump(Path(path), self.records, header or {})
 
+    def take(self) -> list[Any]:
+        """Return what was captured since the last call, and forget it; capturing goes on."""
+        taken, self.records = self.records, []
+        self._interned.clear()
+        return taken
+
     def close(self) -> None:
         """Stop capturing; the records stay."""
         self._hook.remove()

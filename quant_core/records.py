@@ -55,7 +55,13 @@ def as_records(calib_data: Any) -> list[Record]:
 def save_dump(path: Path, records: Sequence[Any], header: Mapping[str, Any]) -> Path:
     """Publish records and their header as one file, whole or not at all."""
     dump = {"format": FORMAT, "version": VERSION, "header": dict(header), "records": list(records), "complete": True}
-    return write_atomically(path, lambda temporary: torch.save(dump, temporary))
+
+    def write(temporary: Path) -> None:
+        # Through an open file: torch would write the temporary's name into the archive, and bytes would differ.
+        with temporary.open("wb") as file:
+            torch.save(dump, file)
+
+    return write_atomically(path, write)
 
 
 def load_dump(path: Path, *, mmap: bool = True) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launcher.calibration_parts import CalibrationParts
 from launcher.job import QuantJob
-from launcher.stages.images import have_images, run_pipeline
-from launcher.together import all_agree, run_together
+from launcher.stages.images import are_there, have_images, run_pipeline
+from launcher.together import all_agree, gather_objects, run_together
 from quant_core.capture import DumperManager
 from quant_core.errors import InputError
 from quant_core.records import load_dump
@@ -23,25 +24,62 @@ def calibrate(job: QuantJob, *, is_read: bool) -> Path | None:
 
     None if nothing would read it (`is_read`) and the job says to dump only what is needed.
     """
+    job.watch.enter("calibrate")
     if not is_read and job.config.output.calibrate == "needed":
         return _skip(job)
     path = job.folder.dump()
     mine = run_together(job.ranks, "looking at the calibration data", lambda: _is_reusable(job, path))
-    wants_images = job.config.output.do_save_img
     if all_agree(job.ranks, mine, what="whether to calibrate"):
         job.console.say(f"calibrate: reusing {path}")
-        if wants_images and not have_images(job, float_folder(job)):
+        if job.config.output.do_save_img and not have_images(job, float_folder(job)):
             run_pipeline(job, "float images", folder=float_folder(job))
         return path
-    dumper = DumperManager(
-        job.model.transformer.model,
-        capture_mode="timestep",
-        step_source=lambda: job.model.adapter.step_index(job.model.pipeline),
-    )
-    run_pipeline(job, "calibrate", folder=float_folder(job) if wants_images else None)
-    run_together(job.ranks, "saving the calibration data", lambda: dumper.save(path, _header(job)))
-    job.console.say(f"calibrate: {len(dumper.records)} records in {path}")
+    job.watch.enter("load")
+    run_together(job.ranks, "loading the model", lambda: job.model.pipeline)
+    job.watch.enter("calibrate")
+    _run(job, path)
     return path
+
+
+def _run(job: QuantJob, path: Path) -> None:
+    """Run the batches that no earlier run finished, and assemble the dump."""
+    parts = CalibrationParts.beside(path, job.calibration.digest)
+    skip = _finished_by_all(job, parts)
+    if skip:
+        job.console.say(f"calibrate: {skip} of {len(job.batches)} batches were finished by an earlier run")
+    dumper = DumperManager(job.model.transformer.model, capture_mode="timestep", step_source=lambda: _current_step(job))
+    run_pipeline(
+        job,
+        "calibrate",
+        folder=float_folder(job) if job.config.output.do_save_img else None,
+        skip=skip,
+        after_batch=lambda batch: parts.save(batch, dumper.take()),
+    )
+    dumper.close()
+    records = run_together(
+        job.ranks,
+        "saving the calibration data",
+        lambda: parts.assemble(path, len(job.batches), _header(job)),
+    )
+    job.console.say(f"calibrate: {records} records in {path}")
+
+
+def _current_step(job: QuantJob) -> int:
+    """Return the denoising step that the transformer is called for, and show it."""
+    step = job.model.adapter.step_index(job.model.pipeline)
+    job.watch.step("calibrate", step, job.config.pipeline.infer_steps)
+    return step
+
+
+def _finished_by_all(job: QuantJob, parts: CalibrationParts) -> int:
+    """Return how many batches every rank of this copy has: they run the pipeline together, so they skip together."""
+    if job.config.output.resume == "never":
+        parts.discard()
+    mine = parts.finished()
+    while mine and job.config.output.do_save_img and not are_there(float_folder(job), job.batches[:mine]):
+        mine -= 1
+    counts = gather_objects(job.ranks, mine, what="looking at the finished batches")
+    return min(counts[rank] for rank in job.ranks.mesh.tp_ranks)
 
 
 def _skip(job: QuantJob) -> None:

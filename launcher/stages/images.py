@@ -24,15 +24,18 @@ def run_pipeline(
     stage: str,
     *,
     folder: Path | None = None,
-    after_batch: Callable[[Batch], object] = lambda batch: None,
+    skip: int = 0,
+    after_batch: Callable[[int], object] = lambda batch: None,
 ) -> None:
     """Make this rank's images, and save them if `folder` says where.
 
     All ranks of a tensor-parallel group compute the same images, and the first of them saves. Without a folder the
-    decoder does not run.
+    decoder does not run. The first `skip` batches were made by an earlier run. `after_batch` gets the batch's index;
+    after it the ranks of one copy may stop together.
     """
     saves = folder is not None and job.ranks.mesh.tp_rank == 0
-    for done, batch in enumerate(job.batches, start=1):
+    job.watch.progress(stage, skip, len(job.batches))
+    for done, batch in enumerate(job.batches[skip:], start=skip + 1):
         images = job.model.adapter.generate(
             job.model.pipeline,
             [request.prompt for request in batch],
@@ -42,12 +45,15 @@ def run_pipeline(
         )
         if saves and folder is not None:
             _save(images, batch, folder)
-        after_batch(batch)
-        job.console.progress(stage, done, len(job.batches))
+        after_batch(done - 1)
+        job.watch.progress(stage, done, len(job.batches))
+        if done < len(job.batches):
+            job.watch.safe_point(job.ranks.tp_control)
 
 
 def make_float_images(job: Job) -> None:
     """Make the images of the float model without quantizing."""
+    job.watch.enter("images")
     folder = job.config.output.save_path
     run_pipeline(job, "images", folder=folder)
     list_images(job, [folder])
@@ -55,8 +61,12 @@ def make_float_images(job: Job) -> None:
 
 def have_images(job: Job, folder: Path) -> bool:
     """Tell, on all ranks alike, whether every image of this job is in the folder already."""
-    files = [image_file(folder, request) for batch in job.batches for request in batch]
-    return all_agree(job.ranks, all(file.is_file() for file in files), what="whether to make images")
+    return all_agree(job.ranks, are_there(folder, job.batches), what="whether to make images")
+
+
+def are_there(folder: Path, batches: Sequence[Batch]) -> bool:
+    """Tell whether the folder holds every image of some batches."""
+    return all(image_file(folder, request).is_file() for batch in batches for request in batch)
 
 
 def list_images(job: Job, folders: Sequence[Path]) -> None:

@@ -27,6 +27,7 @@ _NOTES = "quant_shard_note_*.json"
 
 def merge(job: QuantJob) -> None:
     """Publish the shards that all ranks staged; rank 0 works, the others learn how it went."""
+    job.watch.enter("merge")
 
     def publish() -> Manifest | None:
         if job.ranks.rank != 0:

@@ -59,6 +59,7 @@ def quantize(job: QuantJob, dump: Path | None) -> None:
 
     dump: this rank's calibration data; a scheme that reads none needs neither it nor the model in memory.
     """
+    job.watch.enter("quantize")
     mine = run_together(job.ranks, "looking at the shards", lambda: _is_staged(job))
     if all_agree(job.ranks, mine, what="whether to quantize"):
         job.console.say(f"quantize: reusing {job.folder.staged().weights}")
@@ -83,7 +84,7 @@ def _in_memory(job: QuantJob, dump: Path) -> tuple[QuantizedModel, LoadedTransfo
         session_config(job, records),
         structure=job.model.adapter.structure,
         parallel=_parallel(job, loaded.shards),
-        progress=job.console.progress,
+        progress=lambda stage, done, total: _progress(job, stage, done, total),
     )
     assert_collectives(loaded.model)
     return result, loaded
@@ -99,9 +100,15 @@ def _from_disk(job: QuantJob) -> tuple[QuantizedModel, TransformerPart]:
         session_config(job, []),
         parallel=_parallel(job, part.shards),
         device=job.ranks.device,
-        progress=job.console.progress,
+        progress=lambda stage, done, total: _progress(job, stage, done, total),
     )
     return result, part
+
+
+def _progress(job: QuantJob, stage: str, done: int, total: int) -> None:
+    """Show how far the quantizer is; between two records the ranks of one copy may stop together."""
+    job.watch.progress(f"quantize: {stage}", done, total)
+    job.watch.safe_point(job.ranks.tp_control)
 
 
 def session_config(job: QuantJob, records: list[Any]) -> SessionConfig:

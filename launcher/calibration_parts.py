@@ -1,0 +1,111 @@
+"""Keep each finished batch of a calibration on disk, so that an interrupted job goes on after the last one.
+
+How: after a batch its records are published as one small dump in a hidden folder beside the final one. When all
+batches are there, the final dump is assembled *from the parts*, also in a run that nothing interrupted: both ways lead
+through the same files, so a resumed dump is byte-identical by construction.
+
+Assembling loads the parts, makes equal tensors one object and equal texts one object, in order. `torch.save` writes an
+object once and refers to it afterwards, so the bytes depend on which objects are the same; who made them, and in how
+many runs, is forgotten.
+
+Worked example: 24 prompts, killed in the 17th. The ranks of one copy find 16, 16, 15 and 16 parts, agree on 15, and
+run prompts 16 to 24. What it costs: the dump is written twice, a few hundred megabytes for an hour of FLUX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_core.atomic_file import make_folder
+from quant_core.errors import InputError
+from quant_core.records import load_dump, save_dump
+
+FOLDER = ".calib_parts"
+
+
+@dataclass(frozen=True)
+class CalibrationParts:
+    """The finished batches of one rank's calibration; `fingerprint` tells whose they are."""
+
+    folder: Path
+    fingerprint: str
+
+    @classmethod
+    def beside(cls, dump: Path, fingerprint: str) -> CalibrationParts:
+        """Return the parts that belong to a dump."""
+        return cls(dump.parent / FOLDER / dump.stem, fingerprint)
+
+    def finished(self) -> int:
+        """Return how many batches, counted from the first, are complete and of this job."""
+        count = 0
+        while self._is_whole(count):
+            count += 1
+        return count
+
+    def save(self, batch: int, records: list[Any]) -> Path:
+        """Publish the records of one batch."""
+        make_folder(self.folder)
+        return save_dump(self._path(batch), records, {"fingerprint": self.fingerprint, "batch": batch})
+
+    def assemble(self, dump: Path, batches: int, header: Mapping[str, Any]) -> int:
+        """Publish the whole dump from its parts and remove them; returns the number of records.
+
+        Raises InputError when a part is missing or damaged, or when no batch captured anything.
+        """
+        unique = _Unique()
+        records = [unique(entry) for batch in range(batches) for entry in load_dump(self._path(batch))["records"]]
+        if not records:
+            raise InputError(
+                "nothing was captured",
+                where=str(dump),
+                why="the pipeline ran without calling the transformer",
+                advice="run it on at least one prompt and one step",
+            )
+        save_dump(dump, records, header)
+        self.discard()
+        return len(records)
+
+    def discard(self) -> None:
+        """Remove all parts of this rank."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, batch: int) -> Path:
+        return self.folder / f"batch_{batch:05d}.pth"
+
+    def _is_whole(self, batch: int) -> bool:
+        path = self._path(batch)
+        if not path.exists():
+            return False
+        try:
+            header = load_dump(path)["header"]
+        except InputError:
+            return False  # of another version, or damaged: the batch is run again
+        return header.get("fingerprint") == self.fingerprint and header.get("batch") == batch
+
+
+@dataclass
+class _Unique:
+    """Rebuild plain data so that equal tensors and equal texts are one object each."""
+
+    _tensors: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            content = hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
+            return self._tensors.setdefault((value.dtype, tuple(value.shape), content), value)
+        if isinstance(value, str):
+            return sys.intern(value)
+        if isinstance(value, dict):
+            return {sys.intern(key): self(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self(item) for item in value]
+        return value
