@@ -1,4 +1,4 @@
-"""Run `python -m launcher sd3` under the file name of the inference project; flags are the same, torchrun works too."""
+"""Run `python -m launcher sd3` under the file name of the inference project; same flags, and torchrun works too."""
 
 from __future__ import annotations
 
