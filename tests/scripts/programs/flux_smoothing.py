@@ -1,0 +1,69 @@
+"""A person's own program: FLUX with dynamic linears behind outlier suppression.
+
+flux_smoothing.py PIPELINE DUMP_FOLDER WEIGHT_FOLDER
+"""
+
+import os
+import sys
+
+import torch
+from diffusers import FluxPipeline
+
+from quant_core import (
+    DumperManager,
+    M4ProcessorConfig,
+    SaveProcessorConfig,
+    SessionConfig,
+    W8A8DynamicProcessorConfig,
+    W8A8DynamicQuantConfig,
+    get_disable_layer_names,
+    get_rank,
+    get_rank_suffix_file,
+    quant_model,
+    safe_torch_load,
+)
+
+MODEL_PATH, DUMP_CALIB_FOLDER, SAFE_TENSOR_FOLDER = sys.argv[1:]
+
+rank = get_rank()
+is_distributed = rank >= 0
+dump_name = get_rank_suffix_file(base_name="calib_data", ext="pth", is_distributed=is_distributed, rank=rank)
+dump_data_path = os.path.join(DUMP_CALIB_FOLDER, dump_name)
+
+pipeline = FluxPipeline.from_pretrained(MODEL_PATH, torch_dtype=torch.bfloat16).to("cpu")
+model = pipeline.transformer
+
+if not os.path.exists(dump_data_path):
+    dumper_manager = DumperManager(model, capture_mode="args")
+    pipeline(
+        prompt="A photo of an astronaut riding a horse on mars",
+        num_inference_steps=2,
+        width=64,
+        height=64,
+        output_type="latent",
+    )
+    dumper_manager.save(dump_data_path)
+
+calib_dataset = safe_torch_load(dump_data_path, map_location="cpu")
+safetensors_name = get_rank_suffix_file("quant_model_weight_w8a8_dynamic", "safetensors", is_distributed, rank)
+json_name = get_rank_suffix_file("quant_model_description_w8a8_dynamic", "json", is_distributed, rank)
+session_cfg = SessionConfig(
+    processor_cfg_map={
+        "m4": M4ProcessorConfig(),
+        "w8a8_dynamic": W8A8DynamicProcessorConfig(
+            cfg=W8A8DynamicQuantConfig(act_method="minmax"),
+            disable_names=get_disable_layer_names(model, layer_include="*", layer_exclude="*net.2*"),
+        ),
+        "save": SaveProcessorConfig(
+            output_path=SAFE_TENSOR_FOLDER,
+            safetensors_name=safetensors_name,
+            json_name=json_name,
+            save_type=["safe_tensor"],
+            part_file_size=None,
+        ),
+    },
+    calib_data=calib_dataset,
+    device="cpu",
+)
+session_cfg.model_validate(session_cfg)
+quant_model(model, session_cfg)
