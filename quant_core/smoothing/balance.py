@@ -17,7 +17,7 @@ def balance(group: MeasuredGroup, alpha: float, beta: float) -> Tensor:
     An activation channel with maximum 16 over weights with maximum 0.25 gets at alpha = beta = 0.5 the factor
     4 / 0.5 = 8: both maxima become 2.
     """
-    amax_I, wmax_I = group.amax_I(), _at_least(group.wmax_I(), _LEAST_WEIGHT)
+    amax_I, wmax_I = group.amax_I, _at_least(group.wmax_I, _LEAST_WEIGHT)
     return _at_least(amax_I.pow(alpha) / wmax_I.pow(beta), group.floor)
 
 

@@ -18,7 +18,7 @@ _LEAST_FACTOR = 1e-4
 
 def factor(group: MeasuredGroup, config: M3ProcessorConfig) -> Tensor:
     """Return the candidate with the least loss, of equals the first, (I,)."""
-    mean_I = group.mean_I()
+    mean_I = group.mean_I
     candidates = [_candidate(mean_I, ratio) for ratio in _GRID]
     losses = group.total(torch.stack([_loss(group, candidate) for candidate in candidates]))
     return candidates[int(losses.argmin())]

@@ -61,7 +61,7 @@ def _best(group: MeasuredGroup, candidates: Sequence[Exponents]) -> Exponents:
 
 def _ends(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
     """Return how far each divided input reaches below and above zero, (inputs, 2); no sample reaches nowhere."""
-    ends = group.amax_I().new_full((len(group.inputs), 2), -torch.inf)
+    ends = group.amax_I.new_full((len(group.inputs), 2), -torch.inf)
     for index, x_NI, _ in group.samples():
         low, high = (x_NI / factor_I).aminmax()
         ends[index] = torch.stack((-low, high))
@@ -82,7 +82,7 @@ def _squares(group: MeasuredGroup, factor_I: Tensor, ends: Tensor) -> Tensor:
 
 def _unbounded_factor(group: MeasuredGroup, candidate: Exponents) -> Tensor:
     if group.numerics.carries_range:
-        return group.amax_I().pow(candidate.alpha) * group.wmax_I().pow(-candidate.beta)
+        return group.amax_I.pow(candidate.alpha) * group.wmax_I.pow(-candidate.beta)
     # A channel that never carries anything would divide by zero; the factor in use is bounded in the same way.
     return balance(group, *candidate)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -41,16 +42,19 @@ class MeasuredGroup:
         """Return where the weights are."""
         return self.inputs[0].weights[0].device
 
+    @cached_property
     def amax_I(self) -> Tensor:
         """Return the largest |x| of each channel, in the working precision."""
         each = [shared.statistics.amax_I.to(self.device) for shared in self.inputs]
         return self.numerics.working(torch.stack(each).amax(0))
 
+    @cached_property
     def wmax_I(self) -> Tensor:
         """Return the largest |w| of each column over all rows of all linears on all ranks, in the working precision."""
         each = [weight.abs().amax(0) for shared in self.inputs for weight in shared.weights]
         return self.numerics.working(reduce_over(self.tp_group, "max", torch.stack(each).amax(0)))
 
+    @cached_property
     def mean_I(self) -> Tensor:
         """Return the mean |x| of each channel, in the working precision."""
         each = [shared.statistics.tokens.mean_abs().to(self.device) for shared in self.inputs]
