@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from launcher.command_line import Command, RunJob, parse
 from launcher.error_file import pass_on, read_error_files
-from launcher.exit_codes import ExitCode
+from launcher.exit_codes import EXIT_CODES, ExitCode
 from launcher.failures import Failure
 from launcher.status import account_folder, format_time, read_status, write_ended
 from launcher.stop import stopped_on
@@ -37,6 +37,7 @@ from quant_core.errors import DistributedError, ExplainedError
 _RENDEZVOUS = ("nnodes", "rdzv", "master", "node_rank", "standalone")
 # What torchrun is told unless the user says otherwise: pass Slurm's warning on, and let ranks finish a batch of images
 # after SIGTERM (30 s by default). Options that this torch does not know yet are left out.
+_UNTOLD = ("it could not write down why, only end with the status of that kind", "read its output above")
 _DEFAULTS = {"--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout": "300"}
 
 
@@ -91,6 +92,8 @@ def _first_failure(error: ChildFailedError, reports: Path) -> Failure:
 
 
 def _ended_silently(rank: int, exitcode: int) -> ExplainedError:
+    if known := next((kind for kind, code in EXIT_CODES.items() if code == exitcode), None):
+        return Failure(rank, known.__name__, f"rank {rank} failed", f"rank {rank}", *_UNTOLD, time.time()).error()
     if exitcode >= 0:
         return ExplainedError(
             f"rank {rank} ended with status {exitcode} without a word",

@@ -1,0 +1,121 @@
+"""Run the launcher with one fault in it: what `fault_matrix.py` starts instead of `-m launcher`.
+
+The fault is put in from outside, by wrapping a function of the product at a stage boundary; the product has no branch
+for it. FAULT names it as JSON: kind, stage, rank, and the file to touch at the moment it strikes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Small files (an error, a status) still fit, as on a disk that has a little left; a dump or a shard does not.
+_ROOM_BYTES = 2048
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _no_device_memory() -> NoReturn:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB (injected)")
+
+
+KINDS: dict[str, Callable[[], object]] = {
+    "kill -9": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "exception": lambda: _raise(RuntimeError("injected")),
+    "OOM error": _no_device_memory,
+    "full disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (_ROOM_BYTES, _ROOM_BYTES)),
+    "frozen": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+
+def in_load(strike: Callable[[], object]) -> None:
+    """Strike while the model is being loaded."""
+    from launcher.stages import calibrate
+
+    _before_stage(calibrate, "loading the model", strike)
+
+
+def in_calibrate(strike: Callable[[], object]) -> None:
+    """Strike after the second batch, before its records are saved."""
+    from launcher.calibration_parts import CalibrationParts
+
+    _before(CalibrationParts, "save", lambda parts, batch, records: batch == 1, strike)
+
+
+def in_quantize(strike: Callable[[], object]) -> None:
+    """Strike after the second record has been replayed."""
+    from launcher.stages import quantize
+
+    _before(quantize, "_progress", lambda job, stage, done, total: done == 2, strike)
+
+
+def in_merge(strike: Callable[[], object]) -> None:
+    """Strike rank 0 between the renaming of the shards and the manifest, the others while they wait for it."""
+    if os.environ["RANK"] == "0" and "full disk" not in os.environ["FAULT"]:
+        from launcher.manifest import Manifest
+
+        _before(Manifest, "write", lambda *_: True, strike)
+    else:
+        from launcher.stages import merge
+
+        _before_stage(merge, "merging", strike)
+
+
+STAGES: dict[str, Callable[[Callable[[], object]], None]] = {
+    "load": in_load,
+    "calibrate": in_calibrate,
+    "quantize": in_quantize,
+    "merge": in_merge,
+}
+
+
+def _before(owner: Any, name: str, when: Callable[..., bool], strike: Callable[[], object]) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if when(*args, **kwargs):
+            strike()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _before_stage(module: Any, stage: str, strike: Callable[[], object]) -> None:
+    original = module.run_together
+
+    def wrapped(ranks: Any, name: str, work: Callable[[], Any]) -> Any:
+        return original(ranks, name, (lambda: (strike(), work())[1]) if name == stage else work)
+
+    module.run_together = wrapped
+
+
+def put_in(fault: dict[str, Any]) -> None:
+    """Wrap the function in which the fault is to strike."""
+
+    def strike() -> None:
+        Path(fault["mark"]).touch()
+        KINDS[fault["kind"]]()
+
+    STAGES[fault["stage"]](strike)
+
+
+if __name__ == "__main__":
+    from launcher.__main__ import main
+
+    wanted = json.loads(os.environ.get("FAULT", "null"))
+    if wanted is not None and os.environ.get("RANK") == str(wanted["rank"]):
+        put_in(wanted)
+    main(entry=(__file__,))
