@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.job_config import JobConfig
 from launcher.process_group import Ranks
 from model_adapters import load_adapter
-from model_adapters.adapter import ModelAdapter
+from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.loading import LoadedTransformer, load_part, load_pipeline
 from model_adapters.model_folder import pipeline_folder, weight_files
+from model_adapters.offload import run_block_by_block
 from model_adapters.options import DeviceType
+from model_adapters.prompt_encoding import Prompts, release_memory
 from model_adapters.transformer_part import TransformerPart, build_empty, describe_transformer
 from quant_core.quantize import target_layers
 
@@ -25,6 +28,8 @@ class ModelSession:
     adapter: ModelAdapter = field(init=False)
     _transformer: LoadedTransformer | None = None
     _pipeline: Any = None
+    # On the host, by batch of prompts; filled before the transformer is loaded.
+    embeddings: dict[Prompts, Embeddings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.adapter = load_adapter(self.config.model)
@@ -72,7 +77,7 @@ class ModelSession:
 
     @property
     def pipeline(self) -> Any:
-        """Return the pipeline around the transformer, loading its other parts the first time."""
+        """Return the pipeline around the transformer, without text encoders, loading its parts the first time."""
         if self._pipeline is None:
             options = self.config.pipeline
             self._pipeline = load_pipeline(
@@ -82,16 +87,29 @@ class ModelSession:
                 self.ranks.device,
                 self.adapter.dtype(options),
                 cpu_offload=self.device_type.cpu_offload,
+                with_text=False,
             )
         return self._pipeline
 
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a context in which the transformer alone runs on this rank's device, block by block if it offloads."""
+        if not self.device_type.cpu_offload:
+            return nullcontext()
+        return run_block_by_block(self.transformer.model, self.ranks.device)
+
+    def embeddings_of(self, prompts: Prompts) -> Embeddings:
+        """Return the embeddings of a batch of prompts, on this rank's device."""
+        return {name: tensor.to(self.ranks.device) for name, tensor in self.embeddings[prompts].items()}
+
     def drop_pipeline(self) -> None:
-        """Free text encoders and VAE; the transformer stays."""
+        """Free the VAE and with it what the pipeline left on the device; the transformer stays."""
         if self._pipeline is not None:
             self._pipeline.remove_all_hooks()
             self._pipeline = None
+            release_memory(self.ranks.device)
 
     def drop(self) -> None:
         """Free the whole model."""
         self.drop_pipeline()
         self._transformer = None
+        release_memory(self.ranks.device)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import diffusers
 import torch
+from torch import Tensor
 
 from model_adapters.options import DeviceType, DtypeName, PipelineOptions
 from model_adapters.shard_plan import ShardPlan
@@ -15,16 +16,25 @@ from model_adapters.step_index import step_index
 from quant_core.errors import ConfigurationError, nearest
 from quant_core.structure import ModelStructure
 
+# What the pipeline takes in place of a batch of prompts, by the names of its arguments.
+Embeddings = Mapping[str, Tensor]
+
+
+class Encode(Protocol):
+    """Encode a batch of prompts with the pipeline's text encoders, with the model's own arguments."""
+
+    def __call__(self, pipeline: Any, prompts: list[str], options: Any) -> Embeddings: ...
+
 
 class Generate(Protocol):
-    """Run the pipeline once for a batch of prompts, one image for each, with the model's own arguments.
+    """Run the pipeline once for a batch of encoded prompts, one image for each, with the model's own arguments.
 
     `generator` is one torch generator or one per prompt; `output_type` is diffusers' ("pil", "latent", "pt", "np").
     Returns the images in the order of the prompts.
     """
 
     def __call__(
-        self, pipeline: Any, prompts: list[str], options: Any, generator: Any, output_type: str = "pil"
+        self, pipeline: Any, embeddings: Embeddings, options: Any, generator: Any, output_type: str = "pil"
     ) -> Any: ...
 
 
@@ -45,6 +55,7 @@ class ModelAdapter:
     shard_plans: Mapping[str, ShardPlan]
     structure: ModelStructure
     disabled_layers: Mapping[str, tuple[str, ...]]
+    encode: Encode
     generate: Generate
     step_index: Callable[[Any], int] = step_index
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from torch import nn
 from model_adapters.adapter import ModelAdapter
 from model_adapters.model_folder import check_class, pipeline_folder, read_json
 from model_adapters.options import PipelineOptions
-from model_adapters.transformer_part import TransformerPart, describe_transformer, place
+from model_adapters.transformer_part import TransformerPart, build_empty, describe_transformer, place
 from quant_core.errors import InputError
 from quant_core.sharding import Shard
+
+# How the names of those parts of a pipeline begin that only encode prompts.
+_TEXT = ("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,50 @@ def load_pipeline(
     dtype: torch.dtype,
     *,
     cpu_offload: bool = False,
+    with_text: bool = True,
 ) -> Any:
     """Load the rest of the pipeline around a transformer: frozen, silent, on `device`.
 
-    With `cpu_offload` each part is on the device only while it runs. Reads safetensors only, never a pickle, and only
-    from this machine (a hub id was fetched before). Raises InputError when the folder is not whole.
+    With `cpu_offload` each part is on the device only while it runs; without text encoders it runs on embeddings.
+    Reads safetensors only, never a pickle, and only from this machine (a hub id was fetched before). Raises InputError
+    when the folder is not whole.
     """
+    given = {"transformer": transformer}
+    pipeline = _assemble(adapter, options, dtype, given if with_text else {**_without_text(options), **given})
+    return _place(pipeline, device, cpu_offload)
+
+
+def load_text_encoders(
+    adapter: ModelAdapter, options: PipelineOptions, device: torch.device | str, dtype: torch.dtype
+) -> Any:
+    """Load a pipeline of text encoders on `device` and nothing else that takes memory; it can encode prompts only.
+
+    Raises InputError when the folder is not whole.
+    """
+    # Some encoders ask for the transformer's widths, which a model without weights knows too.
+    empty = build_empty(adapter, pipeline_folder(options.path) / "transformer")
+    pipeline = _assemble(adapter, options, dtype, {"transformer": empty, "vae": None})
+    for name, part in pipeline.components.items():
+        if name.startswith(_TEXT) and isinstance(part, nn.Module):
+            part.to(device)
+    return pipeline
+
+
+def _without_text(options: PipelineOptions) -> dict[str, None]:
+    """Return None for every part of the pipeline that only encodes prompts."""
+    index = read_json(pipeline_folder(options.path) / "model_index.json")
+    return dict.fromkeys(name for name in index if name.startswith(_TEXT))
+
+
+def _assemble(
+    adapter: ModelAdapter, options: PipelineOptions, dtype: torch.dtype, given: Mapping[str, nn.Module | None]
+) -> Any:
+    """Load all parts of a pipeline but those that are given (or None, to go without), on the host, frozen."""
     folder = pipeline_folder(options.path)
     index = folder / "model_index.json"
     check_class(index, read_json(index), adapter.pipeline_class)
     try:
-        pipeline = _around(adapter, folder, transformer, dtype)
+        return _freeze(_from_folder(adapter, folder, dtype, given))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"the {adapter.pipeline_class} around the transformer cannot be loaded",
@@ -94,15 +131,14 @@ def load_pipeline(
             why=str(error).strip().partition("\n")[0],
             advice="check that the folder is complete: text encoders, tokenizers, vae, scheduler",
         ) from error
-    return _place(_freeze(pipeline), device, cpu_offload)
 
 
-def _around(adapter: ModelAdapter, folder: Path, transformer: nn.Module, dtype: torch.dtype) -> Any:
+def _from_folder(adapter: ModelAdapter, folder: Path, dtype: torch.dtype, given: Mapping[str, nn.Module | None]) -> Any:
     with warnings.catch_warnings():
         # The newest diffusers calls it `dtype`, the oldest one that is supported knows only this name.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         return adapter.pipeline_type().from_pretrained(
-            folder, transformer=transformer, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            folder, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
 
 

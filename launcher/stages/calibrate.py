@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.calibration_parts import CalibrationParts
 from launcher.job import QuantJob
+from launcher.stages.encode import encode
 from launcher.stages.images import are_there, have_images, run_pipeline
 from launcher.together import all_agree, gather_objects, run_together
 from quant_core.capture import DumperManager
@@ -35,6 +36,7 @@ def calibrate(job: QuantJob, *, is_read: bool) -> Path | None:
             run_pipeline(job, "float images", folder=float_folder(job))
         return path
     job.watch.enter("load")
+    encode(job)
     run_together(job.ranks, "loading the model", lambda: job.model.pipeline)
     job.watch.enter("calibrate")
     _run(job, path)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from launcher.job import Job
+from launcher.stages.encode import encode, prompts_of
 from launcher.together import all_agree, gather_objects
 from model_adapters.prompts import Batch, ImageRequest
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
@@ -33,12 +34,13 @@ def run_pipeline(
     decoder does not run. The first `skip` batches were made by an earlier run. `after_batch` gets the batch's index;
     after it the ranks of one copy may stop together.
     """
+    encode(job)
     saves = folder is not None and job.ranks.mesh.tp_rank == 0
     job.watch.progress(stage, skip, len(job.batches))
     for done, batch in enumerate(job.batches[skip:], start=skip + 1):
         images = job.model.adapter.generate(
             job.model.pipeline,
-            [request.prompt for request in batch],
+            job.model.embeddings_of(prompts_of(batch)),
             job.config.pipeline,
             [torch.Generator("cpu").manual_seed(job.config.pipeline.seed + request.number) for request in batch],
             output_type="pil" if saves else "latent",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launcher.job import QuantJob
 from launcher.stages.calibrate import float_folder
+from launcher.stages.encode import encode
 from launcher.stages.images import have_images, list_images, run_pipeline
 from launcher.together import run_together
 from quant_core.loading_deployed import load_deployed
@@ -16,6 +17,8 @@ def make_quant_images(job: QuantJob) -> None:
     """Make `calib_quant/`, which has the float images' prompts and noise, and list the images of both."""
     folder = job.config.output.save_path / QUANT_IMAGES
     if not have_images(job, folder):
+        job.model.drop()
+        encode(job)
         run_together(job.ranks, "loading the published checkpoint", lambda: _load(job))
         run_pipeline(job, "quantized images", folder=folder)
     list_images(job, [float_folder(job), folder])
@@ -23,7 +26,6 @@ def make_quant_images(job: QuantJob) -> None:
 
 def _load(job: QuantJob) -> None:
     """Read the float model anew and let its quantized layers compute from this rank's published shard."""
-    job.model.drop()
     model = job.model.transformer.model
     load_deployed(model, job.folder.shard())
     model.register_forward_pre_hook(lambda *_: _set_step(job.model.adapter.step_index(job.model.pipeline)))

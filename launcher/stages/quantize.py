@@ -79,13 +79,14 @@ def _in_memory(job: QuantJob, dump: Path) -> tuple[QuantizedModel, LoadedTransfo
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
     records = run_together(job.ranks, "reading the calibration data", lambda: load_dump(dump)["records"])
     job.model.drop_pipeline()
-    result = quant_model(
-        loaded.model,
-        session_config(job, records),
-        structure=job.model.adapter.structure,
-        parallel=_parallel(job, loaded.shards),
-        progress=lambda stage, done, total: _progress(job, stage, done, total),
-    )
+    with job.model.computing():
+        result = quant_model(
+            loaded.model,
+            session_config(job, records),
+            structure=job.model.adapter.structure,
+            parallel=_parallel(job, loaded.shards),
+            progress=lambda stage, done, total: _progress(job, stage, done, total),
+        )
     assert_collectives(loaded.model)
     return result, loaded
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_adapters.adapter import ModelAdapter
+from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.flux.options import DEVICE_TYPES, FluxOptions
 from model_adapters.flux.recipes import DISABLED_LAYERS
 from model_adapters.flux.shard_plan import SHARD_PLANS
@@ -14,15 +14,24 @@ from model_adapters.flux.structure import STRUCTURE
 _MAX_SEQUENCE_LENGTH = 512
 
 
-def generate(pipeline: Any, prompts: list[str], options: FluxOptions, generator: Any, output_type: str = "pil") -> Any:
-    """Run FLUX once for a batch of prompts, one image for each; guidance is an input of the transformer."""
+def encode(pipeline: Any, prompts: list[str], options: FluxOptions) -> Embeddings:
+    """Encode a batch of prompts: T5's tokens and CLIP's pooled vector."""
+    embeds, pooled, _ = pipeline.encode_prompt(
+        prompt=prompts, prompt_2=None, max_sequence_length=_MAX_SEQUENCE_LENGTH, device=pipeline.text_encoder.device
+    )
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def generate(
+    pipeline: Any, embeddings: Embeddings, options: FluxOptions, generator: Any, output_type: str = "pil"
+) -> Any:
+    """Run FLUX once for a batch of encoded prompts; guidance is an input of the transformer."""
     guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
     return pipeline(
-        prompt=prompts,
+        **embeddings,
         width=options.width,
         height=options.height,
         num_inference_steps=options.infer_steps,
-        max_sequence_length=_MAX_SEQUENCE_LENGTH,
         generator=generator,
         output_type=output_type,
         **guidance,
@@ -39,5 +48,6 @@ ADAPTER = ModelAdapter(
     shard_plans=SHARD_PLANS,
     structure=STRUCTURE,
     disabled_layers=DISABLED_LAYERS,
+    encode=encode,
     generate=generate,
 )

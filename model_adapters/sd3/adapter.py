@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_adapters.adapter import ModelAdapter
+from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.sd3.options import DEVICE_TYPES, SD3Options
 from model_adapters.sd3.recipes import DISABLED_LAYERS
 from model_adapters.sd3.shard_plan import SHARD_PLANS
 from model_adapters.sd3.structure import STRUCTURE
 
 
-def generate(pipeline: Any, prompts: list[str], options: SD3Options, generator: Any, output_type: str = "pil") -> Any:
-    """Run SD3 once for a batch of prompts, one image for each, guided away from the empty prompt."""
+def encode(pipeline: Any, prompts: list[str], options: SD3Options) -> Embeddings:
+    """Encode a batch of prompts, and the empty prompt that guidance leads away from."""
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    encoded = pipeline.encode_prompt(
+        prompt=prompts,
+        prompt_2=None,
+        prompt_3=None,
+        negative_prompt=[""] * len(prompts),
+        device=pipeline.text_encoder.device,
+    )
+    return dict(zip(names, encoded))
+
+
+def generate(
+    pipeline: Any, embeddings: Embeddings, options: SD3Options, generator: Any, output_type: str = "pil"
+) -> Any:
+    """Run SD3 once for a batch of encoded prompts, guided away from the empty prompt."""
     guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
     return pipeline(
-        prompt=prompts,
-        negative_prompt=[""] * len(prompts),
+        **embeddings,
         width=options.width,
         height=options.height,
         num_inference_steps=options.infer_steps,
@@ -36,5 +50,6 @@ ADAPTER = ModelAdapter(
     shard_plans=SHARD_PLANS,
     structure=STRUCTURE,
     disabled_layers=DISABLED_LAYERS,
+    encode=encode,
     generate=generate,
 )

@@ -39,13 +39,15 @@ def generator() -> torch.Generator:
 
 def test_one_image_for_each_prompt_in_the_size_that_was_asked_for(running):
     adapter, options, pipeline = running
-    images = adapter.generate(pipeline, ["a cat", "a dog"], options, generator())
+    images = adapter.generate(pipeline, adapter.encode(pipeline, ["a cat", "a dog"], options), options, generator())
     assert [image.size for image in images] == [(WIDTH, HEIGHT)] * 2
 
 
 def test_generation_is_that_of_diffusers_own_pipeline(running):
     adapter, options, pipeline = running
-    ours = adapter.generate(pipeline, ["a cat"], options, generator(), output_type="latent")
+    ours = adapter.generate(
+        pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), output_type="latent"
+    )
     theirs = adapter.pipeline_type().from_pretrained(options.path, torch_dtype=torch.float32)
     size = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": STEPS}
     expected = theirs("a cat", **size, generator=generator(), output_type="latent").images
@@ -54,9 +56,16 @@ def test_generation_is_that_of_diffusers_own_pipeline(running):
 
 def test_a_chosen_guidance_scale_reaches_the_model(running):
     adapter, options, pipeline = running
-    default = adapter.generate(pipeline, ["a cat"], options, generator(), output_type="latent")
+    default = adapter.generate(
+        pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), output_type="latent"
+    )
     stronger = options.model_copy(update={"guidance_scale": 9.0})
-    assert not torch.equal(default, adapter.generate(pipeline, ["a cat"], stronger, generator(), output_type="latent"))
+    assert not torch.equal(
+        default,
+        adapter.generate(
+            pipeline, adapter.encode(pipeline, ["a cat"], options), stronger, generator(), output_type="latent"
+        ),
+    )
 
 
 def test_every_transformer_call_knows_its_step_and_a_second_image_begins_at_zero(running):
@@ -64,7 +73,9 @@ def test_every_transformer_call_knows_its_step_and_a_second_image_begins_at_zero
     steps: list[int] = []
     hook = pipeline.transformer.register_forward_pre_hook(lambda *_: steps.append(adapter.step_index(pipeline)))
     for _ in range(2):
-        adapter.generate(pipeline, ["a cat"], options, generator(), output_type="latent")
+        adapter.generate(
+            pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), output_type="latent"
+        )
     hook.remove()
     assert steps == [*range(STEPS), *range(STEPS)]
 
