@@ -73,7 +73,7 @@ class SlurmCluster:
         words = self.call("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for_end(self, number: str, *, timeout_s: float = 90) -> dict[str, str]:
+    def wait_for_end(self, number: str, *, timeout_s: float = 120) -> dict[str, str]:
         """Wait until a job neither runs nor waits to run."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         wait_until(lambda: self.job(number)["JobState"] in over, f"job {number} is over", timeout_s=timeout_s)
@@ -88,7 +88,9 @@ def missing_programs() -> list[str]:
 @contextmanager
 def slurm_cluster(folder: Path, *, nodes: int = 2, cpus: int = 2) -> Iterator[SlurmCluster]:
     """Run a cluster of virtual nodes on this host, all in `folder`; it is ready when the block begins."""
-    cluster = SlurmCluster(folder, {**os.environ, "PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")})
+    # Jobs inherit it. Threads that wait sleep: by default they spin, and all nodes share the cores of this host.
+    own = {"PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf"), "OMP_WAIT_POLICY": "passive"}
+    cluster = SlurmCluster(folder, {**os.environ, **own})
     _write_configuration(folder, nodes, cpus)
     with ExitStack() as started:
         started.enter_context(_daemon(cluster, "munged", "--force", "--foreground", *_munge_files(folder)))

@@ -106,7 +106,7 @@ def has_begun(job: QueuedJob) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_warned_job_is_requeued_and_ends_with_the_bytes_of_an_undisturbed_one(
     cluster: SlurmCluster, tiny_flux_folder: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +115,7 @@ def test_a_warned_job_is_requeued_and_ends_with_the_bytes_of_an_undisturbed_one(
     # What Slurm does two minutes before the time is up, because of --signal=B:TERM@120.
     cluster.call("scancel", "--batch", "--signal=TERM", warned.number)
     wait_until(lambda: "queued again" in warned.log, "the script asks for another start", timeout_s=30)
+    assert "SIGTERM asked the job to leave" in warned.log, "the ranks stop at a safe point and are not killed"
     assert not (warned.folder / "weights" / "quant_manifest.json").exists()
     # Slurm lets a requeued job wait for some seconds: time for another one, on two hosts.
     undisturbed = QueuedJob(cluster, SEVERAL_NODES, tmp_path / "two", tiny_flux_folder, ranks="1", **{"--nodes": "2"})
