@@ -17,7 +17,7 @@ from launcher.model_session import ModelSession
 from launcher.process_group import Ranks, join, leave
 from launcher.run_folder import RunFolder
 from launcher.stages.calibrate import calibrate
-from launcher.stages.images import check_save_path, make_float_images
+from launcher.stages.images import check_save_path, explain_cache, make_float_images
 from launcher.stages.merge import merge
 from launcher.stages.quant_images import make_quant_images
 from launcher.stages.quantize import quantize, reads_dump
@@ -66,6 +66,7 @@ def _prepare(config: JobConfig, ranks: Ranks, watch: Watch) -> Job:
     session.check()
     job = Job(config, ranks, session, watch, _share(read_batches(config.pipeline), ranks))
     check_save_path(job)
+    explain_cache(job)
     return job
 
 

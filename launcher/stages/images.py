@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from launcher.job import Job
 from launcher.stages.encode import encode, prompts_of
 from launcher.together import all_agree, gather_objects
 from model_adapters.prompts import Batch, ImageRequest
+from model_adapters.step_cache import step_cache
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
 from quant_core.errors import ConfigurationError
 
@@ -26,15 +28,44 @@ def run_pipeline(
     *,
     folder: Path | None = None,
     skip: int = 0,
+    may_approximate: bool = False,
     after_batch: Callable[[int], object] = lambda batch: None,
 ) -> None:
     """Make this rank's images, and save them if `folder` says where.
 
     All ranks of a tensor-parallel group compute the same images, and the first of them saves. Without a folder the
     decoder does not run. The first `skip` batches were made by an earlier run. `after_batch` gets the batch's index;
-    after it the ranks of one copy may stop together.
+    after it the ranks of one copy may stop together. With --use_cache steps are approximated where they may be.
     """
     encode(job)
+    with step_cache(job.model.pipeline.transformer) if may_approximate and uses_cache(job) else nullcontext():
+        _run_batches(job, stage, folder, skip, after_batch)
+
+
+def uses_cache(job: Job) -> bool:
+    """Tell whether images are to be made with approximated steps; models without the option never are."""
+    return getattr(job.config.pipeline, "use_cache", False)
+
+
+# By whether the job quantizes and whether it saves images; one that does neither is refused.
+_CACHE_MEANS = {
+    (False, True): "steps of the images are approximated from earlier ones",
+    (
+        True,
+        True,
+    ): "steps of the quantized images are approximated, those of calibration and its float images never",
+    (True, False): "no effect, as calibration is never approximated and no image is saved",
+}
+
+
+def explain_cache(job: Job) -> None:
+    """Say what --use_cache does in this job, if it was given."""
+    if uses_cache(job):
+        config = job.config
+        job.console.say(f"use_cache: {_CACHE_MEANS[config.quantization.do_quant, config.output.do_save_img]}")
+
+
+def _run_batches(job: Job, stage: str, folder: Path | None, skip: int, after_batch: Callable[[int], object]) -> None:
     saves = folder is not None and job.ranks.mesh.tp_rank == 0
     job.watch.progress(stage, skip, len(job.batches))
     for done, batch in enumerate(job.batches[skip:], start=skip + 1):
@@ -57,7 +88,7 @@ def make_float_images(job: Job) -> None:
     """Make the images of the float model without quantizing."""
     job.watch.enter("images")
     folder = job.config.output.save_path
-    run_pipeline(job, "images", folder=folder)
+    run_pipeline(job, "images", folder=folder, may_approximate=True)
     list_images(job, [folder])
 
 

@@ -20,7 +20,7 @@ def make_quant_images(job: QuantJob) -> None:
         job.model.drop()
         encode(job)
         run_together(job.ranks, "loading the published checkpoint", lambda: _load(job))
-        run_pipeline(job, "quantized images", folder=folder)
+        run_pipeline(job, "quantized images", folder=folder, may_approximate=True)
     list_images(job, [float_folder(job), folder])
 
 
