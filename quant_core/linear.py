@@ -62,7 +62,6 @@ def quantize_linear(
     *,
     scale_group: Group | None = None,
     rescaling: Rescaling | None = None,
-    observer: InputObserver | None = None,
     per_token: bool = False,
 ) -> QuantizedLayer:
     """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
@@ -78,7 +77,7 @@ def quantize_linear(
     weight = numerics.quantize_weight(w_OI, amax_O1, dtype)
     linear.weight.data.copy_(weight.fake)
     bias_O = None if linear.bias is None else linear.bias.detach()
-    layer = QuantizedLayer(name, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I, observer, per_token)
+    layer = QuantizedLayer(name, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I, per_token=per_token)
     linear.__class__ = CalibratedLinear
     linear.layer = layer  # type: ignore[assignment]
     return layer

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from quant_core.attention.head_scales import FA_QUANT, AttentionObserver
 from quant_core.attention.session import attention_observers, reduce_attentions
 from quant_core.attention.watch import watch_attentions
+from quant_core.channel_importance import channel_importance
 from quant_core.checkpoint import (
     FA_QUANT_TYPE_KEY,
     TIMESTEP_SEP_KEY,
@@ -31,7 +33,7 @@ from quant_core.checkpoint import (
 )
 from quant_core.deployed import deploy
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.estimators import ESTIMATORS
+from quant_core.estimators import ESTIMATORS, EstimatorKind
 from quant_core.linear import QuantizedLayer, quantize_linear
 from quant_core.naming import linear_names, select
 from quant_core.numerics import NUMERICS, Numerics
@@ -161,28 +163,34 @@ def _quantize_weights(
     parallel: Parallel,
     smoothing: Smoothing,
 ) -> dict[str, QuantizedLayer]:
-    new_estimator = ESTIMATORS[numerics.name][config.scheme.cfg.act_method]
+    # The reference tool calibrates attention behind static layers, whatever the scheme (spec: to the last bit).
+    observes_input = scheme.observes_input or (config.fa3 and numerics.carries_range)
     layers = {}
     for name in target_layers(model, config.scheme.disable_names):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), "target_layers returns linears"
-        group = parallel.scale_group(name)
-        observer = (
-            InputObserver(numerics, new_estimator, per_step=scheme.per_step, sync=_range_sync(group))
-            # The reference tool calibrates attention behind static layers, whatever the scheme (spec: to the last bit).
-            if scheme.observes_input or (config.fa3 and numerics.carries_range)
-            else None
-        )
-        layers[name] = quantize_linear(
+        layers[name] = layer = quantize_linear(
             name,
             linear,
             numerics,
-            scale_group=group,
+            scale_group=parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
-            observer=observer,
             per_token=not scheme.observes_input,
         )
+        if observes_input:
+            estimator = ESTIMATORS[numerics.name][config.scheme.cfg.act_method]
+            layer.observer = _input_observer(layer, estimator, scheme, numerics, parallel)
     return layers
+
+
+def _input_observer(
+    layer: QuantizedLayer, estimator: EstimatorKind, scheme: Scheme, numerics: Numerics, parallel: Parallel
+) -> InputObserver:
+    importance_I = None
+    if estimator.weighs_channels:
+        importance_I = channel_importance(layer.name, layer.codes_OI, layer.weight_scale_O1, parallel)
+    sync = _range_sync(parallel.scale_group(layer.name))
+    return InputObserver(numerics, partial(estimator.fresh, importance_I), per_step=scheme.per_step, sync=sync)
 
 
 def _range_sync(group: Group | None) -> SyncRange:

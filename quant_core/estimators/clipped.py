@@ -16,21 +16,24 @@ Rule = Callable[[Distribution], tuple[float, float]]
 
 
 class ClippedRange:
-    """Count every call's values, and clip where the rule says, never outside the true extremes."""
+    """Count every call's values, and clip where the rule says, never outside the true extremes.
+
+    importance_I: as how many a value of each input channel counts; alike when None.
+    """
 
     reductions: ClassVar[Mapping[str, Reduction]] = {"low": "min", "high": "max", "counts": "sum"}
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, importance_I: Tensor | None = None) -> None:
         self.low = torch.tensor(float("inf"))
         self.high = torch.tensor(float("-inf"))
         self.counts = torch.zeros(BINS, dtype=torch.int64)
-        self._rule = rule
+        self._rule, self._importance_I = rule, importance_I
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Count this call's values, and widen the extremes to contain its own."""
         self.low = torch.minimum(self.low.to(low), low)
         self.high = torch.maximum(self.high.to(high), high)
-        self.counts = self.counts.to(x.device) + count_values(x)
+        self.counts = self.counts.to(x.device) + count_values(x, self._importance_I)
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the rule's range, in float32 whatever the dtype of the calls."""

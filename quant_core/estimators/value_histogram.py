@@ -22,18 +22,22 @@ _MANTISSA_SHIFT = 23 - 5  # of 23 bits, the first five stay: 2**5 bins
 _FIRST = (127 + MIN_EXPONENT) * BINS_PER_OCTAVE  # shifted bits of 2**MIN_EXPONENT; 127 is the exponent's bias
 _SIDE = (MAX_EXPONENT - MIN_EXPONENT) * BINS_PER_OCTAVE
 BINS = 2 * _SIDE + 1
-# Counting a call in pieces bounds the memory for the bin numbers to 64 MiB.
-_PIECE = 2**23
+# Counting a call in pieces bounds the memory for bin numbers and weights to 64 MiB.
+_PIECE = 2**22
 
 
-def count_values(x: Tensor) -> Tensor:
-    """Return how many values of x (any shape) each bin holds, (BINS,) int64 on x's device.
+def count_values(x: Tensor, importance_I: Tensor | None = None) -> Tensor:
+    """Return how many values of x (..., I) each bin holds, (BINS,) int64 on x's device.
 
-    Values beyond the grid, infinities and NaN count in the outermost bins.
+    importance_I: as how many each value of a channel counts, int64; one when left out. Values beyond the grid,
+    infinities and NaN count in the outermost bins.
     """
     counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
-    for piece in x.detach().reshape(-1).split(_PIECE):
-        counts += torch.bincount(_bin_of(piece), minlength=BINS)
+    x_NI = x.detach().reshape(-1, x.shape[-1])
+    for piece_NI in x_NI.split(max(_PIECE // x.shape[-1], 1)):
+        bins = _bin_of(piece_NI).to(torch.int64)
+        weights = torch.ones_like(bins) if importance_I is None else importance_I.to(x.device).expand_as(bins)
+        counts.scatter_add_(0, bins.flatten(), weights.flatten())
     return counts
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from quant_core.channel_importance import LEVELS, channel_importance
 from quant_core.estimators import ESTIMATORS, RangeEstimator
 from quant_core.estimators.clipping_error import mean_squared_error
 from quant_core.estimators.histogram import histogram_range
@@ -20,6 +21,8 @@ from quant_core.estimators.mix import mix_range
 from quant_core.estimators.mse import mse_range
 from quant_core.estimators.percentile import SHARE, percentile_range
 from quant_core.estimators.value_histogram import BINS, bin_edges, count_values, distribution
+from quant_core.numerics import NUMERICS
+from quant_core.parallel import Parallel
 from quant_core.scale_arithmetic import asymmetric_offset, asymmetric_scale, dequantize, quantize
 from quant_core.session_config import (
     SessionConfig,
@@ -37,9 +40,9 @@ finite = st.floats(-60000, 60000, width=16)  # what float16 activations can be
 calls = st.lists(st.lists(finite, min_size=1, max_size=40), min_size=1, max_size=6)
 
 
-def estimate(name: str, batches: Sequence[Any]) -> RangeEstimator:
+def estimate(name: str, batches: Sequence[Any], importance_I: Tensor | None = None) -> RangeEstimator:
     """Show the batches to a fresh estimator, each as one call."""
-    estimator = ESTIMATORS["float32"][name]()
+    estimator = ESTIMATORS["float32"][name].fresh(importance_I)
     for batch in batches:
         x = torch.as_tensor(batch)
         estimator.update(x, *x.aminmax())
@@ -48,7 +51,7 @@ def estimate(name: str, batches: Sequence[Any]) -> RangeEstimator:
 
 def merged(name: str, ranks: Sequence[RangeEstimator]) -> RangeEstimator:
     """Combine the ranks' states as the estimator declares."""
-    whole = ESTIMATORS["float32"][name]()
+    whole = ESTIMATORS["float32"][name].fresh(None)
     for rank in ranks:
         for state, op in whole.reductions.items():
             setattr(whole, state, COMBINE[op](getattr(whole, state), getattr(rank, state)))
@@ -97,7 +100,7 @@ def test_the_range_lies_inside_the_extremes(name, batches):
 @each_estimator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_state_is_of_fixed_size_whatever_was_seen(name, dtype):
-    fresh, used = ESTIMATORS["float32"][name](), estimate(name, [outliers().to(dtype)] * 3)
+    fresh, used = ESTIMATORS["float32"][name].fresh(None), estimate(name, [outliers().to(dtype)] * 3)
     for state in fresh.reductions:
         assert getattr(used, state).shape == getattr(fresh, state).shape
     assert vars(used).keys() == vars(fresh).keys()
@@ -175,6 +178,50 @@ def test_percentile_gives_up_only_the_farthest_values():
     assert (low, high) == pytest.approx((-4, 3), abs=0.1)  # bins at 3 and -4 are 1/16 and 1/8 wide
     held = ((x >= low) & (x <= high)).float().mean().item()
     assert held >= SHARE - 1e-3  # one bin's share of 10 000 values
+
+
+def test_importance_counts_a_value_as_often():
+    x = torch.tensor([[1.0, -2.0], [3.0, 40.0]])
+    repeated = torch.cat([x[:, :1].repeat(1, 5).flatten(), x[:, 1]])
+    assert torch.equal(count_values(x, torch.tensor([5, 1])), count_values(repeated))
+
+
+def outlier_layer() -> tuple[Tensor, nn.Linear]:
+    """Make an input with an outlier channel, and a layer that reads it with as much smaller weights."""
+    x, linear = outliers(), nn.Linear(100, 50, bias=False)
+    linear.weight.data[:, 7] /= 30
+    return x, linear
+
+
+def output_error(x: Tensor, linear: nn.Linear, ends: tuple[Tensor, Tensor]) -> float:
+    """Quantize the input and measure the error of the output."""
+    scale = asymmetric_scale(*ends)
+    offset = asymmetric_offset(ends[0], scale).clamp(-128, 127)
+    fake = dequantize(quantize(x, scale, offset), scale, offset)
+    return (linear(fake) - linear(x)).square().mean().item()
+
+
+def test_mse_looks_at_the_layers_output_and_not_at_its_input():
+    x, linear = outlier_layer()
+    weight = NUMERICS["float32"].quantize_weight(linear.weight.data, linear.weight.data.abs().amax(1, True), x.dtype)
+    importance_I = channel_importance("layer", weight.codes, weight.scale, Parallel())
+    blind, seeing = estimate("mse", [x]).range(), estimate("mse", [x], importance_I).range()
+    # The outlier is 30 times as large: clipping it near the others' extremes makes steps many times finer.
+    assert output_error(x, linear, seeing) < 0.5 * output_error(x, linear, blind)
+    assert true_error(x, seeing[0].item(), seeing[1].item()) > true_error(x, blind[0].item(), blind[1].item())
+
+
+@given(
+    codes=st.lists(st.lists(st.integers(-127, 127), min_size=3, max_size=3), min_size=1, max_size=6),
+    scale=st.floats(2.0**-23, 1.0),
+)
+def test_importance_is_a_whole_number_in_proportion_to_the_channels_weight(codes, scale):
+    codes_OI = torch.tensor(codes, dtype=torch.int8)
+    importance_I = channel_importance("layer", codes_OI, torch.full((len(codes), 1), scale), Parallel())
+    energy_I = codes_OI.double().square().sum(0)
+    expected_I = (energy_I / energy_I.max().clamp(min=1) * LEVELS).clamp(min=1)
+    assert importance_I.dtype == torch.int64
+    assert (importance_I - expected_I).abs().max() <= 0.5 + 1e-6  # rounded to the nearest
 
 
 @pytest.mark.parametrize(("number", "name"), [(1, "minmax"), (2, "histogram"), (3, "mix"), ("3", "mix")])

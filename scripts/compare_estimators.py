@@ -1,0 +1,174 @@
+"""Print what each estimator of static ranges, each numerics and each smoothing is worth, in decibels.
+
+    python scripts/compare_estimators.py               both tables, some minutes
+    python scripts/compare_estimators.py estimators    the table in the documentation of `quant_core.estimators`
+    python scripts/compare_estimators.py numerics      numerics reference against float32, each scheme and smoothing
+
+Models: the golden cases of the tests, and tiny pipelines with outlier channels. Records calibrate and measure. A cell
+is the median layer and, behind the slash, the model's output. Timestep schemes run all their steps static.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts and tests are not installed packages
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from model_adapters import load_adapter, load_options
+from quant_core import DumperManager, M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, quant_model
+from quant_core.estimators import ESTIMATORS
+from quant_core.records import Record, as_records
+from quant_core.session_config import (
+    SessionConfig,
+    SmoothingConfig,
+    W8A8DynamicProcessorConfig,
+    W8A8ProcessorConfig,
+    W8A8QuantConfig,
+    W8A8TimeStepProcessorConfig,
+)
+from scripts.make_tiny_pipeline import PROMPTS, make_tiny_pipeline
+from scripts.sqnr import Quality, measure
+from tests.quant_core.golden_cases import GoldenCase
+
+SCHEMES = {
+    "w8a8": W8A8ProcessorConfig,
+    "w8a8_timestep": W8A8TimeStepProcessorConfig,
+    "w8a8_dynamic": W8A8DynamicProcessorConfig,
+}
+SMOOTHINGS: dict[str, SmoothingConfig | None] = {
+    "none": None,
+    "m3": M3ProcessorConfig(smoothing_groups="all"),
+    "m4": M4ProcessorConfig(smoothing_groups="all"),
+    "m6": M6ProcessorConfig(cfg=M6Config(alpha=0.8, beta=0.2), smoothing_groups="all"),
+}
+GOLDEN_CASES = ("sd3_w8a8_fp32", "flux_w8a8_timestep_fp32", "sd3_w8a8_bf16", "flux_w8a8_timestep_bf16")
+# The static scheme of each model's recipe.
+STATIC_SCHEMES = {"sd3": "w8a8", "flux": "w8a8_timestep"}
+TINY_STEPS, TINY_SIDE, TINY_PROMPTS = 6, 128, 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A float model, records that run it, and the static scheme of its recipe."""
+
+    name: str
+    adapter: Any
+    model: nn.Module
+    records: Sequence[Record]
+    scheme: str
+
+    def quality(
+        self, scheme: str, *, act_method: Any = "minmax", numerics: Any = "float32", smoothing: str = "none"
+    ) -> Quality:
+        """Quantize a copy of the model and measure it."""
+        all_static = {"timestep_sep": 0} if scheme == "w8a8_timestep" else {}
+        disabled = self.adapter.disabled_layers.get(scheme, ())
+        processor = SCHEMES[scheme](cfg=W8A8QuantConfig(act_method=act_method), disable_names=disabled, **all_static)
+        suppression = SMOOTHINGS[smoothing]
+        processors: dict[str, Any] = {each.key: each for each in (processor, suppression) if each}
+        config = SessionConfig(processor_cfg_map=processors, calib_data=list(self.records), numerics=numerics)
+        deployed = copy.deepcopy(self.model)
+        quant_model(deployed, config, structure=self.adapter.structure)
+        return measure(self.model, deployed, self.records)
+
+    @property
+    def schemes(self) -> list[str]:
+        """Return the schemes that the records can calibrate: per-step ones need to know the step."""
+        has_steps = all(record.step is not None for record in self.records)
+        return [scheme for scheme in SCHEMES if has_steps or scheme != "w8a8_timestep"]
+
+
+def golden(name: str) -> Subject:
+    """Return a golden case."""
+    case, kind, dtype = GoldenCase(name), name.split("_")[0], name.split("_")[-1]
+    adapter = load_adapter(kind)
+    return Subject(f"golden {kind} {dtype}", adapter, case.model(), as_records(case.records), STATIC_SCHEMES[kind])
+
+
+def tiny(kind: str, folder: Path) -> Subject:
+    """Make a tiny float32 pipeline, run it on prompts and return its transformer with what it was called with."""
+    adapter = load_adapter(kind)
+    path = make_tiny_pipeline(kind, folder / kind, dtype="float32")
+    pipeline = adapter.pipeline_type().from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    options = load_options(kind).OPTIONS(path=str(path), width=TINY_SIDE, height=TINY_SIDE, infer_steps=TINY_STEPS)
+    dumper = DumperManager(
+        pipeline.transformer, capture_mode="timestep", step_source=lambda: adapter.step_index(pipeline)
+    )
+    generator, prompts = torch.Generator().manual_seed(0), [str(prompt) for prompt in PROMPTS[:TINY_PROMPTS]]
+    adapter.generate(pipeline, adapter.encode(pipeline, prompts, options), options, generator, output_type="latent")
+    dumper.close()
+    return Subject(f"tiny {kind}", adapter, pipeline.transformer, as_records(dumper.records), STATIC_SCHEMES[kind])
+
+
+def estimators(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the estimators' table, the heading first."""
+    yield ("act_method", *(subject.name for subject in subjects))
+    yield ("reference", *(cell(subject.quality(subject.scheme, numerics="reference")) for subject in subjects))
+    for name in ESTIMATORS["float32"]:
+        yield (name, *(cell(subject.quality(subject.scheme, act_method=name)) for subject in subjects))
+
+
+def numerics(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the table of numerics, the heading first."""
+    yield ("model", "scheme", "smoothing", "reference", "float32", "gain")
+    for subject in subjects:
+        for scheme in subject.schemes:
+            for smoothing in SMOOTHINGS:
+                found = [subject.quality(scheme, numerics=n, smoothing=smoothing) for n in ("reference", "float32")]
+                yield (subject.name, scheme, smoothing, *map(cell, found), _gain(*found))
+
+
+def cell(quality: Quality) -> str:
+    """Write the median layer's and the output's decibels."""
+    return f"{quality.median_layer:5.1f} / {quality.output:5.1f}"
+
+
+def _gain(before: Quality, after: Quality) -> str:
+    return f"{after.median_layer - before.median_layer:+5.1f} / {after.output - before.output:+5.1f}"
+
+
+def print_table(rows: Iterator[tuple[str, ...]]) -> None:
+    """Print the rows in columns as wide as their widest cell."""
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    print()
+
+
+TABLES = {"estimators": estimators, "numerics": numerics}
+
+
+def main() -> int:
+    """Measure and print the tables that were asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("tables", nargs="*", default=list(TABLES), metavar="TABLE", help=" or ".join(TABLES))
+    wanted = parser.parse_args().tables
+    if unknown := [name for name in wanted if name not in TABLES]:
+        parser.error(f"no table is called {unknown[0]}: {' or '.join(TABLES)}")
+    torch.set_num_threads(1)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = [golden(name) for name in GOLDEN_CASES] + [tiny(kind, Path(folder)) for kind in STATIC_SCHEMES]
+    for name in wanted:
+        print_table(TABLES[name](subjects))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
