@@ -55,3 +55,13 @@ def add_attention(tensors: dict[str, Tensor], description: dict[str, Any], heads
         tensors[f"attn.fa_{part}.scale"] = torch.full((heads, 1), 0.5, dtype=dtype)
         tensors[f"attn.fa_{part}.offset"] = torch.zeros(heads, 1, dtype=torch.int8)
         description |= {f"attn.fa_{part}.{kind}": "FAQuant" for kind in ("scale", "offset")}
+
+
+def both(first: Damage, second: Damage) -> Damage:
+    """One change after another."""
+
+    def damage(tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        first(tensors, description)
+        second(tensors, description)
+
+    return damage
