@@ -24,6 +24,8 @@ import psutil
 from launcher.board import Beat
 from quant_core.errors import DistributedError
 
+# Between two looks of a healthy process lies half a second; on a crowded machine, more. Longer gaps count as this.
+_LONGEST_LOOK_S = 2.0
 # What the kernel's letter for a silent process means for whoever looks for the cause.
 _STATES = {
     psutil.STATUS_STOPPED: "its process is stopped (SIGSTOP, or a debugger)",
@@ -53,7 +55,7 @@ class Lost:
 
 @dataclass
 class Pulse:
-    """Remember when each other rank's count last changed, on this process's monotonic clock in seconds.
+    """Add up how long each other rank's count has stood still, in seconds; `now` is this process's monotonic clock.
 
     `start_limit_s` bounds the wait for a rank that has not come at all.
     """
@@ -63,23 +65,23 @@ class Pulse:
     hang_limit_s: float
     start_limit_s: float
     now: float
-    _seen: dict[int, tuple[int, float]] = field(default_factory=dict)
+    _counts: dict[int, int] = field(default_factory=dict)
+    _silence: dict[int, float] = field(default_factory=dict)
 
     def look(self, beats: Mapping[int, Beat], now: float) -> Lost | None:
         """Return the lowest rank that is gone or silent for too long; None when all are well."""
-        pause = now - self.now
+        # A process that was stopped itself sees a long silence of all others that proves nothing.
+        passed = min(now - self.now, _LONGEST_LOOK_S)
         self.now = now
-        for rank in range(self.world):
-            beat = beats.get(rank)
-            count = beat.count if beat else -1
-            if self._seen.get(rank, (None, 0.0))[0] != count or pause > self.hang_limit_s / 2:
-                # After a long pause of its own this process may not judge the others.
-                self._seen[rank] = (count, now)
-        others = (rank for rank in range(self.world) if rank != self.rank)
-        return next((lost for rank in others if (lost := self._judge(rank, beats.get(rank), now))), None)
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        for rank in others:
+            count = beats[rank].count if rank in beats else -1
+            self._silence[rank] = self._silence[rank] + passed if self._counts.get(rank) == count else 0.0
+            self._counts[rank] = count
+        return next((lost for rank in others if (lost := self._judge(rank, beats.get(rank)))), None)
 
-    def _judge(self, rank: int, beat: Beat | None, now: float) -> Lost | None:
-        silence = now - self._seen[rank][1]
+    def _judge(self, rank: int, beat: Beat | None) -> Lost | None:
+        silence = self._silence[rank]
         if beat is None:
             return Lost(rank, _never_came(rank, silence)) if silence > self.start_limit_s else None
         if beat.finished:

@@ -30,10 +30,16 @@ class ExplainedError(Exception):
 
     def __str__(self) -> str:
         labelled = (("where", self.where), ("why", self.why), ("try", self.advice))
-        return "\n".join([f"error: {self.what}", *(f"  {label:<6} {text}" for label, text in labelled if text)])
+        lines = [f"error: {_line(self.what)}", *(f"  {label:<6} {_line(text)}" for label, text in labelled if text)]
+        return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.where, self.why, self.advice)
+
+
+def _line(text: str) -> str:
+    """Return the text on one line: parts of it may come from a file, with line breaks or terminal codes in them."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
 def _rebuild(kind: type[ExplainedError], what: str, where: str, why: str, advice: str) -> ExplainedError:

@@ -28,13 +28,19 @@ def safe_torch_load(path: str | Path, map_location: Any = None, *, mmap: bool = 
         raise InputError(
             "the file holds objects that must not be loaded",
             where=str(file),
-            why=str(error).splitlines()[0],
+            why=_first_line(error),
             advice="only tensors, numbers, strings, lists and dicts are read; dump the data again",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes make the unpickler stumble over anything: IndexError, TypeError, ...
         raise InputError(
             "the file cannot be read as torch data",
             where=str(file),
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            why=_first_line(error),
             advice="it is truncated or of another kind: remove it and dump the data again",
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -273,12 +273,16 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
 
 def refuse(job: Job) -> ExplainedError:
     """Run the job in this process and return its error."""
-    with pytest.raises(ExplainedError) as caught:
+
+    def execute() -> None:
         command = parse(job.words)
         if isinstance(command, MergeFiles):
             merge_files(command)
         else:
             run(command.config)
+
+    with pytest.raises(ExplainedError) as caught:
+        execute()
     return caught.value
 
 

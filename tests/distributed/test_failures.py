@@ -1,0 +1,64 @@
+"""Some cells of the fault matrix: a job that breaks ends quickly, names the culprit, and resumes to the same bytes.
+
+All cells are run by `scripts/fault_matrix.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.fault_matrix import Bench, Fault, files_below, try_fault
+
+pytestmark = pytest.mark.distributed
+
+# The script holds ten seconds on a machine of its own; here other tests may compete for its cores.
+LIMIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    from scripts.make_tiny_pipeline import write_prompts
+
+    work = tmp_path_factory.mktemp("faults")
+    return Bench(work, tiny_flux_folder, write_prompts(work / "prompts.txt"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench) -> dict[str, bytes]:
+    status, text, _ = bench.run(bench.work / "undisturbed")
+    assert status == 0, text
+    return files_below(bench.work / "undisturbed")
+
+
+def test_an_undisturbed_run_says_so_in_its_status_and_keeps_its_files_private(bench: Bench, undisturbed) -> None:
+    out = bench.work / "undisturbed"
+    status = json.loads((out / "weights" / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["error"]) == ("published", 0, None)
+    modes = {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert modes == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in (out / "weights", out / "dumps", out / "weights" / "logs")} == {
+        0o750
+    }
+    for rank in (0, 1):
+        lines = (out / "weights" / "logs" / f"rank{rank}.jsonl").read_text().splitlines()
+        assert [entry["stage"] for entry in map(json.loads, lines) if "stage" in entry] == [
+            "prepare", "calibrate", "load", "calibrate", "quantize", "merge"
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("kill -9", "merge", 0),  # between the renaming of the shards and the manifest
+        Fault("exception", "quantize", 1),  # the other rank is inside the model's collectives
+        Fault("frozen", "calibrate", 1),  # nobody notices but the heartbeat
+    ],
+    ids=lambda fault: f"{fault.kind} in {fault.stage} on rank {fault.rank}",
+)
+def test_a_broken_job_ends_names_the_culprit_and_resumes_to_the_same_bytes(
+    fault: Fault, bench: Bench, undisturbed: dict[str, bytes]
+) -> None:
+    assert try_fault(bench, fault, undisturbed, limit_s=LIMIT_S).problems == []
