@@ -28,7 +28,7 @@ class Console:
     live: bool = field(default_factory=sys.stdout.isatty)
     _last: float = field(default=0.0, repr=False)
     _stage: str = field(default="", repr=False)
-    _began: float = field(default=0.0, repr=False)
+    _began: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
     _bar: Any = field(default=None, repr=False)
 
     def say(self, text: str) -> None:
@@ -41,7 +41,7 @@ class Console:
         """Show how far a stage is: `done` of `total`, and the fraction of the next one that is done."""
         now = time.monotonic()
         if stage != self._stage:
-            self._stage, self._began, self._last = stage, now, 0.0
+            self._stage, self._began, self._last = stage, (now, done), 0.0
         if not self.speaks:
             return
         if self.live:
@@ -58,9 +58,11 @@ class Console:
             self._bar = None
 
     def _eta(self, done: float, total: int, now: float) -> str:
-        if not 0 < done < total:
+        """Estimate from what this run did; what an earlier run had finished took no time now."""
+        since, first = self._began
+        if not first < done < total:
             return ""
-        return f"{format_seconds((now - self._began) / done * (total - done))} left"
+        return f"{format_seconds((now - since) / (done - first) * (total - done))} left"
 
     def _printer(self) -> Callable[[str], None]:
         if self._bar is None:

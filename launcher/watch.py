@@ -35,7 +35,7 @@ from launcher.failures import Failure
 from launcher.heartbeat import Lost, Pulse, ask_for_stacks, here, kill_frozen
 from launcher.job_config import JobConfig
 from launcher.rank_variables import RankVariables, read_rank_variables
-from quant_core.errors import DistributedError, ExplainedError
+from quant_core.errors import DistributedError
 
 _INTERVAL_S = 0.5
 # How long the cause of a lost connection may take to show: a beat of the watching thread, and the kernel's clean-up.
@@ -191,7 +191,7 @@ class Watch:
         self._leaving.acquire()  # the other thread that wants to leave waits here for the end
         rank = self.launch.rank
         told = first.error()
-        is_mine = self._speaks(first)
+        is_mine = self._speaks()
         logs.log(told.what, level=40, error=error, first_rank=first.rank, exit_code=int(first.exit_code))
         if isinstance(told, DistributedError):
             logs.dump_stacks(self.folder, rank)
@@ -208,7 +208,7 @@ class Watch:
         sys.stderr.flush()
         os._exit(first.exit_code)
 
-    def _speaks(self, first: Failure) -> bool:
+    def _speaks(self) -> bool:
         """Tell whether this rank is the one that prints: the first to ask of those that are left."""
         try:
             return self.board.speaks()
@@ -243,7 +243,7 @@ def _memory() -> int:
     return held
 
 
-def _store_lost(host: str, error: BaseException) -> ExplainedError:
+def _store_lost(host: str, error: BaseException) -> DistributedError:
     return DistributedError(
         f"{host}, which keeps the ranks together, is gone or does not answer",
         why=" ".join(str(error).split())[:200],

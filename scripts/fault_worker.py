@@ -105,9 +105,12 @@ def _before_stage(module: Any, stage: str, strike: Callable[[], object]) -> None
 def put_in(fault: dict[str, Any]) -> None:
     """Wrap the function in which the fault is to strike."""
 
+    mark = Path(fault["mark"])
+
     def strike() -> None:
-        Path(fault["mark"]).touch()
-        KINDS[fault["kind"]]()
+        if not mark.exists():  # once: a rank that torchrun restarts is to get through
+            mark.touch()
+            KINDS[fault["kind"]]()
 
     STAGES[fault["stage"]](strike)
 
