@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.host_memory import return_large_blocks
 from launcher.job_config import JobConfig
 from launcher.process_group import Ranks
 from model_adapters import load_adapter
@@ -16,7 +17,7 @@ from model_adapters.offload import run_block_by_block
 from model_adapters.options import DeviceType
 from model_adapters.prompt_encoding import Prompts, release_memory
 from model_adapters.transformer_part import TransformerPart, build_empty, describe_transformer
-from quant_core.quantize import target_layers
+from quant_core.targets import target_layers
 
 
 @dataclass
@@ -32,6 +33,7 @@ class ModelSession:
     embeddings: dict[Prompts, Embeddings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        return_large_blocks()
         self.adapter = load_adapter(self.config.model)
 
     @property

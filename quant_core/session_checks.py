@@ -1,13 +1,18 @@
-"""What a session finds out about itself before it changes anything: is the model float, does the separator fit."""
+"""What a session finds out about itself before it changes anything: model, numerics, records, steps."""
 
 from __future__ import annotations
 
+import warnings
+
+import torch
 from torch import nn
 
 from quant_core.deployed import DeployedLinear, separator
-from quant_core.errors import ConfigurationError
+from quant_core.errors import ConfigurationError, InputError
 from quant_core.linear import CalibratedLinear
-from quant_core.session_config import SchemeConfig, W8A8TimeStepProcessorConfig
+from quant_core.parallel import reduce_over
+from quant_core.session import Session
+from quant_core.session_config import W8A8TimeStepProcessorConfig
 
 
 def check_float(model: nn.Module) -> None:
@@ -22,19 +27,52 @@ def check_float(model: nn.Module) -> None:
         )
 
 
-def first_static_step(scheme: SchemeConfig, timesteps: int) -> int | None:
-    """Return the first static step of a per-step scheme with so many steps, or None for other schemes.
+def check_numerics(session: Session) -> None:
+    """Check that a running mean is taken over one sequence. Raises ConfigurationError under data parallelism."""
+    if session.numerics.carries_range and session.parallel.dp_group is not None:
+        raise ConfigurationError(
+            "numerics='reference' cannot share records over data-parallel ranks",
+            where="numerics",
+            why="its running mean is defined over one sequence of records",
+            advice="use one data-parallel rank (world = tp_size), or numerics='float32'",
+        )
 
-    Raises ConfigurationError when it lies beyond the last step.
+
+def check_records(session: Session) -> None:
+    """Check that a session that replays records has some, with their steps if it needs them. Raises InputError."""
+    if not session.observes:
+        return
+    records, scheme, group = session.records, session.scheme, session.parallel.dp_group
+    # A data-parallel rank without a prompt of its own is fine, and must not leave the others waiting.
+    if not reduce_over(group, "sum", torch.tensor(len(records))):
+        raise InputError(
+            f"{scheme.quant_type} needs calibration data and got none",
+            where="calib_data",
+            why="static ranges and attention scales are measured by replaying what the model was called with",
+            advice="dump some with DumperManager, or quantize with w8a8_dynamic and without fa3",
+        )
+    if scheme.per_step and (unknown := [i for i, record in enumerate(records) if record.step is None]):
+        raise InputError(
+            f"{len(unknown)} calibration records do not say their denoising step",
+            where=f"calib_data, record {unknown[0]}",
+            why=f"{scheme.quant_type} keeps a range for each step",
+            advice="dump with DumperManager(model, capture_mode='timestep')",
+        )
+
+
+def first_static_step(session: Session) -> int | None:
+    """Return the first static step of a per-step scheme, or None for other schemes.
+
+    One beyond the last step means that all steps run dynamic; it warns, because that is seldom what is wanted.
     """
+    scheme, timesteps = session.config.scheme, len(session.steps)
     if not isinstance(scheme, W8A8TimeStepProcessorConfig):
         return None
     first = separator(scheme.timestep_sep, timesteps)
     if first > timesteps:
-        raise ConfigurationError(
-            f"timestep_sep {first} lies beyond the last of {timesteps} steps",
-            where="timestep_sep, calib_data",
-            why="steps below it run dynamic and the others static, so it is at most the number of steps",
-            advice=f"{timesteps // 2} (half the steps), or leave it out",
+        warnings.warn(
+            f"timestep_sep {first} lies beyond the last of {timesteps} steps, so every step will run dynamic; "
+            f"{timesteps // 2} would be half the steps",
+            stacklevel=3,
         )
-    return first
+    return min(first, timesteps)

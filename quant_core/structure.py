@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 ENTRY_POINT_GROUP = "quant_core.structures"
+NO_STRUCTURE = f"no installed package declares a structure for its class (entry points '{ENTRY_POINT_GROUP}')"
 
 
 class _Frozen(BaseModel):

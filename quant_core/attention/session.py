@@ -12,7 +12,7 @@ from quant_core.errors import ConfigurationError, InputError
 from quant_core.naming import matches
 from quant_core.numerics import Numerics
 from quant_core.parallel import Group, reduce_many, reduce_over
-from quant_core.structure import ModelStructure
+from quant_core.structure import NO_STRUCTURE, ModelStructure
 
 
 def attention_observers(
@@ -28,8 +28,8 @@ def attention_observers(
         raise ConfigurationError(
             f"fa3 finds no attention in {type(model).__name__}",
             where="processor_cfg_map['fa3']",
-            why=f"its structure names {list(patterns) or 'no attentions'}" if structure else "it has no structure",
-            advice="give quant_model a ModelStructure(attentions=...), or drop fa3",
+            why=f"its structure names {list(patterns) or 'no attentions'}" if structure else NO_STRUCTURE,
+            advice="install the packages (pip install -e .), or give quant_model a ModelStructure(attentions=...)",
         )
     return {
         name: AttentionObserver(name, next(module.parameters()).dtype, numerics) for name, module in modules.items()

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from model_adapters import load_adapter
 from quant_core.numerics import NUMERICS
 from quant_core.parallel import Parallel
-from quant_core.quantize import target_layers
 from quant_core.records import Record
 from quant_core.session_config import SmoothingConfig
 from quant_core.smoothing.smooth import Smoothing, smooth
 from quant_core.structure import ModelStructure
+from quant_core.targets import target_layers
 from tests.model_adapters.tiny_models import KINDS, build, example_inputs
 
 # A gain of 30 in every 16th channel: the outliers that smoothing is for (real models: 10 to 100).

@@ -217,12 +217,13 @@ def test_a_step_without_a_row_is_an_error_that_names_the_layer(step: int | None)
     assert "0 to 3" in str(caught.value)
 
 
-def test_a_separator_beyond_the_recorded_steps_is_refused_before_anything_is_changed():
+def test_a_separator_beyond_the_recorded_steps_warns_and_runs_every_step_dynamic():
     model = SmallModel()
-    with pytest.raises(ConfigurationError, match="timestep_sep 5 lies beyond the last of 4 steps"):
-        quant_model(model, session("w8a8_timestep", timestep_sep=STEPS + 1))
-    assert type(model.first) is nn.Linear
-    assert model.calls == 0
+    with pytest.warns(
+        UserWarning, match="timestep_sep 5 lies beyond the last of 4 steps, so every step will run dynamic"
+    ):
+        result = quant_model(model, session("w8a8_timestep", timestep_sep=STEPS + 1))
+    assert result.timestep_sep == STEPS
 
 
 def test_a_smoothed_layer_multiplies_its_input_first():

@@ -212,7 +212,7 @@ def test_a_model_without_known_attentions_is_refused_before_it_is_changed(tmp_pa
 
 def test_a_model_that_no_adapter_describes_is_refused(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(ConfigurationError, match="it has no structure"):
+    with pytest.raises(ConfigurationError, match="fa3 finds no attention"):
         quantize("sd3", model, [[torch.zeros(1, 4)]], tmp_path, structure=None)
 
 

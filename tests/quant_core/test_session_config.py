@@ -25,7 +25,6 @@ from quant_core import (
     W8A8TimeStepQuantConfig,
     quant_model,
 )
-from quant_core.errors import ConfigurationError
 
 DYNAMIC = W8A8DynamicProcessorConfig()
 
@@ -121,13 +120,10 @@ def test_a_negative_separator_is_refused_at_once():
 
 
 @pytest.mark.parametrize("timestep_sep", [STEPS + 1, 25])
-def test_a_separator_beyond_the_steps_is_refused_when_the_records_are_known(timestep_sep: int):
-    model = SmallModel()
-    with pytest.raises(ConfigurationError) as caught:
-        quant_model(model, session("w8a8_timestep", timestep_sep=timestep_sep))
-    assert f"timestep_sep {timestep_sep} lies beyond the last of 4 steps" in str(caught.value)
-    assert "2 (half the steps)" in str(caught.value)
-    assert model.calls == 0
+def test_a_separator_beyond_the_steps_is_said_when_the_records_are_known(timestep_sep: int):
+    """The seeds' own program asks for 25 of 20 steps: it has to run, and its author has to learn what it does."""
+    with pytest.warns(UserWarning, match=f"timestep_sep {timestep_sep} lies beyond .* 2 would be half the steps"):
+        quant_model(SmallModel(), session("w8a8_timestep", timestep_sep=timestep_sep))
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, 2), (0, 0), (1, 1), (STEPS, STEPS)])

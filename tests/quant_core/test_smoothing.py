@@ -27,7 +27,7 @@ from quant_core import (
 )
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.numerics import NUMERICS
-from quant_core.quantize import QuantizedModel, target_layers
+from quant_core.quantize import QuantizedModel
 from quant_core.rescaling import Rescaling
 from quant_core.session_config import ProcessorConfig, SmoothingConfig
 from quant_core.smoothing import METHODS
@@ -37,6 +37,7 @@ from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
 from quant_core.smoothing.smooth import groups_to_smooth
 from quant_core.smoothing.statistics import SAMPLE_SIZE, AllCalls, InputStatistics, NoTokens, TokenSample
 from quant_core.structure import Modulation
+from quant_core.targets import target_layers
 from tests.model_adapters.tiny_models import HEADS, SD3, build
 from tests.quant_core.smoothed_models import (
     apply_in_float,

@@ -71,7 +71,7 @@ session_cfg = SessionConfig(
         "w8a8_timestep": W8A8TimeStepProcessorConfig(
             cfg=W8A8TimeStepQuantConfig(act_method="minmax"),
             disable_names=get_disable_layer_names(model, layer_include="*", layer_exclude="*net.2*"),
-            timestep_sep=2,
+            timestep_sep=25,
         ),
         "save": SaveProcessorConfig(
             output_path=SAFE_TENSOR_FOLDER,
