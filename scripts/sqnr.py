@@ -6,6 +6,7 @@ the float model's output. The output's ratio is that of the whole: all quantized
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from quant_core.deployed import DeployedLinear
 from quant_core.records import Record
@@ -54,7 +56,12 @@ class Quality:
 
 @torch.no_grad()
 def measure(floating: nn.Module, deployed: nn.Module, records: Sequence[Record]) -> Quality:
-    """Compare a deployed model with the float model that it was made from, on the records."""
+    """Compare a deployed model with the float model that it was made from, on the records.
+
+    Codes and stored scales keep their values when a deployed model is widened to float32.
+    """
+    floating, deployed = copy.deepcopy(floating).float(), copy.deepcopy(deployed).float()
+    records = [Record(_widened(record.args), _widened(record.kwargs), record.step) for record in records]
     ratios: defaultdict[str, Ratio] = defaultdict(Ratio)
     targets = {name: module for name, module in deployed.named_modules() if isinstance(module, DeployedLinear)}
 
@@ -77,3 +84,10 @@ def _outputs(model: nn.Module, records: Sequence[Record]) -> list[Tensor]:
     replay(model, records, stage="measure")
     hook.remove()
     return outputs
+
+
+def _widened(arguments: Any) -> Any:
+    """Return nested arguments with their floating tensors in float32."""
+    return tree_map(
+        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, arguments
+    )
