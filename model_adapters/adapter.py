@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from model_adapters.inputs import TransformerInputs
 from model_adapters.options import DeviceType, DtypeName, PipelineOptions
 from model_adapters.shard_plan import ShardPlan
 from model_adapters.step_index import step_index
@@ -57,6 +58,7 @@ class ModelAdapter:
     disabled_layers: Mapping[str, tuple[str, ...]]
     encode: Encode
     generate: Generate
+    transformer_inputs: Callable[[Any, Any, torch.dtype], TransformerInputs]
     step_index: Callable[[Any], int] = step_index
 
     def transformer_type(self) -> Any:

@@ -40,19 +40,25 @@ _COMBINE_OF_STYLE = {
 
 @dataclass(frozen=True, eq=False)
 class Collective:
-    """Combine a module's local outputs (..., features) over a group, as a forward hook."""
+    """Combine a module's local outputs (..., features) over a group of `size` ranks, as a forward hook.
+
+    On the meta device there is nothing to exchange, and only the shape changes.
+    """
 
     combine: Combine
     group: dist.ProcessGroup | None
+    size: int
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Return the sum over the ranks, or their outputs side by side on the last dimension in rank order."""
         local = output.contiguous()
+        if local.is_meta:
+            return local if self.combine is Combine.SUM else torch.cat([local] * self.size, dim=-1)
         if self.combine is Combine.SUM:
             dist.all_reduce(local, group=self.group)
             return local
         # The list form is the one that every backend and every supported torch has under one name.
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(self.group))]
+        parts = [torch.empty_like(local) for _ in range(self.size)]
         dist.all_gather(parts, local, group=self.group)
         return torch.cat(parts, dim=-1)
 
@@ -76,7 +82,7 @@ def make_local(
     for name, module in model.named_modules():
         if matches(name, plan.local_heads):
             module.heads = head_count(module) // tp_size  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    _COLLECTIVES[model] = _attach(model, _planned_combines(model, plan, shards), tp_group)
+    _COLLECTIVES[model] = _attach(model, _planned_combines(model, plan, shards), tp_group, tp_size)
     return shards
 
 
@@ -117,9 +123,9 @@ def _planned_combines(model: nn.Module, plan: ShardPlan, shards: Mapping[str, Sh
 
 
 def _attach(
-    model: nn.Module, combines: Mapping[str, Combine], group: dist.ProcessGroup | None
+    model: nn.Module, combines: Mapping[str, Combine], group: dist.ProcessGroup | None, size: int
 ) -> dict[str, Collective]:
-    attached = {name: Collective(combine, group) for name, combine in combines.items()}
+    attached = {name: Collective(combine, group, size) for name, combine in combines.items()}
     for name, collective in attached.items():
         model.get_submodule(name).register_forward_hook(collective)
     return attached

@@ -12,7 +12,7 @@ is the layer itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +24,16 @@ from quant_core.checkpoint import description_text, entries
 from quant_core.linear import CalibratedLinear, QuantizedLayer
 from quant_core.numerics import NUMERICS, Numerics
 from quant_core.parallel import Group, Parallel, reduce_over
-from quant_core.quantize import QuantizedModel, checkpoint_files, target_layers
+from quant_core.quantize import QuantizedModel, checkpoint_files
 from quant_core.replay import Progress, silent
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session_config import SessionConfig
+from quant_core.targets import target_layers
 from quant_core.tensor_file import TensorFile
 
 # Numbers that are quantized at once: large enough that the loop costs nothing, small enough for a cache.
-_BLOCK_NUMEL = 2**22
+BLOCK_NUMEL = 2**22
 
 # full name of a tensor -> this rank's part of it, on the host
 ReadTensor = Callable[[str], Tensor]
@@ -63,7 +64,7 @@ def quantize_streaming(
     if reads_activations(config):
         raise AssertionError("a session that reads activations needs the model: quant_model")
     parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.quant_type]
-    layers = _describe_layers(model, config, scheme, numerics)
+    layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
     if config.save is None:
         return QuantizedModel(scheme.quant_type, layers, None)
     described = list(entries(model, scheme.quant_type, buffers=numerics.writes_buffers, extra={}))
@@ -84,12 +85,12 @@ def quantize_streaming(
     return QuantizedModel(scheme.quant_type, layers, files)
 
 
-def _describe_layers(
-    model: nn.Module, config: SessionConfig, scheme: Scheme, numerics: Numerics
+def describe_layers(
+    model: nn.Module, targets: Iterable[str], scheme: Scheme, numerics: Numerics
 ) -> dict[str, QuantizedLayer]:
-    """Make each target layer of the described model look as if it had been quantized, and return them by name."""
+    """Make each target layer of a model on the meta device look as if it had been quantized; return them by name."""
     layers = {}
-    for name in target_layers(model, config.scheme.disable_names):
+    for name in targets:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), "target_layers returns linears"
         codes_OI = torch.empty_like(linear.weight, dtype=torch.int8)
@@ -115,7 +116,7 @@ class _LayerStream:
         # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
         w_OI = self.read(f"{name}.weight").to(self.device, dtype)
         bias_O = None if described.bias_O is None else self.read(f"{name}.bias").to(dtype)
-        blocks = w_OI.split(max(1, _BLOCK_NUMEL // w_OI.shape[1]))
+        blocks = w_OI.split(max(1, BLOCK_NUMEL // w_OI.shape[1]))
         amax_O1 = reduce_over(group, "max", torch.cat([block.abs().amax(dim=1, keepdim=True) for block in blocks]))
         first = 0
         for block in blocks:

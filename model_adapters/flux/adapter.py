@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model_adapters.adapter import Embeddings, ModelAdapter
+from model_adapters.flux.inputs import transformer_inputs
 from model_adapters.flux.options import DEVICE_TYPES, FluxOptions
 from model_adapters.flux.recipes import DISABLED_LAYERS
 from model_adapters.flux.shard_plan import SHARD_PLANS
@@ -50,4 +51,5 @@ ADAPTER = ModelAdapter(
     disabled_layers=DISABLED_LAYERS,
     encode=encode,
     generate=generate,
+    transformer_inputs=transformer_inputs,
 )

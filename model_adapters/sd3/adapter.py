@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model_adapters.adapter import Embeddings, ModelAdapter
+from model_adapters.sd3.inputs import transformer_inputs
 from model_adapters.sd3.options import DEVICE_TYPES, SD3Options
 from model_adapters.sd3.recipes import DISABLED_LAYERS
 from model_adapters.sd3.shard_plan import SHARD_PLANS
@@ -52,4 +53,5 @@ ADAPTER = ModelAdapter(
     disabled_layers=DISABLED_LAYERS,
     encode=encode,
     generate=generate,
+    transformer_inputs=transformer_inputs,
 )

@@ -1,0 +1,34 @@
+"""What SD3's transformer is called with, as shapes: nothing is computed and nothing is held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model_adapters.inputs import TransformerInputs
+from model_adapters.sd3.options import SD3Options
+
+_PIXELS_PER_LATENT = 8
+# 77 tokens of CLIP in front of 256 of T5.
+_TEXT_TOKENS = 333
+
+
+def transformer_inputs(config: Any, options: SD3Options, dtype: torch.dtype) -> TransformerInputs:
+    """Return the inputs of one forward on the meta device; config: the transformer's."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    is_guided = options.guidance_scale is None or options.guidance_scale > 1
+    batch = options.batch_size * (2 if is_guided else 1)
+    height, width = options.height // _PIXELS_PER_LATENT, options.width // _PIXELS_PER_LATENT
+    return TransformerInputs(
+        of_step={"hidden_states": empty(batch, config.in_channels, height, width), "timestep": empty(batch)},
+        of_prompt={
+            "encoder_hidden_states": empty(batch, _TEXT_TOKENS, config.joint_attention_dim),
+            "pooled_projections": empty(batch, config.pooled_projection_dim),
+        },
+        of_run={},
+    )

@@ -1,0 +1,147 @@
+"""What the memory model says from shapes alone is what a process takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_adapters import load_adapter
+from model_adapters.memory_model import MemoryModel, estimate_memory
+from model_adapters.transformer_part import describe_transformer
+from quant_core import SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
+from quant_core.live_bytes import peak_bytes
+from quant_core.records import Record
+from quant_core.streaming import quantize_streaming
+from scripts.make_full_size_transformer import CONFIG, make_full_size
+
+ROOT = Path(__file__).parents[2]
+# A third of FLUX.1-dev's width and few blocks: 0.26 GiB of weights, far above what a process varies by on its own.
+MIDDLE = CONFIG | {
+    "num_attention_heads": 8,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "joint_attention_dim": 1024,
+}
+STEPS, SIDE = 2, 256
+# The bound of the requirement.
+TOLERANCE = 0.15
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from launcher.host_memory import return_large_blocks
+from model_adapters import load_adapter
+from model_adapters.loading import load_part
+from model_adapters.transformer_part import describe_transformer
+from quant_core import DumperManager, SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
+from quant_core.replay import to_device
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+folder, stage, out = sys.argv[1:]
+torch.set_num_threads(1)
+return_large_blocks()
+adapter = load_adapter("flux")
+options = adapter.options(path=folder, width=SIDE, height=SIDE, infer_steps=STEPS)
+part = describe_transformer(adapter, folder, dtype=torch.bfloat16)
+inputs = adapter.transformer_inputs(part.model.config, options, torch.bfloat16).arguments()
+inputs = {name: torch.rand(tensor.shape).to(tensor.dtype) for name, tensor in inputs.items()}
+torch.nn.functional.linear(torch.rand(2, 64).bfloat16(), torch.rand(64, 64).bfloat16())  # wakes the kernels' library
+before = status("VmRSS")
+model = load_part(part, "cpu").model
+dumper = DumperManager(model)
+if stage == "calibrating":
+    with torch.no_grad():
+        for step in range(STEPS):
+            inputs["hidden_states"] = torch.rand(inputs["hidden_states"].shape).bfloat16()
+            model(**inputs, return_dict=False)
+else:
+    dumper.close()
+    records = [{"kwargs": {**inputs, "return_dict": False}, "timestep_idx": 0}]
+    config = {"w8a8": W8A8ProcessorConfig(), "save": SaveProcessorConfig(output_path=out)}
+    quant_model(model, SessionConfig(processor_cfg_map=config, calib_data=records))
+print(status("VmHWM") - before)
+""".replace("STEPS", str(STEPS)).replace("SIDE", str(SIDE))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_full_size(tmp_path_factory.mktemp("middle"), MIDDLE)
+
+
+def estimate(folder: Path, quant_type: str) -> MemoryModel:
+    adapter = load_adapter("flux")
+    options = adapter.options(path=str(folder), width=SIDE, height=SIDE, infer_steps=STEPS)
+    part = describe_transformer(adapter, str(folder), dtype=torch.bfloat16)
+    return estimate_memory(adapter, part, options, quant_type=quant_type, disabled=(), batches=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["calibrating", "quantizing"])
+def test_a_process_peaks_where_the_model_says(folder, stage, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(folder), stage, str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured, expected = int(done.stdout), getattr(estimate(folder, "w8a8"), stage)
+    assert expected == pytest.approx(measured, rel=TOLERANCE)
+
+
+def test_the_published_size_is_known_before_anything_is_read(tiny_flux_folder, tmp_path):
+    adapter, path = load_adapter("flux"), str(tiny_flux_folder)
+    options = adapter.options(path=path, width=64, height=64, infer_steps=1)
+    describe = lambda: describe_transformer(adapter, path, dtype=torch.bfloat16)  # noqa: E731
+    for quant_type in ("w8a8_dynamic", "w8a8"):
+        expected = estimate_memory(adapter, describe(), options, quant_type=quant_type, disabled=(), batches=1)
+        published = _publish(adapter, describe(), options, quant_type, tmp_path / quant_type)
+        # The header names every tensor; on a tiny model it weighs as much as some layers.
+        header = int.from_bytes(published.open("rb").read(8), "little") + 8
+        assert published.stat().st_size - header == expected.quantized
+
+
+def _publish(adapter, part, options, quant_type, output) -> Path:
+    from quant_core import W8A8DynamicProcessorConfig
+
+    save = SaveProcessorConfig(output_path=str(output))
+    if quant_type == "w8a8_dynamic":
+        config = SessionConfig(processor_cfg_map={"w8a8_dynamic": W8A8DynamicProcessorConfig(), "save": save})
+        files = quantize_streaming(part.model, part.read, config).files
+    else:
+        from model_adapters.loading import load_part
+
+        inputs = adapter.transformer_inputs(part.model.config, options, torch.bfloat16).arguments()
+        inputs = {name: torch.rand(tensor.shape).to(tensor.dtype) for name, tensor in inputs.items()}
+        config = SessionConfig(
+            processor_cfg_map={"w8a8": W8A8ProcessorConfig(), "save": save},
+            calib_data=[Record(kwargs={**inputs, "return_dict": False})],
+        )
+        files = quant_model(load_part(part, "cpu").model, config).files
+    assert files is not None
+    return files.weights
+
+
+def test_the_peak_counts_what_is_alive_at_once_and_views_once():
+    x = torch.empty(1000, device="meta")
+
+    def chain() -> None:
+        first = x * 2
+        view = first.view(10, 100)
+        del first
+        second = view + 1
+        del view
+        second.mul_(2)
+        del second
+        x * 3
+
+    assert peak_bytes(chain) == 2 * 4000  # never more than two tensors of 1000 float32
+
+
+def test_attention_counts_its_output_and_no_table_of_pairs():
+    q = torch.empty(1, 2, 500, 8, device="meta")
+    assert peak_bytes(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 4 * q.numel()
