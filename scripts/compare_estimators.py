@@ -1,8 +1,9 @@
 """Print what each estimator of static ranges, each numerics and each smoothing is worth, in decibels.
 
-    python scripts/compare_estimators.py               both tables, some minutes
+    python scripts/compare_estimators.py               all tables, some minutes
     python scripts/compare_estimators.py estimators    the table in the documentation of `quant_core.estimators`
     python scripts/compare_estimators.py numerics      numerics reference against float32, each scheme and smoothing
+    python scripts/compare_estimators.py spread        the same for one case, over models with shuffled weights
 
 Models: the golden cases of the tests, and tiny pipelines with outlier channels. Records calibrate and measure. A cell
 is the median layer and, behind the slash, the model's output. Timestep schemes run all their steps static.
@@ -15,8 +16,9 @@ import copy
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts and tests are not installed packages
@@ -56,6 +58,7 @@ SMOOTHINGS: dict[str, SmoothingConfig | None] = {
 GOLDEN_CASES = ("sd3_w8a8_fp32", "flux_w8a8_timestep_fp32", "sd3_w8a8_bf16", "flux_w8a8_timestep_bf16")
 # The static scheme of each model's recipe.
 STATIC_SCHEMES = {"sd3": "w8a8", "flux": "w8a8_timestep"}
+SHUFFLES = 16
 TINY_STEPS, TINY_SIDE, TINY_PROMPTS = 6, 128, 2
 
 
@@ -131,6 +134,32 @@ def numerics(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
                 yield (subject.name, scheme, smoothing, *map(cell, found), _gain(*found))
 
 
+def spread(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
+    """Yield the output's gain over models whose weights are shuffled, which says how much of one gain is luck.
+
+    Rounding errors of weights are fixed, so one model's output noise is one draw, however many records measure it.
+    """
+    yield ("model", "scheme", "draws", "mean gain", "standard deviation")
+    subject = next(subject for subject in subjects if subject.name == "golden sd3 bf16")
+    gains = []
+    for draw in range(SHUFFLES):
+        other = replace(subject, model=_shuffled(subject.model, torch.Generator().manual_seed(draw)))
+        before, after = (other.quality("w8a8_dynamic", numerics=n) for n in ("reference", "float32"))
+        gains.append(after.output - before.output)
+    yield (subject.name, "w8a8_dynamic", str(SHUFFLES), f"{mean(gains):+.2f}", f"{stdev(gains):.2f}")
+
+
+@torch.no_grad()
+def _shuffled(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Return a copy whose weight matrices have their rows and columns in another order."""
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        if parameter.ndim == 2:
+            rows, columns = (torch.randperm(size, generator=generator) for size in parameter.shape)
+            parameter.copy_(parameter[rows][:, columns])
+    return other
+
+
 def cell(quality: Quality) -> str:
     """Write the median layer's and the output's decibels."""
     return f"{quality.median_layer:5.1f} / {quality.output:5.1f}"
@@ -149,7 +178,7 @@ def print_table(rows: Iterator[tuple[str, ...]]) -> None:
     print()
 
 
-TABLES = {"estimators": estimators, "numerics": numerics}
+TABLES = {"estimators": estimators, "numerics": numerics, "spread": spread}
 
 
 def main() -> int:
