@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from launcher import npu
 from launcher.command_line import Command, MergeFiles, parse
 from launcher.exit_codes import exit_code
 from launcher.job_config import JobConfig
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
 
 
 def _execute(command: Command) -> None:
+    if not isinstance(command, MergeFiles) and command.config.ranks.device == "npu":
+        npu.load()  # not later: the thread that watches asks torch for its accelerator, and half of one ends the run
+    else:
+        npu.hide()
     if isinstance(command, MergeFiles):
         from launcher.stages.merge import merge_files
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,15 @@ def load() -> None:
     torch: Any = importlib.import_module("torch")
     # Compiling every new shape takes minutes and buys nothing: the prebuilt kernels are used instead.
     torch.npu.set_compile_mode(jit_compile=False)
+
+
+def hide() -> None:
+    """Make torch_npu look not installed, for a command that computes elsewhere; call it before diffusers is imported.
+
+    diffusers imports torch_npu wherever it is installed, and without CANN that raises: `--device cpu` would not run on
+    a login node. None is how Python marks a module that must not be imported.
+    """
+    sys.modules.setdefault("torch_npu", None)  # pyright: ignore[reportArgumentType]
 
 
 def set_environment_defaults(environ: MutableMapping[str, str]) -> dict[str, str]:
@@ -90,6 +100,14 @@ def explain(text: str) -> ExplainedError | None:
     if fault is None:
         return None
     return fault.kind(f"{fault.what} ({fault.code})", where=_first_line(text), why=fault.why, advice=fault.advice)
+
+
+def is_about_to_abort(error: BaseException) -> bool:
+    """Tell whether this process has no time left to look for another cause: HCCL itself reported the error.
+
+    torch_npu's watchdog sees the same within a second and aborts the process, so what has to be said is said at once.
+    """
+    return isinstance(error, RuntimeError) and isinstance(explain(str(error)), DistributedError)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from launcher import logs, status, stop
+from launcher import logs, npu, status, stop
 from launcher.board import Beat, Board, Stores, connect
 from launcher.console import Console
 from launcher.error_file import write_error_file
@@ -160,6 +160,8 @@ class Watch:
     def _cause_elsewhere(self, error: BaseException) -> Failure | None:
         """Wait a moment for the reason why another rank did not answer; None when this rank's error is the cause."""
         if not isinstance(Failure.of(error, 0).error(), DistributedError) or getattr(error, "shared", False):
+            return None
+        if npu.is_about_to_abort(error):
             return None
         # The thread leaves as soon as it sees the cause, and this process with it.
         until = time.monotonic() + _CAUSE_S

@@ -49,6 +49,14 @@ def test_known_codes_become_errors_for_people(text: str, kind: type, said: str) 
     assert said in str(error)
 
 
+def test_only_an_error_of_hccl_itself_leaves_no_time_to_look_for_its_cause() -> None:
+    assert npu.is_about_to_abort(RuntimeError(TIMEOUT))
+    assert npu.is_about_to_abort(RuntimeError(SOCKET))
+    assert not npu.is_about_to_abort(RuntimeError("NPU out of memory. Tried to allocate 3.00 GiB"))
+    assert not npu.is_about_to_abort(RuntimeError("Connection closed by peer"))
+    assert not npu.is_about_to_abort(DistributedError("rank 1 did not come to merging (EI0002)"))
+
+
 @pytest.mark.parametrize("text", ["", "size mismatch", "error code is 999999", "EI9999: unknown", "EXIT0002"])
 def test_an_unknown_code_is_not_guessed_at(text: str) -> None:
     assert npu.explain(text) is None
@@ -104,6 +112,14 @@ def test_the_launcher_keeps_torch_from_importing_backends_by_itself(tmp_path: Pa
     message = run_python(loading, tmp_path)
     assert "why    libhccl.so: cannot open shared object file" in message
     assert "set_env.sh" in message
+
+
+def test_a_job_without_npus_never_imports_torch_npu(tmp_path: Path) -> None:
+    """diffusers imports every torch_npu that it finds; where CANN is missing, that would end a `--device cpu` job."""
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
+    looking = "import importlib.util; print(importlib.util.find_spec('torch_npu') is not None)"
+    assert "True" in run_python(f"import launcher; {looking}", tmp_path)
+    assert "False" in run_python(f"import launcher.npu; launcher.npu.hide(); {looking}", tmp_path)
 
 
 def test_without_torch_npu_the_error_says_what_to_install() -> None:
