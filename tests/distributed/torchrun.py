@@ -34,12 +34,13 @@ def run_torchrun(
     timeout_s: float = 120,
     environ: Mapping[str, str] | None = None,
     torchrun_flags: Sequence[str] = (),
+    python: str | Path = sys.executable,
 ) -> Finished:
     """Run `torchrun --standalone --nproc_per_node RANKS COMMAND...` from the repository's root.
 
     COMMAND is a script and its words, or "-m", "module", its words. Ranks compute with one thread each.
     """
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words = [str(python), "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     words += [*torchrun_flags, *map(str, command)]
     start = time.monotonic()
     process = subprocess.Popen(
