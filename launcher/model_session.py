@@ -6,17 +6,22 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from launcher.host_memory import return_large_blocks
 from launcher.job_config import JobConfig
 from launcher.process_group import Ranks
+from launcher.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.loading import LoadedTransformer, load_part, load_pipeline
-from model_adapters.model_folder import pipeline_folder, weight_files
+from model_adapters.model_folder import pipeline_folder
 from model_adapters.offload import run_block_by_block
 from model_adapters.options import DeviceType
 from model_adapters.prompt_encoding import Prompts, release_memory
+from model_adapters.transformer_folders import files_of, folder_of_rank
 from model_adapters.transformer_part import TransformerPart, build_empty, describe_transformer
+from quant_core.smoothing.smooth import groups_to_smooth
 from quant_core.targets import target_layers
 
 
@@ -50,12 +55,22 @@ class ModelSession:
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later: folder, layout, divisibility, layer patterns."""
-        folder = pipeline_folder(self.config.pipeline.path) / "transformer"
+        mesh, plan = self.ranks.mesh, self.adapter.shard_plan(self.config.ranks.layout)
+        root = pipeline_folder(self.config.pipeline.path)
+        folder, is_divided = folder_of_rank(root, plan, mesh.tp_rank, mesh.tp_size)
         model = build_empty(self.adapter, folder)
-        self.adapter.shard_plan(self.config.ranks.layout).check_divisible(model, self.ranks.mesh.tp_size)
-        weight_files(folder)
+        plan.check_divisible(model, mesh.tp_size)
+        files_of(folder, is_divided=is_divided)
         if self.config.quantization.do_quant:
-            target_layers(model, self.disabled_layers)
+            self._check_quantization(model)
+
+    def _check_quantization(self, model: nn.Module) -> None:
+        """Refuse patterns without a layer, options that exclude each other, and smoothing without a group."""
+        options = self.config.quantization
+        session = session_of(processors(options, self.disabled_layers), options, [])
+        targets = target_layers(model, self.disabled_layers)
+        if session.smoothing is not None:
+            groups_to_smooth(model, session.smoothing, structure=self.adapter.structure, targets=targets)
 
     @property
     def transformer(self) -> LoadedTransformer:

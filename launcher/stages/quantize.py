@@ -6,12 +6,12 @@ over them, and the first writes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.job import QuantJob
-from launcher.job_config import Quantization
+from launcher.processors import processors, session_of
 from launcher.shard_note import read_note, write_note
 from launcher.together import all_agree, run_together
 from model_adapters.loading import LoadedTransformer
@@ -20,38 +20,9 @@ from model_adapters.transformer_part import TransformerPart
 from quant_core.parallel import Parallel
 from quant_core.quantize import QuantizedModel, quant_model
 from quant_core.records import load_dump
-from quant_core.session_config import (
-    FA3ProcessorConfig,
-    M3ProcessorConfig,
-    M4ProcessorConfig,
-    M6Config,
-    M6ProcessorConfig,
-    ProcessorConfig,
-    SaveProcessorConfig,
-    SessionConfig,
-    W8A8DynamicProcessorConfig,
-    W8A8ProcessorConfig,
-    W8A8QuantConfig,
-    W8A8TimeStepProcessorConfig,
-)
+from quant_core.session_config import SaveProcessorConfig, SessionConfig
 from quant_core.sharding import Shard
 from quant_core.streaming import quantize_streaming, reads_activations
-
-# What a quantization type of the command line means as processors: the scheme, and whether attention is quantized.
-_SCHEMES: dict[str, Callable[[Quantization, dict[str, Any]], list[ProcessorConfig]]] = {
-    "w8a8": lambda options, common: [W8A8ProcessorConfig(**common)],
-    "w8a8_timestep": lambda options, common: [W8A8TimeStepProcessorConfig(**common, timestep_sep=options.timestep_sep)],
-    "w8a8_dynamic": lambda options, common: [W8A8DynamicProcessorConfig(**common)],
-    "w8a8_dynamic_fa3": lambda options, common: [W8A8DynamicProcessorConfig(**common), FA3ProcessorConfig()],
-}
-_SMOOTHING: dict[str | None, Callable[[Quantization, dict[str, Any]], list[ProcessorConfig]]] = {
-    None: lambda options, common: [],
-    "m3": lambda options, common: [M3ProcessorConfig(**common)],
-    "m4": lambda options, common: [M4ProcessorConfig(**common, alpha=options.anti_alpha)],
-    "m6": lambda options, common: [
-        M6ProcessorConfig(**common, cfg=M6Config(alpha=options.anti_alpha, beta=options.anti_beta))
-    ],
-}
 
 
 def quantize(job: QuantJob, dump: Path | None) -> None:
@@ -115,16 +86,8 @@ def _progress(job: QuantJob, stage: str, done: int, total: int) -> None:
 def session_config(job: QuantJob, records: list[Any]) -> SessionConfig:
     """Say in the quantizer's words what the job asks for; only the first copy of the model saves."""
     options = job.config.quantization
-    common = {"cfg": W8A8QuantConfig(act_method=options.act_method), "disable_names": job.model.disabled_layers}
-    smoothed = {"smoothing_groups": options.anti_groups, "fused": options.anti_fused}
-    processors = [*_SCHEMES[options.quant_type](options, common), *_SMOOTHING[options.anti_method](options, smoothed)]
-    if _writes(job):
-        processors.append(_save(job))
-    return SessionConfig(
-        processor_cfg_map={processor.key: processor for processor in processors},
-        calib_data=records,
-        numerics=options.numerics,
-    )
+    saves = [_save(job)] if _writes(job) else []
+    return session_of([*processors(options, job.model.disabled_layers), *saves], options, records)
 
 
 def _save(job: QuantJob) -> SaveProcessorConfig:
