@@ -17,8 +17,9 @@ from launcher.fingerprint import Fingerprint, digest_of_file, digest_of_text, fl
 from launcher.job_config import JobConfig
 from launcher.mesh import Mesh
 from launcher.model_session import ModelSession
-from model_adapters.model_folder import pipeline_folder, read_json, weight_files
+from model_adapters.model_folder import pipeline_folder, read_json
 from model_adapters.prompts import Batch
+from model_adapters.transformer_folders import WHOLE, all_files, divided_folders, used_folders
 
 _PACKAGES = ("torch", "diffusers", "transformers")
 # What a copy of the same model may say differently of itself.
@@ -42,15 +43,18 @@ def model_fields(config: JobConfig) -> dict[str, Any]:
     The other parts of the pipeline are described by their configurations and by the names and sizes of their files.
     """
     folder = pipeline_folder(config.pipeline.path)
-    files = weight_files(folder / "transformer")
-    by_content = config.output.fingerprint == "content"
+    files, used, transformers = all_files(folder), used_folders(folder), {folder / WHOLE, *divided_folders(folder)}
+    describe = digest_of_file if config.output.fingerprint == "content" else _stat
     return {
         "config": {
             str(path.relative_to(folder)): digest_of_text(repr(sorted(_stable(read_json(path)))))
             for path in sorted(folder.glob("*/*config.json"))
+            if path.parent in used or path.parent not in transformers
         },
-        "weights": {file.name: digest_of_file(file) if by_content else _stat(file) for file in files},
-        "other_files": digest_of_text(repr(list(_names_and_sizes(folder, leave_out=folder / "transformer")))),
+        "weights": {
+            str(file.relative_to(folder)): describe(file) for file in files
+        },
+        "other_files": digest_of_text(repr(list(_names_and_sizes(folder, leave_out=transformers)))),
     }
 
 
@@ -90,7 +94,7 @@ def _stat(file: Path) -> str:
     return f"{status.st_size} bytes, modified {status.st_mtime_ns}"
 
 
-def _names_and_sizes(folder: Path, *, leave_out: Path) -> Iterable[tuple[str, int]]:
+def _names_and_sizes(folder: Path, *, leave_out: set[Path]) -> Iterable[tuple[str, int]]:
     for path in sorted(folder.glob("*/*")):
-        if path.is_file() and path.parent != leave_out:
+        if path.is_file() and path.parent not in leave_out:
             yield str(path.relative_to(folder)), path.stat().st_size

@@ -15,6 +15,7 @@ from torch import nn
 from model_adapters.adapter import ModelAdapter
 from model_adapters.model_folder import check_class, pipeline_folder, read_json
 from model_adapters.options import PipelineOptions
+from model_adapters.transformer_folders import used_folders
 from model_adapters.transformer_part import TransformerPart, build_empty, describe_transformer, place
 from quant_core.errors import InputError
 from quant_core.sharding import Shard
@@ -101,7 +102,7 @@ def load_text_encoders(
     Raises InputError when the folder is not whole.
     """
     # Some encoders ask for the transformer's widths, which a model without weights knows too.
-    empty = build_empty(adapter, pipeline_folder(options.path) / "transformer")
+    empty = build_empty(adapter, used_folders(pipeline_folder(options.path))[0])
     pipeline = _assemble(adapter, options, dtype, {"transformer": empty, "vae": None})
     for name, part in pipeline.components.items():
         if name.startswith(_TEXT) and isinstance(part, nn.Module):

@@ -49,6 +49,7 @@ class ShardPlan:
 
     `gather_outputs`: patterns of modules, other than the layers with a style, whose output is gathered on its last
     dimension. `local_heads`: patterns of attention modules that reshape by a head count and so count local heads.
+    `has_rank_folders`: its consumer keeps a folder of slices for each rank, which may be read in place of the whole.
     `version` changes with any change of what a rank holds, so that shards of two versions are never mixed.
     """
 
@@ -57,6 +58,7 @@ class ShardPlan:
     linears: tuple[Rule, ...]
     gather_outputs: tuple[str, ...] = ()
     local_heads: tuple[str, ...] = ()
+    has_rank_folders: bool = False
 
     def rule_for(self, name: str) -> Rule | None:
         """Return the first rule whose pattern matches the name of a linear layer, if any."""

@@ -17,10 +17,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from model_adapters.adapter import ModelAdapter
-from model_adapters.model_folder import check_class, open_weights, pipeline_folder, read_json, weight_files
+from model_adapters.model_folder import check_class, open_weights, pipeline_folder, read_json
 from model_adapters.tensor_parallel import make_local
+from model_adapters.transformer_folders import files_of, folder_of_rank
 from quant_core.errors import InputError
 from quant_core.sharding import Shard, Style, cut
+from quant_core.tensor_file import DTYPES
 
 _WHOLE = Shard(Style.REPLICATED, 0, 1)
 
@@ -30,13 +32,15 @@ class TransformerPart:
     """Know a rank's part of a transformer: its shapes, and where its tensors lie.
 
     `model` is on the meta device, with local shapes, in the dtype to compute in; `shards` is by linear layer (a layer
-    that is missing is replicated); `full_shapes` and `files` are by tensor name of the undivided model.
+    that is missing is replicated); `full_shapes` and `files` are by tensor name of the undivided model; `is_divided`:
+    the files hold this rank's slices already.
     """
 
     model: nn.Module
     shards: dict[str, Shard]
     full_shapes: dict[str, tuple[int, ...]]
     files: Mapping[str, Path]
+    is_divided: bool = False
 
     def read(self, name: str) -> Tensor:
         """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file.
@@ -45,9 +49,15 @@ class TransformerPart:
         file of 10 GB that would be 10 GB.
         """
         layer, _, tensor = name.rpartition(".")
+        shard = _WHOLE if self.is_divided else self.shards.get(layer, _WHOLE)
         with open_weights(self.files[name]) as file:
             source = file.get_slice(name)
-            return cut(source, self.shards.get(layer, _WHOLE).slices(tensor, source.get_shape()))
+            return cut(source, shard.slices(tensor, source.get_shape()))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor has in its file."""
+        with open_weights(self.files[name]) as file:
+            return DTYPES[file.get_slice(name).get_dtype()]
 
 
 def describe_transformer(
@@ -65,14 +75,20 @@ def describe_transformer(
     Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder is
     not whole or holds another model.
     """
-    folder = pipeline_folder(path) / "transformer"
+    plan = adapter.shard_plan(layout)
+    folder, is_divided = folder_of_rank(pipeline_folder(path), plan, tp_rank, tp_size)
     model = build_empty(adapter, folder)
-    full_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shards = make_local(model, adapter.shard_plan(layout), tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
-    files = _checked_files(weight_files(folder), full_shapes, folder)
+    full_shapes = _shapes(model)
+    shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
+    expected = _shapes(model) if is_divided else full_shapes
+    files = _checked_files(files_of(folder, is_divided=is_divided), expected, folder)
     for name, tensor in model.state_dict().items():
         place(model, name, tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype))
-    return TransformerPart(model, shards, full_shapes, files)
+    return TransformerPart(model, shards, full_shapes, files, is_divided)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def build_empty(adapter: ModelAdapter, folder: Path) -> nn.Module:

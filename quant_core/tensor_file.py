@@ -35,6 +35,8 @@ _DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
+# The other way round: the format's name of a dtype -> the dtype.
+DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _ALIGNMENT_ORDER = {dtype: index for index, dtype in enumerate(_DTYPES)}
 # The header is padded so that the tensors behind it begin at a multiple of this.
 _HEADER_ALIGNMENT = 8

@@ -26,6 +26,7 @@ MINDIE = ShardPlan(
     linears=(*_COMMON, Rule("single_transformer_blocks.*.proj_out", Style.COL_GATHER)),
     gather_outputs=("single_transformer_blocks.*.attn", "single_transformer_blocks.*.act_mlp"),
     local_heads=_ATTENTIONS,
+    has_rank_folders=True,
 )
 
 # One sum instead of three gathers per single-stream block; the layout of diffusers' own plan.
