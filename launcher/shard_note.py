@@ -173,7 +173,7 @@ def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global
     A column-split layer sees the whole input everywhere. A row-split one sees its own channels, so its scales agree
     only when they were made to, and its biases never do.
     """
-    if shard.size == 1 or shard.slices(tensor, shape):
+    if shard.size == 1 or shard.divides(tensor, len(shape)):
         return shard.size == 1
     return shard.split_dim == 0 or (scales_are_global and tensor not in ("bias", "quant_bias"))
 

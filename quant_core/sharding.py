@@ -112,6 +112,10 @@ class Shard:
         """Tell whether this rank holds the layer's bias, if the layer has one."""
         return self.style not in _ROW_STYLES or self.rank == 0
 
+    def divides(self, tensor: str, ndim: int) -> bool:
+        """Tell whether a tensor of that name and number of dimensions is in parts on the ranks, or whole on each."""
+        return self._dim(tensor, ndim) is not None
+
     def slices(self, tensor: str, shape: Sequence[int]) -> tuple[Slice, ...]:
         """Describe this rank's part of the tensor called `tensor` with full shape `shape`.
 

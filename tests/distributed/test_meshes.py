@@ -1,0 +1,98 @@
+"""Many copies of the model, many slices of it: the published checkpoint does not depend on who computed what.
+
+The records of a copy are those of its own prompts, in the order of the prompt file; rank by rank, the copies' shares
+follow each other. With float32 numerics every statistic is a minimum, a maximum or a sum over records, so neither that
+order nor the number of copies shows in the result.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import consumer
+import pytest
+import torch
+from test_main_job import torchrun
+
+from quant_core.records import load_dump
+from scripts.make_tiny_pipeline import write_prompts
+from scripts.split_transformer import split
+from tests.model_adapters.tiny_models import save
+from tests.quant_core.golden_cases import Written, differing
+
+pytestmark = pytest.mark.distributed
+
+DUAL = ("--device_type", "A2-32g-dual")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "calib_prompts.txt")
+
+
+@pytest.fixture(scope="module")
+def one_copy(tiny_flux_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks, one copy of the model, publish."""
+    out = tmp_path_factory.mktemp("one copy")
+    torchrun(2, "flux", tiny_flux_folder, prompts, out, *DUAL, "--quant_type", "w8a8_timestep")
+    return out
+
+
+def published(out: Path, scheme: str, rank: int) -> Written:
+    return Written.read(out / "weights", scheme, suffix=f"_{rank}")
+
+
+def assert_same(out: Path, other: Path, scheme: str) -> None:
+    for rank in (0, 1):
+        ours, theirs = published(out, scheme, rank), published(other, scheme, rank)
+        assert differing(ours.tensors, theirs.tensors) == []
+        assert ours.description == theirs.description
+
+
+def test_two_copies_publish_what_one_copy_publishes(one_copy, tiny_flux_folder, prompts, tmp_path):
+    torchrun(4, "flux", tiny_flux_folder, prompts, tmp_path, *DUAL, "--quant_type", "w8a8_timestep")
+    assert_same(tmp_path, one_copy, "w8a8_timestep")
+    alone = load_dump(one_copy / "dumps" / "calib_data_rank0.pth")["records"]
+    shares = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth")["records"] for rank in (0, 2)]
+    together = [record for share in shares for record in share]
+    assert len(together) == len(alone)
+    for record, expected in zip(together, alone):
+        assert record["timestep_idx"] == expected["timestep_idx"]
+        assert torch.equal(record["kwargs"]["hidden_states"], expected["kwargs"]["hidden_states"])
+
+
+def test_divided_folders_give_the_same_checkpoint_as_the_whole_transformer(
+    one_copy, tiny_flux_folder, prompts, tmp_path
+):
+    divided = Path(shutil.copytree(tiny_flux_folder, tmp_path / "divided"))
+    split(divided)
+    shutil.rmtree(divided / "transformer")
+    torchrun(2, "flux", divided, prompts, tmp_path, *DUAL, "--quant_type", "w8a8_timestep")
+    assert_same(tmp_path, one_copy, "w8a8_timestep")
+
+
+@pytest.mark.slow
+def test_eight_ranks_are_four_copies_of_two_shards(tiny_flux_folder, prompts, tmp_path):
+    eight = tmp_path / "eight.txt"
+    eight.write_text(prompts.read_text() * 2)
+    eight.chmod(0o640)
+    flags = (*DUAL, "--quant_type", "w8a8", "--infer_steps", "2", "--timeout_s", "240")
+    finished = torchrun(8, "flux", tiny_flux_folder, eight, tmp_path, *flags)
+    assert "world 8 = dp 4 × tp 2" in finished.stdout
+    dumps = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth")["header"] for rank in range(8)]
+    assert [header["images"] for header in dumps] == [[i, i + 1] for i in (0, 2, 4, 6) for _ in (0, 1)]
+    for rank in (0, 1):
+        consumer.check(consumer.load(tmp_path / "weights", rank, "w8a8"), torch.bfloat16)
+
+
+def test_three_ranks_share_a_model_whose_heads_three_divides(tiny_flux_folder, prompts, tmp_path):
+    # 12 heads of 8, where the other tiny pipelines have 4 of 16; nothing is calibrated, so only the transformer counts.
+    folder = Path(shutil.copytree(tiny_flux_folder, tmp_path / "twelve heads"))
+    shutil.rmtree(folder / "transformer")
+    save("flux", folder)
+    flags = ("--tp_size", "3", "--quant_type", "w8a8_dynamic", "--calibrate", "needed")
+    finished = torchrun(3, "flux", folder, prompts, tmp_path, *flags)
+    assert "world 3 = dp 1 × tp 3" in finished.stdout
+    for rank in range(3):
+        consumer.check(consumer.load(tmp_path / "weights", rank, "w8a8_dynamic"), torch.bfloat16)
