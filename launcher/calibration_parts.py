@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from quant_core.atomic_file import make_folder
+from quant_core.calibration.records import load_dump, save_dump
 from quant_core.errors import InputError
-from quant_core.records import load_dump, save_dump
 
 FOLDER = ".calib_parts"
 

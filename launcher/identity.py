@@ -51,9 +51,7 @@ def model_fields(config: JobConfig) -> dict[str, Any]:
             for path in sorted(folder.glob("*/*config.json"))
             if path.parent in used or path.parent not in transformers
         },
-        "weights": {
-            str(file.relative_to(folder)): describe(file) for file in files
-        },
+        "weights": {str(file.relative_to(folder)): describe(file) for file in files},
         "other_files": digest_of_text(repr(list(_names_and_sizes(folder, leave_out=transformers)))),
     }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.mesh import Mesh
-from quant_core.checkpoint import CheckpointFiles, description_file_name, weight_file_name
+from quant_core.checkpoint.entries import CheckpointFiles, description_file_name, weight_file_name
 
 MANIFEST = "quant_manifest.json"
 # A folder of its own inside the output folder: on the same file system, so that publishing is a rename.

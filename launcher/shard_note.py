@@ -23,7 +23,7 @@ from launcher.run_folder import STAGING
 from model_adapters.loading import LoadedTransformer
 from model_adapters.transformer_part import TransformerPart
 from quant_core.atomic_file import write_text_atomically
-from quant_core.checkpoint import CheckpointFiles
+from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.errors import InputError
 from quant_core.quantize import QuantizedModel
 from quant_core.sharding import Shard, Style

@@ -21,7 +21,7 @@ from model_adapters.adapter import ModelAdapter
 from model_adapters.inputs import size
 from model_adapters.options import PipelineOptions
 from model_adapters.transformer_part import TransformerPart
-from quant_core.checkpoint import entries
+from quant_core.checkpoint.entries import entries
 from quant_core.live_bytes import peak_bytes
 from quant_core.numerics import NUMERICS, Numerics
 from quant_core.schemes import SCHEMES

@@ -20,9 +20,9 @@ from model_adapters.adapter import ModelAdapter
 from model_adapters.model_folder import check_class, open_weights, pipeline_folder, read_json
 from model_adapters.tensor_parallel import make_local
 from model_adapters.transformer_folders import files_of, folder_of_rank
+from quant_core.checkpoint.tensor_file import DTYPES
 from quant_core.errors import InputError
 from quant_core.sharding import Shard, Style, cut
-from quant_core.tensor_file import DTYPES
 
 _WHOLE = Shard(Style.REPLICATED, 0, 1)
 

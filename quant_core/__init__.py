@@ -9,14 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quant_core.capture import DumperManager as DumperManager
-    from quant_core.loading_deployed import load_deployed as load_deployed
+    from quant_core.calibration.capture import DumperManager as DumperManager
+    from quant_core.calibration.safe_load import safe_torch_load as safe_torch_load
+    from quant_core.calibration.timestep import TimestepManager as TimestepManager
+    from quant_core.checkpoint.loading import load_deployed as load_deployed
+    from quant_core.checkpoint.reader import open_checkpoint as open_checkpoint
     from quant_core.naming import get_disable_layer_names as get_disable_layer_names
     from quant_core.quantize import quant_model as quant_model
     from quant_core.rank_files import get_rank as get_rank
     from quant_core.rank_files import get_rank_suffix_file as get_rank_suffix_file
-    from quant_core.reader import open_checkpoint as open_checkpoint
-    from quant_core.safe_load import safe_torch_load as safe_torch_load
     from quant_core.session_config import FA3ProcessorConfig as FA3ProcessorConfig
     from quant_core.session_config import M3ProcessorConfig as M3ProcessorConfig
     from quant_core.session_config import M4ProcessorConfig as M4ProcessorConfig
@@ -30,18 +31,17 @@ if TYPE_CHECKING:
     from quant_core.session_config import W8A8QuantConfig as W8A8QuantConfig
     from quant_core.session_config import W8A8TimeStepProcessorConfig as W8A8TimeStepProcessorConfig
     from quant_core.session_config import W8A8TimeStepQuantConfig as W8A8TimeStepQuantConfig
-    from quant_core.timestep import TimestepManager as TimestepManager
 
 _HOME = {
-    "DumperManager": "capture",
-    "load_deployed": "loading_deployed",
+    "DumperManager": "calibration.capture",
+    "load_deployed": "checkpoint.loading",
     "get_disable_layer_names": "naming",
     "quant_model": "quantize",
     "get_rank": "rank_files",
     "get_rank_suffix_file": "rank_files",
-    "open_checkpoint": "reader",
-    "safe_torch_load": "safe_load",
-    "TimestepManager": "timestep",
+    "open_checkpoint": "checkpoint.reader",
+    "safe_torch_load": "calibration.safe_load",
+    "TimestepManager": "calibration.timestep",
 } | dict.fromkeys(
     (
         "FA3ProcessorConfig",

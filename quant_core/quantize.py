@@ -19,7 +19,9 @@ from torch import nn
 from quant_core.attention.head_scales import FA_QUANT
 from quant_core.attention.session import reduce_attentions
 from quant_core.attention.watch import watch_attentions
-from quant_core.checkpoint import (
+from quant_core.calibration.observation import input_observer, reduce_ranges
+from quant_core.calibration.replay import Progress, replay, silent
+from quant_core.checkpoint.entries import (
     FA_QUANT_TYPE_KEY,
     TIMESTEP_SEP_KEY,
     CheckpointFiles,
@@ -28,11 +30,9 @@ from quant_core.checkpoint import (
     weight_file_name,
     write_checkpoint,
 )
-from quant_core.deployed import deploy
+from quant_core.deployed.linear import deploy
 from quant_core.linear import QuantizedLayer, quantize_linear
-from quant_core.observation import input_observer, reduce_ranges
 from quant_core.parallel import Parallel
-from quant_core.replay import Progress, replay, silent
 from quant_core.session import Session
 from quant_core.session_checks import check_float, check_numerics, check_records, first_static_step
 from quant_core.session_config import SaveProcessorConfig, SessionConfig

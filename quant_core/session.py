@@ -11,10 +11,10 @@ from torch import nn
 
 from quant_core.attention.head_scales import AttentionObserver
 from quant_core.attention.session import attention_observers
+from quant_core.calibration.records import Record, as_records
+from quant_core.calibration.replay import Progress
 from quant_core.numerics import NUMERICS, Numerics
 from quant_core.parallel import Parallel, reduce_over
-from quant_core.records import Record, as_records
-from quant_core.replay import Progress
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session_config import SessionConfig

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from quant_core.deployed import DeployedLinear, separator
+from quant_core.deployed.linear import DeployedLinear, separator
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.linear import CalibratedLinear
 from quant_core.parallel import reduce_over

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.atomic_file import write_atomically, write_text_atomically
-from quant_core.checkpoint import description_text, entries
+from quant_core.calibration.replay import Progress, silent
+from quant_core.checkpoint.entries import description_text, entries
+from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.linear import CalibratedLinear, QuantizedLayer
 from quant_core.numerics import NUMERICS, Numerics
 from quant_core.parallel import Group, Parallel, reduce_over
 from quant_core.quantize import QuantizedModel, checkpoint_files
-from quant_core.replay import Progress, silent
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session_config import SessionConfig
 from quant_core.targets import target_layers
-from quant_core.tensor_file import TensorFile
 
 # Numbers that are quantized at once: large enough that the loop costs nothing, small enough for a cache.
 BLOCK_NUMEL = 2**22

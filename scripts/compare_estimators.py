@@ -30,8 +30,8 @@ from torch import nn
 
 from model_adapters import load_adapter, load_options
 from quant_core import DumperManager, M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, quant_model
+from quant_core.calibration.records import Record, as_records
 from quant_core.estimators import ESTIMATORS
-from quant_core.records import Record, as_records
 from quant_core.session_config import (
     SessionConfig,
     SmoothingConfig,

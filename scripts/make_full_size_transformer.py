@@ -29,8 +29,8 @@ from model_adapters import load_adapter
 from model_adapters.model_folder import INDEX_NAME
 from model_adapters.transformer_part import build_empty
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
+from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import EnvironmentFailure, ExplainedError
-from quant_core.tensor_file import TensorFile
 
 # The published configuration of FLUX.1-dev's transformer.
 CONFIG = {

@@ -23,8 +23,8 @@ from model_adapters.model_folder import INDEX_NAME, pipeline_folder
 from model_adapters.transformer_folders import WHOLE, rank_folder, used_folders
 from model_adapters.transformer_part import TransformerPart, describe_transformer
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
+from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import ExplainedError, InputError
-from quant_core.tensor_file import TensorFile
 
 
 def split(root: Path, tp_size: int = 2) -> list[Path]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from quant_core.deployed import DeployedLinear
-from quant_core.records import Record
-from quant_core.replay import replay
+from quant_core.calibration.records import Record
+from quant_core.calibration.replay import replay
+from quant_core.deployed.linear import DeployedLinear
 
 
 @dataclass

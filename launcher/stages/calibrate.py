@@ -13,9 +13,9 @@ from launcher.job import QuantJob
 from launcher.stages.encode import encode
 from launcher.stages.images import are_there, have_images, run_pipeline
 from launcher.together import all_agree, gather_objects, run_together
-from quant_core.capture import DumperManager
+from quant_core.calibration.capture import DumperManager
+from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError
-from quant_core.records import load_dump
 
 FLOAT_IMAGES = "calib_fp"
 

@@ -7,8 +7,8 @@ from launcher.stages.calibrate import float_folder
 from launcher.stages.encode import encode
 from launcher.stages.images import have_images, list_images, run_pipeline
 from launcher.together import run_together
-from quant_core.loading_deployed import load_deployed
-from quant_core.timestep import TimestepManager
+from quant_core.calibration.timestep import TimestepManager
+from quant_core.checkpoint.loading import load_deployed
 
 QUANT_IMAGES = "calib_quant"
 

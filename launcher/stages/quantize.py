@@ -17,9 +17,9 @@ from launcher.together import all_agree, run_together
 from model_adapters.loading import LoadedTransformer
 from model_adapters.tensor_parallel import assert_collectives
 from model_adapters.transformer_part import TransformerPart
+from quant_core.calibration.records import load_dump
 from quant_core.parallel import Parallel
 from quant_core.quantize import QuantizedModel, quant_model
-from quant_core.records import load_dump
 from quant_core.session_config import SaveProcessorConfig, SessionConfig
 from quant_core.sharding import Shard
 from quant_core.streaming import quantize_streaming, reads_activations

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant_core.attention.window import shortest_window
-from quant_core.checkpoint import Entry
+from quant_core.checkpoint.entries import Entry
 from quant_core.errors import InputError
 from quant_core.estimators.estimator import Reduction
 from quant_core.numerics import Numerics

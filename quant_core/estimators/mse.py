@@ -1,7 +1,7 @@
 """`mse`: the range with the least mean squared error of the layer's output, as far as the input's range decides it.
 
 The values are counted with the importance of their channel, so the error that is least is not the activation's but
-what becomes of it behind the weight (`quant_core.channel_importance`).
+what becomes of it behind the weight (`quant_core.calibration.channel_importance`).
 
 Clipping costs at the tails and finer steps gain everywhere; the best range balances them. The two ends only meet in
 the step, so they are searched in turn: each over powers of two down from its extreme, then finely around the best.

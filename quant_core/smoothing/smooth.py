@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from quant_core.calibration.records import Record
+from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.errors import InputError
 from quant_core.numerics import Numerics
 from quant_core.parallel import Parallel, reduce_many, reduce_over
-from quant_core.records import Record
-from quant_core.replay import Progress, replay, silent
 from quant_core.rescaling import Rescaling
 from quant_core.session_config import SmoothingConfig
 from quant_core.smoothing import METHODS

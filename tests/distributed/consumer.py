@@ -25,7 +25,9 @@ class Loaded:
 
     @property
     def quantized_layers(self) -> list[str]:
-        return [n.removesuffix(".weight") for n, t in self.description.items() if n.endswith(".weight") and t in QUANTIZED]
+        return [
+            n.removesuffix(".weight") for n, t in self.description.items() if n.endswith(".weight") and t in QUANTIZED
+        ]
 
 
 def load(folder: Path, rank: int | None, scheme: str) -> Loaded:

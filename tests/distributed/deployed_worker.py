@@ -26,7 +26,7 @@ from quant_core import (
     W8A8TimeStepProcessorConfig,
     quant_model,
 )
-from quant_core.loading_deployed import load_deployed
+from quant_core.checkpoint.loading import load_deployed
 from quant_core.parallel import Parallel
 from tests.model_adapters.tiny_models import KINDS, build, example_inputs
 

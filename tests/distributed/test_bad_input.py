@@ -19,8 +19,8 @@ from launcher.error_file import read_error_files
 from launcher.run import run
 from launcher.run_folder import MANIFEST, STAGING
 from launcher.stages.merge import merge_files
+from quant_core.calibration.records import save_dump
 from quant_core.errors import ConfigurationError, EnvironmentFailure, ExplainedError, InputError
-from quant_core.records import save_dump
 
 
 @dataclass

@@ -14,8 +14,8 @@ from launcher.job_config import job_config
 from launcher.run import run
 from model_adapters import load_adapter
 from model_adapters.transformer_part import build_empty
-from quant_core.records import load_dump
-from quant_core.safe_load import safe_torch_load
+from quant_core.calibration.records import load_dump
+from quant_core.calibration.safe_load import safe_torch_load
 from quant_core.sharding import join
 
 pytestmark = pytest.mark.distributed

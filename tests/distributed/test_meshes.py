@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_main_job import torchrun
 
-from quant_core.records import load_dump
+from quant_core.calibration.records import load_dump
 from scripts.make_tiny_pipeline import write_prompts
 from scripts.split_transformer import split
 from tests.model_adapters.tiny_models import save

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from torchrun import ROOT
 
-from quant_core.records import load_dump
+from quant_core.calibration.records import load_dump
 
 pytestmark = pytest.mark.distributed
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from launcher.calibration_parts import CalibrationParts
+from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError
-from quant_core.records import load_dump
 
 HEADER = {"fingerprint": "mine", "rank": 0}
 BATCHES, STEPS = 3, 2

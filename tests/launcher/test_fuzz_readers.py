@@ -18,8 +18,8 @@ from launcher.manifest import read_manifest
 from launcher.shard_note import read_note
 from model_adapters.model_folder import open_weights, read_json
 from model_adapters.prompts import read_prompts
+from quant_core.calibration.records import load_dump
 from quant_core.errors import ExplainedError
-from quant_core.records import load_dump
 
 FAST = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -48,8 +48,8 @@ def write_note(folder: Path, rank: int, **changed: object) -> None:
     """Note what is staged now, with some fields changed."""
     files = shard_files(folder / STAGING, SCHEME, f"_{rank}")
     fields = {
-        "fingerprint": "f" * 64, "fields": {}, "quant_type": "W8A8_DYNAMIC", "tp_rank": rank, "tp_size": 2, "dp_size": 1,
-        "layout": "mindie", "weights": FileDigest.of(files.weights), "description": FileDigest.of(files.description),
+        "fingerprint": "f" * 64, "fields": {}, "quant_type": "W8A8_DYNAMIC", "tp_rank": rank, "tp_size": 2,
+        "dp_size": 1, "layout": "mindie", "weights": FileDigest.of(files.weights), "description": FileDigest.of(files.description),
         "layers": {name: LayerShard(style=style) for name, style in STYLES.items()}, "full_shapes": FULL, "equal": {},
     }  # fmt: skip
     note = ShardNote.model_validate({**fields, **changed})
@@ -73,7 +73,7 @@ def rewrite(folder: Path, rank: int, change: Callable[[dict], object], **note: o
     tensors = load_file(files.weights)
     change(tensors)
     save_file(tensors, files.weights)
-    listed = {name: "FLOAT" for name in tensors}
+    listed = dict.fromkeys(tensors, "FLOAT")
     files.description.write_text(json.dumps({"model_quant_type": "W8A8_DYNAMIC", **listed}))
     write_note(folder, rank, **{"equal": {"norm.weight": "digest"}, **note})
 

@@ -13,8 +13,8 @@ from model_adapters import load_adapter
 from model_adapters.memory_model import MemoryModel, estimate_memory
 from model_adapters.transformer_part import describe_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
+from quant_core.calibration.records import Record
 from quant_core.live_bytes import peak_bytes
-from quant_core.records import Record
 from quant_core.streaming import quantize_streaming
 from scripts.make_full_size_transformer import CONFIG, make_full_size
 
@@ -39,7 +39,7 @@ from model_adapters import load_adapter
 from model_adapters.loading import load_part
 from model_adapters.transformer_part import describe_transformer
 from quant_core import DumperManager, SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
-from quant_core.replay import to_device
+from quant_core.calibration.replay import to_device
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -10,7 +10,7 @@ from torch import nn
 
 from model_adapters.offload import blocks_of, run_block_by_block, visiting
 from quant_core import SessionConfig, W8A8ProcessorConfig, quant_model
-from quant_core.records import Record
+from quant_core.calibration.records import Record
 from tests.model_adapters.tiny_models import KINDS, build, example_inputs
 
 

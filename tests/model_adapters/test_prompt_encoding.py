@@ -12,7 +12,7 @@ from torch import nn
 from model_adapters import load_adapter
 from model_adapters.loading import load_pipeline, load_text_encoders, load_transformer
 from model_adapters.prompt_encoding import encode_prompts
-from quant_core.capture import DumperManager
+from quant_core.calibration.capture import DumperManager
 
 PROMPTS = ("a cat", "a dog on a red car")
 STEPS = 2

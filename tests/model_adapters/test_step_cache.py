@@ -7,7 +7,7 @@ import torch
 from model_adapters import load_adapter
 from model_adapters.loading import load_pipeline, load_transformer
 from model_adapters.step_cache import step_cache
-from quant_core.capture import DumperManager
+from quant_core.calibration.capture import DumperManager
 
 STEPS = 4
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from model_adapters import load_adapter
+from quant_core.calibration.records import Record
 from quant_core.numerics import NUMERICS
 from quant_core.parallel import Parallel
-from quant_core.records import Record
 from quant_core.session_config import SmoothingConfig
 from quant_core.smoothing.smooth import Smoothing, smooth
 from quant_core.structure import ModelStructure

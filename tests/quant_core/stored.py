@@ -14,7 +14,7 @@ from small_model import SmallModel, session
 from torch import Tensor
 
 from quant_core import quant_model
-from quant_core.checkpoint import CheckpointFiles
+from quant_core.checkpoint.entries import CheckpointFiles
 
 # tensors by name and the description; changed in place
 Damage = Callable[[dict[str, Tensor], dict[str, Any]], object]

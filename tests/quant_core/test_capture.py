@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from quant_core import DumperManager, TimestepManager, quant_model
+from quant_core.calibration.records import as_records, load_dump
+from quant_core.calibration.replay import replay
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.records import as_records, load_dump
-from quant_core.replay import replay
 
 
 class Model(nn.Module):

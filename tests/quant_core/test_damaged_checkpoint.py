@@ -13,8 +13,8 @@ from small_model import STEPS
 from stored import Damage, add_attention, add_smoothing, both, damaged, written
 from torch import Tensor
 
+from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import InputError, VerificationError
-from quant_core.reader import open_checkpoint
 
 
 def put(name: str, **change: Any) -> Damage:

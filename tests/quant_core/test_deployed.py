@@ -11,7 +11,9 @@ from small_model import STEPS, SmallModel, session
 from torch import Tensor, nn
 
 from quant_core import TimestepManager, quant_model
-from quant_core.deployed import (
+from quant_core.calibration.records import as_records
+from quant_core.deployed.integer_product import _chunked_product, _has_exact_int8_product, integer_product
+from quant_core.deployed.linear import (
     DeployedArithmetic,
     DeployedLayer,
     DeployedLinear,
@@ -20,9 +22,7 @@ from quant_core.deployed import (
     static_output,
 )
 from quant_core.errors import ConfigurationError
-from quant_core.integer_product import _chunked_product, _has_exact_int8_product, integer_product
 from quant_core.numerics import NUMERICS
-from quant_core.records import as_records
 from quant_core.scale_arithmetic import pack_deq_scale
 
 FLOAT32_STEP = 2.0**-23

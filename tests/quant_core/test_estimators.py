@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quant_core.channel_importance import LEVELS, channel_importance
+from quant_core.calibration.channel_importance import LEVELS, channel_importance
 from quant_core.estimators import ESTIMATORS, RangeEstimator
 from quant_core.estimators.clipping_error import mean_squared_error
 from quant_core.estimators.histogram import histogram_range

@@ -11,9 +11,9 @@ from stored import written
 from torch import Tensor, nn
 
 from quant_core import TimestepManager, quant_model
-from quant_core.deployed import DeployedLinear
+from quant_core.checkpoint.loading import load_deployed
+from quant_core.deployed.linear import DeployedLinear
 from quant_core.errors import VerificationError
-from quant_core.loading_deployed import load_deployed
 
 SCHEMES = ["w8a8", "w8a8_timestep", "w8a8_dynamic"]
 

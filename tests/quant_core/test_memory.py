@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, "tests/quant_core")
 from golden_cases import GoldenCase
 from quant_core import *
-from quant_core.records import Record
+from quant_core.calibration.records import Record
 
 kind, count = sys.argv[1], int(sys.argv[2])
 case = GoldenCase("flux_w8a8_dynamic_m4_fp32")

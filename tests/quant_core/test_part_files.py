@@ -18,11 +18,11 @@ from small_model import SmallModel, session
 from torch import Tensor, nn
 
 from quant_core import quant_model
-from quant_core.checkpoint import CheckpointFiles, Entry, write_checkpoint
+from quant_core.checkpoint.entries import CheckpointFiles, Entry, write_checkpoint
+from quant_core.checkpoint.loading import load_deployed
+from quant_core.checkpoint.reader import open_checkpoint
+from quant_core.checkpoint.tensor_parts import GB, TensorFiles, split, write_tensors
 from quant_core.errors import InputError, VerificationError
-from quant_core.loading_deployed import load_deployed
-from quant_core.reader import open_checkpoint
-from quant_core.tensor_parts import GB, TensorFiles, split, write_tensors
 
 KB = 1000 / GB  # in the option's unit
 STEM = "quant_model_weight_w8a8"
@@ -192,7 +192,7 @@ _PEAK_OF_A_WRITE = """
 import resource, sys
 from pathlib import Path
 import torch
-from quant_core.tensor_parts import write_tensors
+from quant_core.checkpoint.tensor_parts import write_tensors
 # Not contiguous, so that writing has to copy each: 24 tensors of 16 MB.
 tensors = {str(i): torch.ones(2000, 2000).T for i in range(24)}
 write_tensors(Path(sys.argv[1]), {"0": tensors["0"]}, metadata={})  # what the libraries load when first used

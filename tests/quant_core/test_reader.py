@@ -11,9 +11,9 @@ from small_model import STEPS, SmallModel, session
 from stored import add_attention, add_smoothing, both, damaged, written
 
 from quant_core import TimestepManager, quant_model
-from quant_core.checkpoint import CheckpointFiles
+from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import ConfigurationError, VerificationError
-from quant_core.reader import open_checkpoint
 
 SCHEMES = ["w8a8", "w8a8_timestep", "w8a8_dynamic"]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from quant_core import safe_torch_load
+from quant_core.calibration.records import FORMAT, VERSION, Record, as_records, load_dump, save_dump
 from quant_core.errors import InputError
-from quant_core.records import FORMAT, VERSION, Record, as_records, load_dump, save_dump
 
 STEP_RECORD = {"tag": "", "timestep_idx": 3, "module_name": "M.forward", "args": [], "kwargs": {"x": torch.ones(2)}}
 

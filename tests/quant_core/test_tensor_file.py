@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quant_core.tensor_file import TensorFile
-from quant_core.tensor_parts import write_tensors
+from quant_core.checkpoint.tensor_file import TensorFile
+from quant_core.checkpoint.tensor_parts import write_tensors
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8, torch.bool]
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from quant_core import TimestepManager
-from quant_core.checkpoint import CheckpointFiles
-from quant_core.reader import Checkpoint, open_checkpoint
+from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from quant_core.structure import ENTRY_POINT_GROUP
 from scripts.make_tiny_pipeline import PROMPTS
 from tests.distributed.torchrun import ROOT, run_torchrun

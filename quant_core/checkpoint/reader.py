@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant_core.checkpoint import TIMESTEP_SEP_KEY, CheckpointFiles
-from quant_core.contract import TensorRule
-from quant_core.deployed import DeployedArithmetic, DeployedLayer, separator
+from quant_core.checkpoint.contract import TensorRule
+from quant_core.checkpoint.entries import TIMESTEP_SEP_KEY, CheckpointFiles
+from quant_core.checkpoint.inventory import Inventory, StoredGroup, broken, take_inventory
+from quant_core.checkpoint.json_file import read_object
+from quant_core.checkpoint.tensor_parts import TensorFiles, TensorInfo, index_path
+from quant_core.deployed.linear import DeployedArithmetic, DeployedLayer, separator
 from quant_core.errors import ConfigurationError, nearest
-from quant_core.inventory import Inventory, StoredGroup, broken, take_inventory
-from quant_core.json_file import read_object
-from quant_core.tensor_parts import TensorFiles, TensorInfo, index_path
 
 
 class Checkpoint:

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant_core.atomic_file import write_atomically, write_text_atomically
+from quant_core.checkpoint.json_file import read_object
+from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import InputError, VerificationError
-from quant_core.json_file import read_object
-from quant_core.tensor_file import TensorFile
 
 GB = 10**9
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from quant_core.checkpoint import CheckpointFiles
-from quant_core.deployed import DeployedLinear, deploy_linear
+from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.inventory import StoredGroup
+from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
+from quant_core.deployed.linear import DeployedLinear, deploy_linear
 from quant_core.errors import VerificationError
-from quant_core.inventory import StoredGroup
-from quant_core.reader import Checkpoint, open_checkpoint
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from quant_core.atomic_file import write_atomically
+from quant_core.calibration.safe_load import safe_torch_load
 from quant_core.errors import InputError
-from quant_core.safe_load import safe_torch_load
 
 FORMAT = "dit-calibration"
 VERSION = 1

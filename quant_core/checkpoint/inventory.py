@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from quant_core.attention.head_scales import FA_QUANT
-from quant_core.checkpoint import FA_QUANT_TYPE_KEY, FLOAT, MODEL_TYPE_KEY
-from quant_core.contract import (
+from quant_core.checkpoint.contract import (
     ATTENTION_RULES,
     LAYER_RULES,
     MODEL_DTYPES,
@@ -25,8 +24,9 @@ from quant_core.contract import (
     bind_axes,
     in_words,
 )
+from quant_core.checkpoint.entries import FA_QUANT_TYPE_KEY, FLOAT, MODEL_TYPE_KEY
+from quant_core.checkpoint.tensor_parts import TensorInfo
 from quant_core.errors import VerificationError, nearest
-from quant_core.tensor_parts import TensorInfo
 
 _MUL_SCALE = ".div.mul_scale"
 _INNER = ".linear"

@@ -22,9 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quant_core.calibration.records import save_dump
+from quant_core.calibration.timestep import TimestepManager
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.records import save_dump
-from quant_core.timestep import TimestepManager
 
 
 class DumperManager:

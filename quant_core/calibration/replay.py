@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant_core.records import Record
-from quant_core.timestep import TimestepManager
+from quant_core.calibration.records import Record
+from quant_core.calibration.timestep import TimestepManager
 
 # stage, records done, records in all
 Progress = Callable[[str, int, int], None]

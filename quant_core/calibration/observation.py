@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quant_core.channel_importance import channel_importance
+from quant_core.calibration.channel_importance import channel_importance
+from quant_core.calibration.observers import InputObserver, SyncRange
 from quant_core.errors import InputError
 from quant_core.estimators import ESTIMATORS
 from quant_core.linear import QuantizedLayer
-from quant_core.observers import InputObserver, SyncRange
 from quant_core.parallel import Group, reduce_many, reduce_over
 from quant_core.session import Session
 

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quant_core.calibration.timestep import TimestepManager
+from quant_core.deployed.integer_product import integer_product
 from quant_core.errors import ConfigurationError
-from quant_core.integer_product import integer_product
 from quant_core.linear import CalibratedLinear
 from quant_core.scale_arithmetic import QMAX, quantize, unpack_deq_scale
-from quant_core.timestep import TimestepManager
 
 # The tensors of one layer under the last component of their names in a checkpoint; an absent one is None or missing.
 Tensors = Mapping[str, Tensor | None]

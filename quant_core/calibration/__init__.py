@@ -1,0 +1,1 @@
+"""What calibration sees: capturing calls, keeping records, replaying them, watching the inputs of layers."""

@@ -1,0 +1,1 @@
+"""What the hardware computes, computed here: integer products of stored codes."""
