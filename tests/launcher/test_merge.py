@@ -49,7 +49,8 @@ def write_note(folder: Path, rank: int, **changed: object) -> None:
     files = shard_files(folder / STAGING, SCHEME, f"_{rank}")
     fields = {
         "fingerprint": "f" * 64, "fields": {}, "quant_type": "W8A8_DYNAMIC", "tp_rank": rank, "tp_size": 2,
-        "dp_size": 1, "layout": "mindie", "weights": FileDigest.of(files.weights), "description": FileDigest.of(files.description),
+        "dp_size": 1, "layout": "mindie",
+        "weights": FileDigest.of(files.weights), "description": FileDigest.of(files.description),
         "layers": {name: LayerShard(style=style) for name, style in STYLES.items()}, "full_shapes": FULL, "equal": {},
     }  # fmt: skip
     note = ShardNote.model_validate({**fields, **changed})
