@@ -64,10 +64,10 @@ def prepare(folder: Path = ROOT / ".npu_sim") -> Simulation:
         Unavailable: another processor than x86_64, no C compiler, or the wheels cannot be installed.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise Unavailable(f"npu-sim needs Linux on x86_64, this is {sys.platform} on {platform.machine()}")
+        raise Unavailable(f"it needs Linux on x86_64, this is {sys.platform} on {platform.machine()}")
     for tool in ("cc", "nm"):
         if shutil.which(tool) is None:
-            raise Unavailable(f"npu-sim needs a C compiler and binutils: there is no `{tool}`")
+            raise Unavailable(f"it needs a C compiler and binutils: there is no `{tool}`")
     folder.mkdir(exist_ok=True)
     with _locked(folder / "lock"):
         simulation = Simulation(folder / "venv" / "bin" / "python", folder / "lib")
@@ -94,9 +94,11 @@ def _dependencies() -> list[str]:
 
 def _install(venv: Path, requirements: list[str]) -> None:
     shutil.rmtree(venv, ignore_errors=True)
-    _run([sys.executable, "-m", "venv", str(venv)], "no virtual environment can be made")
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, *requirements], f"{', '.join(WHEELS)} cannot be installed")
+    _run([sys.executable, "-m", "venv", "--without-pip", str(venv)], "no virtual environment can be made")
+    # The pip outside of all environments, as scripts/setup.sh does: not every Python can put one into its own.
+    pip = [getattr(sys, "_base_executable", sys.executable), "-m", "pip", "--python", str(venv / "bin" / "python")]
+    words = [*pip, "install", "--quiet", "--disable-pip-version-check", *requirements]
+    _run(words, f"{', '.join(WHEELS)} cannot be installed")
 
 
 def _compile(simulation: Simulation) -> None:
