@@ -133,7 +133,7 @@ class Watch:
 
     def _tick(self, pulse: Pulse) -> None:
         self._listen()
-        self._beat = replace(self._beat, count=self._beat.count + 1, memory=_memory())
+        self._beat = replace(self._beat, count=self._beat.count + 1, memory=_memory(self.launch.local_rank))
         self.board.beat(self._beat)
         self._beats = self.board.beats()
         if first := self.board.first_failure():
@@ -235,13 +235,14 @@ class Watch:
         return f"slowest rank {slowest.rank}, {most / 2**30:.1f} GB"
 
 
-def _memory() -> int:
-    """Return the bytes of host memory, or of the accelerator's if it uses more, that this process holds."""
+def _memory(local_rank: int) -> int:
+    """Return the bytes of host memory, or of this rank's card if it uses more, that this process holds."""
     held = psutil.Process().memory_info().rss
     accelerator: Any = torch.accelerator
     if torch.accelerator.is_available() and hasattr(accelerator, "memory_allocated"):
-        with suppress(Exception):
-            return max(held, accelerator.memory_allocated())
+        # By number: the current device is a thread's own, and the watching thread has never set one.
+        with suppress(RuntimeError, ValueError):
+            return max(held, accelerator.memory_allocated(local_rank % accelerator.device_count()))
     return held
 
 

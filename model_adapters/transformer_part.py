@@ -99,9 +99,10 @@ def build_empty(adapter: ModelAdapter, folder: Path) -> nn.Module:
     config_path = folder / "config.json"
     config = read_json(config_path)
     check_class(config_path, config, adapter.transformer_class)
+    transformer_type = adapter.transformer_type()  # outside: a failing import of diffusers is not the folder's fault
     try:
         with init_empty_weights(include_buffers=False):
-            return adapter.transformer_type().from_config(config)
+            return transformer_type.from_config(config)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ArithmeticError) as error:
         raise InputError(
             f"no {adapter.transformer_class} can be built from config.json",
