@@ -227,7 +227,7 @@ class Watch:
     def _note(self) -> str:
         """Say what rank 0 knows of all ranks: the slowest, and the most memory that one uses."""
         if len(self._beats) < 2:
-            return f"{_memory() / 2**30:.1f} GB"
+            return f"{_memory(self.launch.local_rank) / 2**30:.1f} GB"
         slowest = min(
             self._beats.values(), key=lambda beat: (beat.stage == self._beat.stage, beat.done, beat.step or 0)
         )
