@@ -17,7 +17,11 @@ import torch
 
 from scripts.make_tiny_pipeline import make_tiny_pipeline, write_prompts
 
-torch.set_num_threads(1)
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Compute with one thread again: a job that ran in this process chose its own number, which moves last bits."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
