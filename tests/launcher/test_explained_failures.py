@@ -49,7 +49,7 @@ def test_an_explained_error_stays_itself() -> None:
 def test_a_bug_says_where_it_happened() -> None:
     with pytest.raises(IndexError) as caught:
         [][0]
-    assert "test_failures.py" in explained(caught.value).where
+    assert "test_explained_failures.py" in explained(caught.value).where
 
 
 def failure(rank: int, kind: type[ExplainedError], what: str, at: float) -> Failure:
