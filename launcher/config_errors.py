@@ -63,6 +63,7 @@ class _Reader:
     origin: Origin
 
     def read(self, entry: Any) -> ConfigurationError:
+        """Return one of pydantic's problems as an explained error."""
         told = entry.get("ctx", {}).get("error")
         if isinstance(told, ConfigurationError):
             return told

@@ -23,6 +23,7 @@ from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.entries import description_text, entries
 from quant_core.checkpoint.tensor_file import TensorFile
+from quant_core.errors import ConfigurationError
 from quant_core.linear import CalibratedLinear, QuantizedLayer
 from quant_core.numerics import NUMERICS, Numerics
 from quant_core.parallel import Group, Parallel, reduce_over
@@ -63,6 +64,13 @@ def quantize_streaming(
     """
     if reads_activations(config):
         raise AssertionError("a session that reads activations needs the model: quant_model")
+    if config.save is not None and config.save.part_file_size is not None:
+        raise ConfigurationError(
+            "a streamed checkpoint cannot be written in parts",
+            where="SaveProcessorConfig.part_file_size",
+            why="every tensor goes straight to its place in one file",
+            advice="drop part_file_size, or quantize with quant_model",
+        )
     parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.quant_type]
     layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
     if config.save is None:

@@ -54,6 +54,8 @@ def test_a_file_of_another_program_is_passed_over(tmp_path: Path) -> None:
     assert read_error_files(tmp_path) == []
 
 
-def test_without_a_starter_nothing_is_written(failure, monkeypatch) -> None:
+def test_without_a_starter_nothing_is_written(failure, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.chdir(tmp_path)
     write_error_file(failure, is_first=True)
+    assert list(tmp_path.iterdir()) == []
