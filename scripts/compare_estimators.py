@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,7 @@ SMOOTHINGS: dict[str, SmoothingConfig | None] = {
 GOLDEN_CASES = ("sd3_w8a8_fp32", "flux_w8a8_timestep_fp32", "sd3_w8a8_bf16", "flux_w8a8_timestep_bf16")
 # The static scheme of each model's recipe.
 STATIC_SCHEMES = {"sd3": "w8a8", "flux": "w8a8_timestep"}
-SHUFFLES = 16
+SHUFFLES = 32
 TINY_STEPS, TINY_SIDE, TINY_PROMPTS = 6, 128, 2
 
 
@@ -139,14 +140,22 @@ def spread(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
 
     Rounding errors of weights are fixed, so one model's output noise is one draw, however many records measure it.
     """
-    yield ("model", "scheme", "draws", "mean gain", "standard deviation")
+    yield ("model", "scheme", "smoothing", "draws", "mean gain", "its standard error", "one draw's deviation")
     subject = next(subject for subject in subjects if subject.name == "golden sd3 bf16")
-    gains = []
-    for draw in range(SHUFFLES):
-        other = replace(subject, model=_shuffled(subject.model, torch.Generator().manual_seed(draw)))
-        before, after = (other.quality("w8a8_dynamic", numerics=n) for n in ("reference", "float32"))
-        gains.append(after.output - before.output)
-    yield (subject.name, "w8a8_dynamic", str(SHUFFLES), f"{mean(gains):+.2f}", f"{stdev(gains):.2f}")
+    others = [
+        replace(subject, model=_shuffled(subject.model, torch.Generator().manual_seed(draw)))
+        for draw in range(SHUFFLES)
+    ]
+    for smoothing in SMOOTHINGS:
+        gains = [_output_gain(other, "w8a8_dynamic", smoothing) for other in others]
+        error = stdev(gains) / math.sqrt(SHUFFLES)
+        figures = (f"{mean(gains):+.2f}", f"{error:.2f}", f"{stdev(gains):.2f}")
+        yield (subject.name, "w8a8_dynamic", smoothing, str(SHUFFLES), *figures)
+
+
+def _output_gain(subject: Subject, scheme: str, smoothing: str) -> float:
+    before, after = (subject.quality(scheme, numerics=n, smoothing=smoothing) for n in ("reference", "float32"))
+    return after.output - before.output
 
 
 @torch.no_grad()
