@@ -15,12 +15,10 @@ from launcher.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.loading import LoadedTransformer, load_part, load_pipeline
-from model_adapters.model_folder import pipeline_folder
 from model_adapters.offload import run_block_by_block
 from model_adapters.options import DeviceType
 from model_adapters.prompt_encoding import Prompts, release_memory
-from model_adapters.transformer_folders import files_of, folder_of_rank
-from model_adapters.transformer_part import TransformerPart, build_empty, describe_transformer
+from model_adapters.transformer_part import TransformerPart, describe_transformer
 from quant_core.smoothing.smooth import groups_to_smooth
 from quant_core.targets import target_layers
 
@@ -54,15 +52,10 @@ class ModelSession:
         return self.adapter.device_types[name] if name else DeviceType(tp_size=self.ranks.mesh.tp_size)
 
     def check(self) -> None:
-        """Refuse, before anything is loaded, what would fail later: folder, layout, divisibility, layer patterns."""
-        mesh, plan = self.ranks.mesh, self.adapter.shard_plan(self.config.ranks.layout)
-        root = pipeline_folder(self.config.pipeline.path)
-        folder, is_divided = folder_of_rank(root, plan, mesh.tp_rank, mesh.tp_size)
-        model = build_empty(self.adapter, folder)
-        plan.check_divisible(model, mesh.tp_size)
-        files_of(folder, is_divided=is_divided)
+        """Refuse, before anything is loaded, what would fail later: folder, layout, weight files, layer patterns."""
+        part = self.describe()
         if self.config.quantization.do_quant:
-            self._check_quantization(model)
+            self._check_quantization(part.model)
 
     def _check_quantization(self, model: nn.Module) -> None:
         """Refuse patterns without a layer, options that exclude each other, and smoothing without a group."""

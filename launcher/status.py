@@ -61,10 +61,20 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
-    # Nothing depends on this file, so a full or read-only disk must not hide the error that it would tell.
+    text = json.dumps({"version": 1, "updated": format_time(time.time()), **content}, indent=1) + "\n"
+    # Nothing depends on this file, so a read-only disk must not hide the error that it would tell.
     with contextlib.suppress(OSError):
-        text = json.dumps({"version": 1, "updated": format_time(time.time()), **content}, indent=1)
-        write_text_atomically(folder / STATUS, text + "\n")
+        try:
+            write_text_atomically(folder / STATUS, text)
+        except OSError:
+            _overwrite(folder / STATUS, text)
+
+
+def _overwrite(path: Path, text: str) -> None:
+    """Write where the old text stands: a full disk has no room for a second file, but still has the first one's."""
+    with path.open("r+", encoding="utf-8") as file:
+        file.write(text)
+        file.truncate()
 
 
 def format_time(seconds: float) -> str:

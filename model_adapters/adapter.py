@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from model_adapters.generation import generate
 from model_adapters.inputs import TransformerInputs
 from model_adapters.options import DeviceType, DtypeName, PipelineOptions
 from model_adapters.shard_plan import ShardPlan
@@ -28,7 +29,7 @@ class Encode(Protocol):
 
 
 class Generate(Protocol):
-    """Run the pipeline once for a batch of encoded prompts, one image for each, with the model's own arguments.
+    """Run the pipeline once for a batch of encoded prompts, one image for each.
 
     `generator` is one torch generator or one per prompt; `output_type` is diffusers' ("pil", "latent", "pt", "np").
     Returns the images in the order of the prompts.
@@ -57,8 +58,8 @@ class ModelAdapter:
     structure: ModelStructure
     disabled_layers: Mapping[str, tuple[str, ...]]
     encode: Encode
-    generate: Generate
     transformer_inputs: Callable[[Any, Any, torch.dtype], TransformerInputs]
+    generate: Generate = generate
     step_index: Callable[[Any], int] = step_index
 
     def transformer_type(self) -> Any:

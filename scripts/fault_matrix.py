@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -32,17 +33,20 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.fault_worker import KINDS, STAGES  # noqa: E402
+from scripts.fault_worker import FILLER, KINDS, STAGES  # noqa: E402
 from scripts.make_tiny_pipeline import make_tiny_pipeline, write_prompts  # noqa: E402
 
 WORLD = 2
 RANKS = (0, WORLD - 1)
 HANG_S = 4  # --hang_timeout: as short as a loaded machine allows, so that freezing is found within the ten seconds
 LIMIT_S = 10.0
+DISK_BYTES = 32 * 2**20  # a few times the size of the whole run
 # The exit status that each fault must lead to; 0 where the job can still be finished.
 EXPECTED = {"kill -9": 6, "SIGTERM": 75, "exception": 1, "OOM error": 5, "full disk": 3, "frozen": 6}
-# What needs no room on the disk any more, or has nothing left to do, finishes.
-FINISHES = {("SIGTERM", "merge", 0), ("SIGTERM", "merge", 1), ("full disk", "merge", 1)}
+# Who is asked to leave when nothing is left to do finishes; where one rank fills the disk while another needs its last
+# few bytes, the faster one decides.
+FINISHES = {("SIGTERM", "merge", 0), ("SIGTERM", "merge", 1)}
+MAY_FINISH = {("full disk", "merge", 1)}
 _VOLATILE = re.compile(r"(^|/)(logs/.*|status\.json|quant_job\.yaml)$")
 
 
@@ -55,9 +59,12 @@ class Fault:
     rank: int
 
     @property
-    def status(self) -> int:
-        """The exit status that the job must end with."""
-        return 0 if (self.kind, self.stage, self.rank) in FINISHES else EXPECTED[self.kind]
+    def statuses(self) -> set[int]:
+        """The exit statuses that the job may end with, one but for a race."""
+        place = (self.kind, self.stage, self.rank)
+        if place in FINISHES:
+            return {0}
+        return {EXPECTED[self.kind], 0} if place in MAY_FINISH else {EXPECTED[self.kind]}
 
 
 @dataclass
@@ -83,10 +90,15 @@ class Bench:
         """Make the inputs below `work`."""
         return cls(work, make_tiny_pipeline("flux", work / "tiny-flux"), write_prompts(work / "prompts.txt"))
 
-    def run(self, out: Path, fault: dict[str, object] | None = None) -> tuple[int, str, float]:
-        """Run the job once; returns its exit status, what it printed, and when it had ended (epoch seconds)."""
+    def run(
+        self, out: Path, fault: dict[str, object] | None = None, flags: Sequence[str] = ()
+    ) -> tuple[int, str, float]:
+        """Run the job once; returns its exit status, what it printed, and when it had ended (epoch seconds).
+
+        flags: further ones of torchrun.
+        """
         words = [
-            sys.executable, str(ROOT / "scripts" / "fault_worker.py"), "--nproc_per_node", str(WORLD),
+            sys.executable, str(ROOT / "scripts" / "fault_worker.py"), "--nproc_per_node", str(WORLD), *flags,
             "flux", "--path", self.model, "--device", "cpu", "--device_type", "A2-32g-dual",
             "--prompt_path", self.prompts, "--max_num_prompt", "3", "--width", "64", "--height", "64",
             "--infer_steps", "2", "--do_quant", "--quant_type", "w8a8_timestep",
@@ -105,6 +117,30 @@ def try_fault(bench: Bench, fault: Fault, undisturbed: dict[str, bytes], limit_s
     out = bench.work / "cell"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
+    with _small_disk(out) if fault.kind == "full disk" else nullcontext():
+        return _try_in(out, bench, fault, undisturbed, limit_s)
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[None]:
+    """Mount a small file system of its own on the folder."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def can_mount() -> bool:
+    """Tell whether this process may mount a file system."""
+    try:
+        with tempfile.TemporaryDirectory() as folder, _small_disk(Path(folder)):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def _try_in(out: Path, bench: Bench, fault: Fault, undisturbed: dict[str, bytes], limit_s: float) -> Cell:
     mark = out / "struck"
     status, text, ended = bench.run(
         out, {"kind": fault.kind, "stage": fault.stage, "rank": fault.rank, "mark": str(mark)}
@@ -115,22 +151,24 @@ def try_fault(bench: Bench, fault: Fault, undisturbed: dict[str, bytes], limit_s
     if cell.seconds > limit_s:
         cell.problems.append(f"took {cell.seconds:.1f} s to end")
     cell.problems += _after_the_fault(fault, cell, out, text, undisturbed)
+    (out / FILLER).unlink(missing_ok=True)
     cell.problems += _after_the_second_run(bench, out, undisturbed)
     return cell
 
 
 def _after_the_fault(fault: Fault, cell: Cell, out: Path, text: str, undisturbed: dict[str, bytes]) -> Iterator[str]:
-    if cell.status != fault.status:
-        yield f"ended with {cell.status}, not {fault.status}: {text[-1500:]}"
+    if cell.status not in fault.statuses:
+        yield f"ended with {cell.status}, not {fault.statuses}: {text[-1500:]}"
     if left := [process.pid for process in psutil.process_iter() if _belongs(process, out)]:
         yield f"processes {left} are left"
     told = json.loads((out / "weights" / "status.json").read_text())
-    if told["exit_code"] != fault.status:
+    if told.get("exit_code") != cell.status:
         yield f"status.json says {told}"
-    if fault.status not in (0, 75):  # who was asked to leave has no culprit
-        if f"rank {fault.rank}" not in text:
+    if cell.status not in (0, 75):  # who was asked to leave has no culprit
+        ranks = RANKS if fault.kind == "full disk" else (fault.rank,)  # whoever writes next finds it full
+        if not any(f"rank {rank}" in text for rank in ranks):
             yield "the terminal does not name the rank"
-        if f"rank {fault.rank}" not in told["error"]["where"]:
+        if not any(f"rank {rank}" in (told["error"] or {}).get("where", "") for rank in ranks):
             yield f"status.json says {told}"
     for name, content in files_below(out).items():
         if name in undisturbed and content != undisturbed[name]:
@@ -160,7 +198,7 @@ def files_below(out: Path) -> dict[str, bytes]:
         if path.is_file()
         and not _VOLATILE.search(name := path.relative_to(out).as_posix())
         and not any(part.startswith(".") for part in path.relative_to(out).parts)
-        and name != "struck"
+        and name not in ("struck", FILLER)
     }
 
 
@@ -203,6 +241,10 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="*", type=int, default=list(RANKS))
     parser.add_argument("--repeat", type=int, default=0, metavar="N", help="run the undisturbed job N times instead")
     options = parser.parse_args()
+    if "full disk" in options.faults and os.geteuid() != 0:
+        # Mounting takes root, or a name space of one's own.
+        words = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, *sys.argv]
+        os.execvp(words[0], words)
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory(prefix="fault_matrix_") as work:
         bench = Bench.make(Path(work))

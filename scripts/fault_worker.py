@@ -6,9 +6,10 @@ for it. FAULT names it as JSON: kind, stage, rank, and the file to touch at the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -17,12 +18,21 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Small files (an error, a status) still fit, as on a disk that has a little left; a dump or a shard does not.
-_ROOM_BYTES = 2048
+FILLER = "filler"
 
 
 def _raise(error: BaseException) -> NoReturn:
     raise error
+
+
+def _fill_the_disk(folder: Path) -> None:
+    """Leave not a byte on a file system that was mounted for this, and touch no other."""
+    if not folder.is_mount():
+        raise RuntimeError(f"{folder} is no file system of its own: not filled")
+    with (folder / FILLER).open("wb") as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(shutil.disk_usage(folder).free or 1))
+            filler.flush()
 
 
 def _no_device_memory() -> NoReturn:
@@ -31,13 +41,14 @@ def _no_device_memory() -> NoReturn:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB (injected)")
 
 
-KINDS: dict[str, Callable[[], object]] = {
-    "kill -9": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "exception": lambda: _raise(RuntimeError("injected")),
-    "OOM error": _no_device_memory,
-    "full disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (_ROOM_BYTES, _ROOM_BYTES)),
-    "frozen": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+# What strikes, given the folder of the run.
+KINDS: dict[str, Callable[[Path], object]] = {
+    "kill -9": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "exception": lambda _: _raise(RuntimeError("injected")),
+    "OOM error": lambda _: _no_device_memory(),
+    "full disk": _fill_the_disk,
+    "frozen": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
 
@@ -64,7 +75,7 @@ def in_quantize(strike: Callable[[], object]) -> None:
 
 def in_merge(strike: Callable[[], object]) -> None:
     """Strike rank 0 between the renaming of the shards and the manifest, the others while they wait for it."""
-    if os.environ["RANK"] == "0" and "full disk" not in os.environ["FAULT"]:
+    if os.environ["RANK"] == "0":
         from launcher.manifest import Manifest
 
         _before(Manifest, "write", lambda *_: True, strike)
@@ -110,7 +121,7 @@ def put_in(fault: dict[str, Any]) -> None:
     def strike() -> None:
         if not mark.exists():  # once: a rank that torchrun restarts is to get through
             mark.touch()
-            KINDS[fault["kind"]]()
+            KINDS[fault["kind"]](mark.parent)
 
     STAGES[fault["stage"]](strike)
 

@@ -23,22 +23,6 @@ def encode(pipeline: Any, prompts: list[str], options: FluxOptions) -> Embedding
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def generate(
-    pipeline: Any, embeddings: Embeddings, options: FluxOptions, generator: Any, output_type: str = "pil"
-) -> Any:
-    """Run FLUX once for a batch of encoded prompts; guidance is an input of the transformer."""
-    guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
-    return pipeline(
-        **embeddings,
-        width=options.width,
-        height=options.height,
-        num_inference_steps=options.infer_steps,
-        generator=generator,
-        output_type=output_type,
-        **guidance,
-    ).images
-
-
 ADAPTER = ModelAdapter(
     name="flux",
     options=FluxOptions,
@@ -50,6 +34,5 @@ ADAPTER = ModelAdapter(
     structure=STRUCTURE,
     disabled_layers=DISABLED_LAYERS,
     encode=encode,
-    generate=generate,
     transformer_inputs=transformer_inputs,
 )

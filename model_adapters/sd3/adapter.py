@@ -25,22 +25,6 @@ def encode(pipeline: Any, prompts: list[str], options: SD3Options) -> Embeddings
     return dict(zip(names, encoded))
 
 
-def generate(
-    pipeline: Any, embeddings: Embeddings, options: SD3Options, generator: Any, output_type: str = "pil"
-) -> Any:
-    """Run SD3 once for a batch of encoded prompts, guided away from the empty prompt."""
-    guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
-    return pipeline(
-        **embeddings,
-        width=options.width,
-        height=options.height,
-        num_inference_steps=options.infer_steps,
-        generator=generator,
-        output_type=output_type,
-        **guidance,
-    ).images
-
-
 ADAPTER = ModelAdapter(
     name="sd3",
     options=SD3Options,
@@ -52,6 +36,5 @@ ADAPTER = ModelAdapter(
     structure=STRUCTURE,
     disabled_layers=DISABLED_LAYERS,
     encode=encode,
-    generate=generate,
     transformer_inputs=transformer_inputs,
 )

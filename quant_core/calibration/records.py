@@ -59,7 +59,11 @@ def save_dump(path: Path, records: Sequence[Any], header: Mapping[str, Any]) -> 
     def write(temporary: Path) -> None:
         # Through an open file: torch would write the temporary's name into the archive, and bytes would differ.
         with temporary.open("wb") as file:
-            torch.save(dump, file)
+            try:
+                torch.save(dump, file)
+            except RuntimeError as error:
+                # torch's archive writer covers the file's own error, a full disk say, with one of its own.
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     return write_atomically(path, write)
 

@@ -6,11 +6,12 @@ All cells are run by `scripts/fault_matrix.py`.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from scripts.fault_matrix import Bench, Fault, files_below, try_fault
+from scripts.fault_matrix import Bench, Fault, can_mount, files_below, try_fault
 
 pytestmark = pytest.mark.distributed
 
@@ -28,7 +29,11 @@ def bench(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 
 @pytest.fixture(scope="module")
 def undisturbed(bench: Bench) -> dict[str, bytes]:
-    status, text, _ = bench.run(bench.work / "undisturbed")
+    umask = os.umask(0)  # which lets everybody read and write what a careless program makes
+    try:
+        status, text, _ = bench.run(bench.work / "undisturbed")
+    finally:
+        os.umask(umask)
     assert status == 0, text
     return files_below(bench.work / "undisturbed")
 
@@ -62,3 +67,20 @@ def test_a_broken_job_ends_names_the_culprit_and_resumes_to_the_same_bytes(
     fault: Fault, bench: Bench, undisturbed: dict[str, bytes]
 ) -> None:
     assert try_fault(bench, fault, undisturbed, limit_s=LIMIT_S).problems == []
+
+
+def test_a_full_disk_is_called_full_and_nothing_is_lost(bench: Bench, undisturbed: dict[str, bytes]) -> None:
+    if not can_mount():
+        pytest.skip("a small file system cannot be mounted here")
+    assert try_fault(bench, Fault("full disk", "calibrate", 1), undisturbed, limit_s=LIMIT_S).problems == []
+
+
+def test_torchrun_restarts_the_ranks_and_they_go_on_where_they_were(bench: Bench, undisturbed) -> None:
+    out = bench.work / "restarted"
+    out.mkdir()
+    fault = {"kind": "kill -9", "stage": "quantize", "rank": 1, "mark": str(out / "struck")}
+    status, text, _ = bench.run(out, fault, flags=["--max-restarts", "1"])
+    assert status == 0, text
+    assert (out / "struck").exists()
+    assert "calibrate: reusing" in text
+    assert files_below(out) == undisturbed
