@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quant_core.calibration.finite import check_weight
 from quant_core.calibration.observers import InputObserver
 from quant_core.numerics import Numerics
 from quant_core.parallel import Group, reduce_over
@@ -67,13 +68,16 @@ def quantize_linear(
     """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
 
     scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first.
+    Raises InputError for a weight that is not finite.
     """
     dtype, w_OI, mul_scale_I = linear.weight.dtype, linear.weight.detach(), None
     if rescaling is not None:
         w_OI, mul_scale_I = rescaling.weight(numerics.working(w_OI)), rescaling.mul_scale_I
         if linear.bias is not None:
             linear.bias.data.copy_(rescaling.bias(linear.bias.detach()))
-    amax_O1 = reduce_over(scale_group, "max", w_OI.abs().amax(dim=1, keepdim=True))
+    amax_O1 = w_OI.abs().amax(dim=1, keepdim=True)
+    check_weight(name, amax_O1)
+    amax_O1 = reduce_over(scale_group, "max", amax_O1)
     weight = numerics.quantize_weight(w_OI, amax_O1, dtype)
     linear.weight.data.copy_(weight.fake)
     bias_O = None if linear.bias is None else linear.bias.detach()

@@ -131,7 +131,13 @@ def _observe(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
     """Replay the records, if anything depends on activations, and let the ranks agree on what they saw."""
     if session.observes:
         with watch_attentions(session.model, session.attentions):
-            replay(session.model, session.records, stage="observe", progress=session.progress)
+            replay(
+                session.model,
+                session.records,
+                stage="observe",
+                measured=session.targets,
+                progress=session.progress,
+            )
     reduce_ranges(session, layers)
     reduce_attentions(session.attentions, session.parallel.dp_group)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.atomic_file import write_atomically, write_text_atomically
+from quant_core.calibration.finite import check_weight
 from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.entries import description_text, entries
 from quant_core.checkpoint.tensor_file import TensorFile
@@ -125,7 +126,9 @@ class _LayerStream:
         w_OI = self.read(f"{name}.weight").to(self.device, dtype)
         bias_O = None if described.bias_O is None else self.read(f"{name}.bias").to(dtype)
         blocks = w_OI.split(max(1, BLOCK_NUMEL // w_OI.shape[1]))
-        amax_O1 = reduce_over(group, "max", torch.cat([block.abs().amax(dim=1, keepdim=True) for block in blocks]))
+        amax_O1 = torch.cat([block.abs().amax(dim=1, keepdim=True) for block in blocks])
+        check_weight(name, amax_O1)
+        amax_O1 = reduce_over(group, "max", amax_O1)
         first = 0
         for block in blocks:
             rows = slice(first, first + len(block))

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quant_core.calibration.finite import check_captured
 from quant_core.calibration.records import save_dump
 from quant_core.calibration.timestep import TimestepManager
 from quant_core.errors import ConfigurationError, InputError
@@ -107,6 +108,7 @@ class DumperManager:
     def _keep(self, name: str, value: Any) -> Any:
         """Copy plain data and tensors to the host, interning the tensors; refuse what a dump cannot hold."""
         if isinstance(value, Tensor):
+            check_captured(name, value, f"{type(self._model).__name__}.forward, call {len(self.records)}")
             return self._intern(value)
         if value is None or isinstance(value, (bool, int, float, str)):
             return value

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quant_core.calibration.finite import finite_inputs
 from quant_core.calibration.records import Record
 from quant_core.calibration.timestep import TimestepManager
 
@@ -20,20 +21,34 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @torch.no_grad()
-def replay(model: nn.Module, records: Sequence[Record], *, stage: str, progress: Progress = silent) -> None:
+def replay(
+    model: nn.Module,
+    records: Sequence[Record],
+    *,
+    stage: str,
+    measured: Iterable[str] = (),
+    progress: Progress = silent,
+) -> None:
     """Call the model with every record on the model's device, its denoising step set for whoever asks.
 
-    Progress is reported after each record, under the name of the stage.
+    Progress is reported after each record, under the name of the stage. Raises InputError when one of the `measured`
+    layers gets numbers that are not finite.
     """
     device = next(model.parameters()).device
     before = TimestepManager.get_timestep_idx()
     try:
-        for done, record in enumerate(records, start=1):
-            TimestepManager.set_timestep_idx(record.step)
-            model(*to_device(list(record.args), device), **to_device(dict(record.kwargs), device))
-            progress(stage, done, len(records))
+        with finite_inputs(model, measured) as inputs:
+            for done, record in enumerate(records, start=1):
+                TimestepManager.set_timestep_idx(record.step)
+                model(*to_device(list(record.args), device), **to_device(dict(record.kwargs), device))
+                inputs.check(_place(done - 1, record))
+                progress(stage, done, len(records))
     finally:
         TimestepManager.set_timestep_idx(before)
+
+
+def _place(index: int, record: Record) -> str:
+    return f"calib_data, record {index}" + ("" if record.step is None else f" (step {record.step})")
 
 
 def to_device(value: Any, device: torch.device) -> Any:

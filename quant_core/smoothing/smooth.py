@@ -116,7 +116,7 @@ def _measure(
     """Replay the records and show each watched linear's input to its statistics."""
     hooks = [_linear(model, name).register_forward_pre_hook(_observer(of)) for name, of in statistics.items()]
     try:
-        replay(model, records, stage="smooth", progress=progress)
+        replay(model, records, stage="smooth", measured=statistics, progress=progress)
     finally:
         for hook in hooks:
             hook.remove()
