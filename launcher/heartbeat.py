@@ -80,6 +80,11 @@ class Pulse:
             self._counts[rank] = count
         return next((lost for rank in others if (lost := self._judge(rank, beats.get(rank)))), None)
 
+    def unreachable(self, beats: Mapping[int, Beat], limit_s: float) -> Lost | None:
+        """Return the lowest rank that has been silent for `limit_s`, for a rank that lost a connection to somebody."""
+        silent = (beat for rank, beat in sorted(beats.items()) if self._silence.get(rank, 0.0) > limit_s)
+        return next((Lost(beat.rank, _unreachable(beat)) for beat in silent if not beat.finished), None)
+
     def _judge(self, rank: int, beat: Beat | None) -> Lost | None:
         silence = self._silence[rank]
         if beat is None:
@@ -140,6 +145,15 @@ def _hangs(beat: Beat, silence: float) -> DistributedError:
         where=_at(beat),
         why=f"no sign of life for {silence:.0f} s (--hang_timeout): {state}",
         advice="the stacks of the other ranks are in logs/; run the same command again: finished parts are reused",
+    )
+
+
+def _unreachable(beat: Beat) -> DistributedError:
+    return DistributedError(
+        f"rank {beat.rank} cannot be reached any more",
+        where=_at(beat),
+        why="a connection broke, and it has shown no sign of life since: its host is down, or the network to it",
+        advice="look after that host; then run the same command again: finished parts are reused",
     )
 
 

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -40,6 +41,8 @@ from quant_core.errors import DistributedError
 _INTERVAL_S = 0.5
 # How long the cause of a lost connection may take to show: a beat of the watching thread, and the kernel's clean-up.
 _CAUSE_S = 3.0
+# Within that time, how long a silence is no accident.
+_SILENCE_S = 2.0
 
 
 class Watch:
@@ -54,7 +57,8 @@ class Watch:
         process = psutil.Process()
         self._beat = Beat(self.launch.rank, 0, process.pid, process.create_time(), here(), "starting")
         self._beats: dict[int, Beat] = {}
-        self._limits = (float(config.ranks.hang_timeout), float(config.ranks.timeout_s))
+        limits = float(config.ranks.hang_timeout), float(config.ranks.timeout_s)
+        self._pulse = Pulse(self.launch.rank, self.launch.world, *limits, now=time.monotonic())
         self._signals: int | None = None
         self._interrupts = 0
         self._asked: str | None = None
@@ -72,6 +76,7 @@ class Watch:
         with suppress(OSError):  # a folder that cannot be made is the output's error, told where it is needed
             logs.open_log(self.folder, self.launch.rank)
         self._signals = stop.listen()
+        self._say_running([self._beat])
         self._thread.start()
 
     def enter(self, stage: str) -> None:
@@ -95,6 +100,7 @@ class Watch:
         Raises:
             Stopped: the request, on all ranks of the group.
         """
+        self._listen()  # a fast stage would be over before the thread looks again
         asked = self._asked is not None
         if group is not None:
             flag = torch.tensor([int(asked)])
@@ -121,17 +127,15 @@ class Watch:
         self._leave(first, error)
 
     def _run(self) -> None:
-        now = time.monotonic()
-        pulse = Pulse(self.launch.rank, self.launch.world, *self._limits, now=now)
         try:
             while not self._over.wait(_INTERVAL_S):
-                self._tick(pulse)
+                self._tick()
         except (RuntimeError, OSError) as error:
             # The store is gone: its host (the agent, or rank 0) ended or is frozen.
             host = "rank 0" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else "torchrun"
             self._leave(self._located(Failure.of(_store_lost(host, error), self.launch.rank)), error)
 
-    def _tick(self, pulse: Pulse) -> None:
+    def _tick(self) -> None:
         self._listen()
         self._beat = replace(self._beat, count=self._beat.count + 1, memory=_memory(self.launch.local_rank))
         self.board.beat(self._beat)
@@ -139,10 +143,14 @@ class Watch:
         if first := self.board.first_failure():
             self._leave(first, None)
         self._asked = self._asked or self.board.stop_asked()
-        if lost := pulse.look(self._beats, time.monotonic()):
+        if lost := self._pulse.look(self._beats, time.monotonic()):
             self._lose(lost)
-        if self.launch.rank == 0 and self._beat.count % 4 == 0:
-            status.write_running(self.folder, self._started, self._beats.values())
+        if self._beat.count % 4 == 0:
+            self._say_running(self._beats.values())
+
+    def _say_running(self, beats: Iterable[Beat]) -> None:
+        if self.launch.rank == 0:
+            status.write_running(self.folder, self._started, beats)
 
     def _listen(self) -> None:
         for number in stop.arrived(self._signals) if self._signals is not None else []:
@@ -158,7 +166,10 @@ class Watch:
         self._leave(self._claim(Failure.of(lost.error, lost.rank)), None)
 
     def _cause_elsewhere(self, error: BaseException) -> Failure | None:
-        """Wait a moment for the reason why another rank did not answer; None when this rank's error is the cause."""
+        """Wait a moment for the reason why another rank did not answer; None when this rank's error is the cause.
+
+        A rank of another host that went down with it says nothing: it is the one that fell silent meanwhile.
+        """
         if not isinstance(Failure.of(error, 0).error(), DistributedError) or getattr(error, "shared", False):
             return None
         if npu.is_about_to_abort(error):
@@ -170,7 +181,8 @@ class Watch:
                 if first := self.board.first_failure():
                     return first
             time.sleep(_INTERVAL_S / 5)
-        return None
+        lost = self._pulse.unreachable(self._beats, _SILENCE_S)
+        return self._claim(Failure.of(lost.error, lost.rank)) if lost else None
 
     def _claim(self, failure: Failure) -> Failure:
         try:

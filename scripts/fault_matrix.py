@@ -33,6 +33,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from launcher.status import read_status  # noqa: E402
 from scripts.fault_worker import FILLER, KINDS, STAGES  # noqa: E402
 from scripts.make_tiny_pipeline import make_tiny_pipeline, write_prompts  # noqa: E402
 
@@ -161,14 +162,14 @@ def _after_the_fault(fault: Fault, cell: Cell, out: Path, text: str, undisturbed
         yield f"ended with {cell.status}, not {fault.statuses}: {text[-1500:]}"
     if left := [process.pid for process in psutil.process_iter() if _belongs(process, out)]:
         yield f"processes {left} are left"
-    told = json.loads((out / "weights" / "status.json").read_text())
+    told = read_status(out / "weights") or {}
     if told.get("exit_code") != cell.status:
         yield f"status.json says {told}"
     if cell.status not in (0, 75):  # who was asked to leave has no culprit
         ranks = RANKS if fault.kind == "full disk" else (fault.rank,)  # whoever writes next finds it full
         if not any(f"rank {rank}" in text for rank in ranks):
             yield "the terminal does not name the rank"
-        if not any(f"rank {rank}" in (told["error"] or {}).get("where", "") for rank in ranks):
+        if not any(f"rank {rank}" in (told.get("error") or {}).get("where", "") for rank in ranks):
             yield f"status.json says {told}"
     for name, content in files_below(out).items():
         if name in undisturbed and content != undisturbed[name]:

@@ -50,11 +50,8 @@ def uses_cache(job: Job) -> bool:
 # By whether the job quantizes and whether it saves images; one that does neither is refused.
 _CACHE_MEANS = {
     (False, True): "steps of the images are approximated from earlier ones",
-    (
-        True,
-        True,
-    ): "steps of the quantized images are approximated, those of calibration and its float images never",
     (True, False): "no effect, as calibration is never approximated and no image is saved",
+    (True, True): "steps of the quantized images are approximated, those of calibration and its images never",
 }
 
 

@@ -1,0 +1,111 @@
+"""A job over two hosts publishes what it publishes on one, and ends when a host goes down.
+
+The second host is a process namespace of this machine: its processes cannot be seen from outside, as a host's cannot.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from torchrun import ROOT
+
+from scripts.fault_matrix import files_below
+
+pytestmark = pytest.mark.distributed
+
+NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+# Short enough for a test, long enough for a crowded machine.
+HANG_S = 8
+
+
+def has_namespaces() -> bool:
+    """Tell whether this process may make a process namespace."""
+    try:
+        return subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def job(model: Path, prompts: Path, out: Path) -> list[object]:
+    """Return the words of the job of two ranks, without how its ranks are started."""
+    return [
+        "flux", "--path", model, "--device", "cpu", "--device_type", "A2-32g-dual", "--prompt_path", prompts,
+        "--width", "64", "--height", "64", "--infer_steps", "4", "--do_quant", "--quant_type", "w8a8_timestep",
+        "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps",
+        "--hang_timeout", HANG_S,
+    ]  # fmt: skip
+
+
+def start(*words: object, namespace: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start the launcher."""
+    command = [*namespace, sys.executable, "-m", "launcher", *map(str, words)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@contextmanager
+def two_hosts(*words: object) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start the job with a rank on each of two hosts; nothing is left behind the block."""
+    meeting = ("--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", free_port(), "--nproc_per_node", "1")
+    hosts = [start(*meeting, "--node_rank", host, *words, namespace=NAMESPACE if host else ()) for host in range(2)]
+    try:
+        yield hosts
+    finally:
+        for host in hosts:
+            host.kill()
+            host.wait()
+
+
+def outputs(hosts: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """Wait for the end of all hosts, which must be a good one; return what they printed."""
+    printed = [host.communicate(timeout=120)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0] * len(hosts), printed
+    return printed
+
+
+@pytest.fixture(autouse=True)
+def _namespaces() -> None:
+    if not has_namespaces():
+        pytest.skip("process namespaces cannot be made here")
+
+
+def test_two_hosts_publish_the_bytes_of_one(tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path):
+    outputs([start("--nproc_per_node", "2", *job(tiny_flux_folder, prompt_file, tmp_path / "one"))])
+    with two_hosts(*job(tiny_flux_folder, prompt_file, tmp_path / "two")) as hosts:
+        first, second = outputs(hosts)
+    assert "merge: 4 files" in first
+    assert "merge:" not in second
+    assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
+
+
+def test_a_host_that_goes_down_ends_the_job_and_a_second_run_finishes_it(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+):
+    words = job(tiny_flux_folder, prompt_file, tmp_path)
+    part = tmp_path / "dumps" / ".calib_parts" / "calib_data_rank0" / "batch_00000.pth"
+    with two_hosts(*words) as (left, lost):
+        while not part.exists():
+            assert left.poll() is None, left.communicate()[0]
+            time.sleep(0.02)
+        lost.kill()
+        printed, _ = left.communicate(timeout=HANG_S + 60)
+    assert left.returncode == 6, printed
+    # The connection breaks if rank 0 is in a collective; otherwise rank 1 falls silent.
+    assert "error: rank 1 cannot be reached any more" in printed or "error: rank 1 hangs" in printed
+    with two_hosts(*words) as hosts:
+        assert "were finished by an earlier run" in outputs(hosts)[0]
