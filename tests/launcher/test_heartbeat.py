@@ -85,3 +85,15 @@ def test_another_process_with_the_number_of_the_rank_is_not_the_rank() -> None:
 
 def test_nothing_is_said_about_processes_of_other_hosts() -> None:
     assert not is_gone(replace(ELSEWHERE, pid=2**22))
+
+
+@pytest.mark.parametrize(
+    ("beat", "seconds", "told"),
+    [(ELSEWHERE, 4, "rank 1 cannot be reached any more"), (ELSEWHERE, 2, None),
+     (replace(ELSEWHERE, finished=True), 4, None)],
+)  # fmt: skip
+def test_whoever_lost_a_connection_learns_which_rank_fell_silent(beat: Beat, seconds: int, told: str | None) -> None:
+    watching = pulse()
+    look_each_second(watching, [beat] * seconds)
+    lost = watching.unreachable({0: replace(ELSEWHERE, rank=0), 1: beat}, 2.0)
+    assert (lost and lost.error.what) == told
