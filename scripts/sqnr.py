@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.nn import functional as F
 
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import replay
@@ -58,17 +58,15 @@ class Quality:
 def measure(floating: nn.Module, deployed: nn.Module, records: Sequence[Record]) -> Quality:
     """Compare a deployed model with the float model that it was made from, on the records.
 
-    Codes and stored scales keep their values when a deployed model is widened to float32.
+    Both run in their own dtype, as they would be served. What one layer makes of its input is compared in float32, so
+    that rounding the result to a narrow dtype does not hide it; codes and stored scales keep their values.
     """
-    floating, deployed = copy.deepcopy(floating).float(), copy.deepcopy(deployed).float()
-    records = [Record(_widened(record.args), _widened(record.kwargs), record.step) for record in records]
     ratios: defaultdict[str, Ratio] = defaultdict(Ratio)
     targets = {name: module for name, module in deployed.named_modules() if isinstance(module, DeployedLinear)}
-
-    def comparing(name: str) -> Any:
-        return lambda module, args, output: ratios[name].add(output, targets[name](*args))
-
-    hooks = [floating.get_submodule(name).register_forward_hook(comparing(name)) for name in targets]
+    hooks = [
+        floating.get_submodule(name).register_forward_hook(_comparing(copy.deepcopy(target).float(), ratios[name]))
+        for name, target in targets.items()
+    ]
     exact = _outputs(floating, records)
     for hook in hooks:
         hook.remove()
@@ -78,16 +76,20 @@ def measure(floating: nn.Module, deployed: nn.Module, records: Sequence[Record])
     return Quality({name: ratio.decibels for name, ratio in ratios.items()}, whole.decibels)
 
 
+def _comparing(deployed: nn.Module, ratio: Ratio) -> Callable[[Any, Any, Any], None]:
+    """Return a forward hook that compares a float linear with its deployed one, in float32."""
+
+    def compare(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].float()
+        bias_O = None if linear.bias is None else linear.bias.float()
+        ratio.add(F.linear(x, linear.weight.float(), bias_O), deployed(x))
+
+    return compare
+
+
 def _outputs(model: nn.Module, records: Sequence[Record]) -> list[Tensor]:
     outputs: list[Tensor] = []
     hook = model.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
     replay(model, records, stage="measure")
     hook.remove()
     return outputs
-
-
-def _widened(arguments: Any) -> Any:
-    """Return nested arguments with their floating tensors in float32."""
-    return tree_map(
-        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, arguments
-    )

@@ -17,11 +17,11 @@ much smaller. `reference` is the running mean of the reference tool.
 
                 golden sd3 fp32  golden flux fp32  golden sd3 bf16  golden flux bf16     tiny sd3       tiny flux
     reference     22.3 /  7.6       27.0 / 17.6      22.2 /  7.5       26.8 / 19.6      14.7 / 18.4    13.1 / 13.8
-    minmax        34.6 / 12.7       37.1 / 28.6      34.5 / 12.3       36.9 / 25.8      13.2 / 16.8    13.3 / 13.7
-    histogram     34.6 / 11.9       37.1 / 28.5      34.5 / 11.7       36.9 / 25.9      14.1 / 17.4    13.7 / 14.8
-    mix           34.6 / 12.6       37.1 / 28.6      34.5 / 13.3       36.9 / 25.9      13.6 / 17.1    13.4 / 13.9
-    percentile    34.4 / 12.5       37.0 / 28.5      34.3 / 12.5       36.9 / 25.9      15.1 / 18.3    14.8 / 16.6
-    mse           34.5 / 12.7       37.1 / 29.4      34.5 / 12.9       36.8 / 26.0      21.7 / 24.9    20.0 / 19.4
+    minmax        34.6 / 12.7       37.1 / 28.6      34.6 / 12.3       37.0 / 25.8      13.2 / 16.8    13.3 / 13.7
+    histogram     34.6 / 11.9       37.1 / 28.5      34.6 / 11.7       37.0 / 25.9      14.1 / 17.4    13.7 / 14.8
+    mix           34.6 / 12.6       37.1 / 28.6      34.6 / 13.3       37.0 / 25.9      13.6 / 17.1    13.4 / 13.9
+    percentile    34.4 / 12.5       37.0 / 28.5      34.4 / 12.5       37.0 / 25.9      15.1 / 18.3    14.8 / 16.6
+    mse           34.5 / 12.7       37.1 / 29.4      34.6 / 12.9       36.9 / 26.0      21.7 / 24.9    20.0 / 19.4
 
 In words: without outlier channels the extremes are as good as anything, and the reference's mean loses 10 dB by
 clipping them. With outlier channels that nothing smooths, steps are too coarse for all others; then clipping, even by
