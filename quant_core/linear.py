@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant_core.calibration.finite import check_weight
 from quant_core.calibration.observers import InputObserver
+from quant_core.finite import check_weight
 from quant_core.numerics import Numerics
 from quant_core.parallel import Group, reduce_over
 from quant_core.rescaling import Rescaling

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.atomic_file import write_atomically, write_text_atomically
-from quant_core.calibration.finite import check_weight
 from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.entries import description_text, entries
 from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import ConfigurationError
+from quant_core.finite import check_weight
 from quant_core.linear import CalibratedLinear, QuantizedLayer
 from quant_core.numerics import NUMERICS, Numerics
 from quant_core.parallel import Group, Parallel, reduce_over
