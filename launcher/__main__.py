@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launcher import npu
+from launcher import npu, stop
 from launcher.command_line import Command, MergeFiles, parse
 from launcher.exit_codes import exit_code
 from launcher.job_config import JobConfig
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
     """Run one command and exit; every error is explained on the standard error, by one rank if all share it."""
     words = sys.argv[1:] if argv is None else argv
     rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
+    _leave_on_signals(rank)
     try:
         if asks_for_ranks(words):
             from launcher.supervisor import supervise
@@ -41,6 +43,19 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
 
             traceback.print_exception(error)
         _end(told, quiet=told.shared and rank != "0")
+
+
+def _leave_on_signals(rank: str) -> None:
+    """End at once on a signal, until a watch listens: an exception would be lost inside an import of torch."""
+
+    def leave(number: int, frame: object) -> None:
+        error = stop.stopped_on(signal.Signals(number).name, f"rank {rank}, starting")
+        if rank == "0":
+            print(error, file=sys.stderr, flush=True)
+        os._exit(exit_code(error))
+
+    for number in stop.GRACEFUL:
+        signal.signal(number, leave)
 
 
 def _execute(command: Command) -> None:

@@ -1,16 +1,21 @@
 """Being asked to stop: what a signal means, and the two ends that are no failure.
 
 SIGTERM (a scheduler takes the cards away), SIGUSR1 (Slurm's warning) and SIGHUP (the terminal is gone) ask the job to
-finish what it is doing and leave. SIGINT asks the same; a second one ends the process where it stands.
+finish what it is doing and leave. SIGINT asks the same; a second one ends the process where it stands. Before there
+is anything to finish, any of them ends it at once.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from quant_core.errors import ExplainedError
 
+_LOOK_S = 0.1
 GRACEFUL = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
@@ -46,12 +51,18 @@ def listen() -> int:
     The number is written by Python's C handler at once, so a thread learns of a signal although the main thread may
     be inside a collective for minutes. Call it in the main thread.
     """
+    readable = _numbers()
+    for number in GRACEFUL:
+        signal.signal(number, _noticed)
+    return readable
+
+
+def _numbers() -> int:
+    """Return a file descriptor from which the numbers of signals can be read, whatever handles them."""
     readable, writable = os.pipe()
     os.set_blocking(readable, False)
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    for number in GRACEFUL:
-        signal.signal(number, _noticed)
     return readable
 
 
@@ -61,6 +72,29 @@ def arrived(readable: int) -> list[signal.Signals]:
         return [signal.Signals(number) for number in os.read(readable, 64) if number in GRACEFUL]
     except BlockingIOError:
         return []
+
+
+@contextmanager
+def on_second_interrupt(act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` in a thread when SIGINT comes a second time inside the block, whatever handles the signal."""
+    readable, over = _numbers(), threading.Event()
+
+    def count() -> None:
+        seen = 0
+        while not over.wait(_LOOK_S):
+            seen += arrived(readable).count(signal.SIGINT)
+            if seen > 1:
+                act()
+                return
+
+    thread = threading.Thread(target=count, name="interrupts", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        signal.set_wakeup_fd(-1)
 
 
 def _noticed(number: int, frame: object) -> None:

@@ -29,7 +29,7 @@ from launcher.error_file import pass_on, read_error_files
 from launcher.exit_codes import EXIT_CODES, ExitCode
 from launcher.failures import Failure
 from launcher.status import account_folder, format_time, read_status, write_ended
-from launcher.stop import stopped_on
+from launcher.stop import GRACEFUL, Stopped, on_second_interrupt, stopped_on
 from launcher.supervisor_flags import split_at_command
 from quant_core.errors import DistributedError, ExplainedError
 
@@ -54,7 +54,8 @@ def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
     with tempfile.TemporaryDirectory(prefix="launcher_") as reports:
         arguments = _torchrun_arguments(flags, [*entry, *command_words], Path(reports))
         try:
-            torchrun.run(arguments)
+            with on_second_interrupt(_end_children):  # the agent would go on waiting for an orderly end
+                torchrun.run(arguments)
             return ExitCode.PUBLISHED
         except ChildFailedError as error:
             failure = _first_failure(error, Path(arguments.log_dir))
@@ -83,15 +84,19 @@ def _knows(parser: Any, option: str) -> bool:
 def _first_failure(error: ChildFailedError, reports: Path) -> Failure:
     """Return what the ranks say ended the job; what the agent saw if none of them could say anything."""
     told = read_error_files(reports)
-    if told:
-        return told[0]
     rank, process = error.get_first_failure()
+    # The agent asks the others to leave when a rank has ended: that they did is no cause.
+    others_left = told and isinstance(told[0].error(), Stopped) and rank not in [failure.rank for failure in told]
+    if told and not others_left:
+        return told[0]
     failure = Failure.of(_ended_silently(rank, process.exitcode), rank)
     print(failure.error(), file=sys.stderr)
     return failure
 
 
 def _ended_silently(rank: int, exitcode: int) -> ExplainedError:
+    if name := _left_on(exitcode):
+        return stopped_on(name, f"rank {rank}, starting")
     if known := next((kind for kind, code in EXIT_CODES.items() if code == exitcode), None):
         return Failure(rank, known.__name__, f"rank {rank} failed", f"rank {rank}", *_UNTOLD, time.time()).error()
     if exitcode >= 0:
@@ -101,14 +106,18 @@ def _ended_silently(rank: int, exitcode: int) -> ExplainedError:
             why="this is a mistake of the program, not of yours",
             advice="report it with the output above",
         )
-    if -exitcode == signal.SIGTERM:
-        return stopped_on("SIGTERM", f"rank {rank}, starting")
     return DistributedError(
         f"rank {rank} was ended by {signal.Signals(-exitcode).name}",
         where=f"rank {rank}",
         why="it was killed (kill -9, or the kernel for lack of memory) or crashed",
         advice="look for 'Killed process' in dmesg; then run the same command again: finished parts are reused",
     )
+
+
+def _left_on(exitcode: int) -> str | None:
+    """Return the signal that a rank left on before it could write anything; None when it ended otherwise."""
+    by_status = {int(ExitCode.PREEMPTED): "SIGTERM", int(ExitCode.INTERRUPTED): "SIGINT"}
+    return by_status.get(exitcode) or next((each.name for each in GRACEFUL if each == -exitcode), None)
 
 
 def _end_on_signal(error: SignalException, reports: Path, command: Command, started: float) -> Failure | None:

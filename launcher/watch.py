@@ -39,6 +39,8 @@ from launcher.rank_variables import RankVariables, read_rank_variables
 from quant_core.errors import DistributedError
 
 _INTERVAL_S = 0.5
+# The stage until the ranks have formed their groups: there is nothing to finish yet.
+_STARTING = "starting"
 # How long the cause of a lost connection may take to show: a beat of the watching thread, and the kernel's clean-up.
 _CAUSE_S = 3.0
 # Within that time, how long a silence is no accident.
@@ -55,7 +57,7 @@ class Watch:
         self.console = Console(speaks=self.launch.rank == 0, note=self._note)
         self._started = time.time()
         process = psutil.Process()
-        self._beat = Beat(self.launch.rank, 0, process.pid, process.create_time(), here(), "starting")
+        self._beat = Beat(self.launch.rank, 0, process.pid, process.create_time(), here(), _STARTING)
         self._beats: dict[int, Beat] = {}
         limits = float(config.ranks.hang_timeout), float(config.ranks.timeout_s)
         self._pulse = Pulse(self.launch.rank, self.launch.world, *limits, now=time.monotonic())
@@ -143,6 +145,8 @@ class Watch:
         if first := self.board.first_failure():
             self._leave(first, None)
         self._asked = self._asked or self.board.stop_asked()
+        if self._asked and self._beat.stage == _STARTING:  # a rank that has left already would be waited for
+            self._leave(self._claim(Failure.of(stop.stopped_on(self._asked, self._where()), self.launch.rank)), None)
         if lost := self._pulse.look(self._beats, time.monotonic()):
             self._lose(lost)
         if self._beat.count % 4 == 0:

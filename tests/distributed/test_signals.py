@@ -20,16 +20,18 @@ from quant_core.calibration.records import load_dump
 pytestmark = pytest.mark.distributed
 
 PROMPTS = 4  # of the prompt_file fixture
+SOON_S = 20  # in which a crowded machine does what takes two seconds
 STEPS = 6  # so that a batch takes long enough to be interrupted
 
 
-def start(model: Path, prompts: Path, out: Path) -> subprocess.Popen[str]:
+def start(model: Path, prompts: Path, out: Path, *flags: object, steps: int = STEPS) -> subprocess.Popen[str]:
     """Start the two-rank job under the supervisor."""
     words = [
         sys.executable, "-m", "launcher", "--nproc_per_node", "2", "flux", "--path", model, "--device", "cpu",
         "--device_type", "A2-32g-dual", "--prompt_path", prompts, "--width", "64", "--height", "64",
-        "--infer_steps", STEPS, "--do_quant", "--quant_type", "w8a8_timestep",
+        "--infer_steps", steps, "--do_quant", "--quant_type", "w8a8_timestep",
         "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps",
+        *flags,
     ]  # fmt: skip
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -71,15 +73,80 @@ def test_slurms_warning_stops_after_the_batch_and_the_next_run_goes_on(
     assert status_of(tmp_path)["state"] == "published"
 
 
-def test_a_second_interrupt_leaves_at_once(tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_of_two_copies_stops_both_and_both_go_on(tiny_flux_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"lighthouse number {n}\n" for n in range(12)))
+    prompts.chmod(0o640)
+    two_copies = ("--tp_size", "1")
+    job = start(tiny_flux_folder, prompts, tmp_path, *two_copies)
+    parts = [tmp_path / "dumps" / ".calib_parts" / f"calib_data_rank{rank}" for rank in range(2)]
+    wait_for(lambda: all((part / "batch_00000.pth").exists() for part in parts), job)
+    children = psutil.Process(job.pid).children(recursive=True)
+    next(child for child in children if child.environ().get("RANK") == "1").send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 75, output
+    saved = [len(list(part.glob("*.pth"))) for part in parts]
+    assert all(1 <= count < 6 for count in saved)
+
+    again = start(tiny_flux_folder, prompts, tmp_path, *two_copies)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert f"calibrate: {saved[0]} of 6 batches were finished by an earlier run" in output
+
+
+def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the processes of the ranks."""
+    return [child for child in psutil.Process(job.pid).children() if "RANK" in environ_of(child)]
+
+
+def environ_of(process: psutil.Process) -> dict[str, str]:
+    """Return a process's environment, an empty one when it is gone."""
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=str)
+@pytest.mark.parametrize("moment", ["ranks are started", "rank 0 watches"])
+def test_a_signal_while_the_job_starts_ends_it_soon(
+    moment: str, number: signal.Signals, status: int, tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
     job = start(tiny_flux_folder, prompt_file, tmp_path)
-    wait_for((tmp_path / "weights" / "status.json").exists, job)
-    ranks = psutil.Process(job.pid).children(recursive=True)
+    has_come = {
+        "ranks are started": lambda: len(ranks_of(job)) == 2,
+        "rank 0 watches": (tmp_path / "weights" / "status.json").exists,
+    }
+    wait_for(has_come[moment], job)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=SOON_S)
+    assert job.returncode == status, output
+    assert f"stopped: {number.name} asked the job to leave" in output
+    assert "Traceback" not in output
+
+
+def test_a_rank_that_dies_while_the_job_starts_is_the_cause(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    job = start(tiny_flux_folder, prompt_file, tmp_path)
+    wait_for(lambda: len(ranks_of(job)) == 2, job)
+    ranks_of(job)[1].kill()
+    output, _ = job.communicate(timeout=SOON_S)
+    assert job.returncode == 6, output
+    assert "error: rank 1 was ended by SIGKILL" in output
+
+
+def test_a_second_interrupt_leaves_at_once(tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+    # One batch takes much longer than is waited for here, so an orderly end would come too late.
+    job = start(tiny_flux_folder, prompt_file, tmp_path, steps=2000)
+    told = tmp_path / "weights" / "status.json"
+    wait_for(lambda: told.exists() and "calibrate" in told.read_text(), job)
+    ranks = ranks_of(job)
     job.send_signal(signal.SIGINT)
     time.sleep(0.2)  # two interrupts that a person types are this far apart at least
     job.send_signal(signal.SIGINT)
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=SOON_S)
     assert job.returncode == 130, output
     gone, alive = psutil.wait_procs(ranks, timeout=5)
     assert not alive
-    assert len(gone) >= 2
+    assert len(gone) == 2
