@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from quant_core.errors import ExplainedError
 
+# How often the thread that counts interrupts looks: sooner than a person can ask why nothing happens.
 _LOOK_S = 0.1
 GRACEFUL = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
@@ -51,19 +52,19 @@ def listen() -> int:
     The number is written by Python's C handler at once, so a thread learns of a signal although the main thread may
     be inside a collective for minutes. Call it in the main thread.
     """
-    readable = _numbers()
+    readable, _ = _numbers()
     for number in GRACEFUL:
         signal.signal(number, _noticed)
     return readable
 
 
-def _numbers() -> int:
-    """Return a file descriptor from which the numbers of signals can be read, whatever handles them."""
+def _numbers() -> tuple[int, int]:
+    """Return the ends of a pipe that the numbers of signals go through, whatever handles them; the first reads."""
     readable, writable = os.pipe()
     os.set_blocking(readable, False)
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    return readable
+    return readable, writable
 
 
 def arrived(readable: int) -> list[signal.Signals]:
@@ -77,12 +78,12 @@ def arrived(readable: int) -> list[signal.Signals]:
 @contextmanager
 def on_second_interrupt(act: Callable[[], object]) -> Iterator[None]:
     """Call `act` in a thread when SIGINT comes a second time inside the block, whatever handles the signal."""
-    readable, over = _numbers(), threading.Event()
+    pipe, over = _numbers(), threading.Event()
 
     def count() -> None:
         seen = 0
         while not over.wait(_LOOK_S):
-            seen += arrived(readable).count(signal.SIGINT)
+            seen += arrived(pipe[0]).count(signal.SIGINT)
             if seen > 1:
                 act()
                 return
@@ -95,6 +96,8 @@ def on_second_interrupt(act: Callable[[], object]) -> Iterator[None]:
         over.set()
         thread.join()
         signal.set_wakeup_fd(-1)
+        for end in pipe:
+            os.close(end)
 
 
 def _noticed(number: int, frame: object) -> None:

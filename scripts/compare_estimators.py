@@ -139,7 +139,7 @@ def spread(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
     """Yield the output's gain over models whose weights are shuffled, which says how much of one gain is luck.
 
     Rounding errors of weights are fixed, so one model's output noise is one draw, however many records measure it.
-    With the dynamic scheme and a narrow dtype the two numerics differ in nothing else.
+    In the dynamic scheme the two numerics differ by little else: how bf16 rounds codes, and which records m3 tries.
     """
     yield ("model", "scheme", "smoothing", "draws", "mean gain", "its standard error", "one draw's deviation")
     for subject in subjects:
