@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quant_core.errors import ConfigurationError, InputError, VerificationError
+from quant_core.numerics import NUMERICS
 from quant_core.sharding import Shard, Style, cut, join
 
 WEIGHT = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
 BIAS = torch.tensor([10.0, 20])
+DTYPES = [torch.bfloat16, torch.float32]
 SPLIT_STYLES = [Style.COL, Style.ROW, Style.COL_GATHER, Style.ROW_PACKED]
 
 
@@ -56,6 +58,25 @@ def test_split_then_join_is_identity_for_every_tensor_and_style(layer):
         assert joined is not None
         assert torch.equal(joined, full)
         assert all(part is None or part.shape == s.local_shape(name, full.shape) for part, s in zip(parts, ranks))
+
+
+@given(
+    layers(), st.integers(0, 2**31), st.sampled_from(sorted(NUMERICS)), st.sampled_from([torch.bfloat16, torch.float32])
+)
+def test_shards_that_share_their_row_maxima_quantize_and_join_to_the_quantized_whole(layer, seed, numerics, dtype):
+    ranks, outputs, inputs = layer
+    w_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    whole = NUMERICS[numerics].quantize_weight(w_OI, w_OI.abs().amax(1, keepdim=True), dtype)
+    parts = [shard.take_weight(w_OI) for shard in ranks]
+    maxima = [part.abs().amax(1, keepdim=True) for part in parts]
+    if ranks[0].split_dim == 1:  # what scale_sync="global" reduces over the ranks
+        maxima = [torch.stack(maxima).amax(0)] * len(ranks)
+    found = [NUMERICS[numerics].quantize_weight(part, amax, dtype) for part, amax in zip(parts, maxima)]
+    for name, full in {"weight": whole.codes, "weight_scale": whole.scale}.items():
+        pieces = [weight.codes if name == "weight" else weight.scale for weight in found]
+        joined = join(f"block.0.{name}", pieces, ranks[0])
+        assert joined is not None
+        assert torch.equal(joined, full), name
 
 
 @given(layers())

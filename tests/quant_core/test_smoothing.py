@@ -26,7 +26,7 @@ from quant_core import (
     quant_model,
 )
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.numerics import NUMERICS
+from quant_core.numerics import NUMERICS, Numerics
 from quant_core.quantize import QuantizedModel
 from quant_core.rescaling import Rescaling
 from quant_core.session_config import ProcessorConfig, SmoothingConfig
@@ -180,6 +180,15 @@ def test_smoothing_replays_each_record_once(scheme: Any, replays: int, method: s
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
     quantize("flux", scheme(), SMOOTHINGS[method](), count=3, model=model)
     assert len(forwards) == replays * 3
+
+
+@pytest.mark.parametrize("suppression", [[], [M4ProcessorConfig()]], ids=["none", "m4"])
+@pytest.mark.parametrize("scheme", [W8A8DynamicProcessorConfig, W8A8ProcessorConfig])
+def test_each_weight_is_quantized_once_however_many_records_there_are(scheme: Any, suppression: list[Any], monkeypatch):
+    original, seen = Numerics.quantize_weight, []
+    monkeypatch.setattr(Numerics, "quantize_weight", lambda *args: (seen.append(1), original(*args))[1])
+    result = quantize("flux", scheme(), *suppression, count=3, model=build("flux"))
+    assert len(seen) == len(result.layers)
 
 
 @settings(deadline=None, max_examples=30)
