@@ -56,6 +56,7 @@ def _leave_on_signals(rank: str) -> None:
 
     for number in stop.GRACEFUL:
         signal.signal(number, leave)
+    stop.hear_interrupts()
 
 
 def _execute(command: Command) -> None:

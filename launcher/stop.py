@@ -77,10 +77,15 @@ def arrived(readable: int) -> list[signal.Signals]:
 
 @contextmanager
 def on_second_interrupt(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` in a thread when SIGINT comes a second time inside the block, whatever handles the signal."""
+    """Call `act` in a thread when SIGINT comes a second time inside the block, whatever handles the signal.
+
+    Processes that the block starts have SIGINT blocked until they call `hear_interrupts`: an interpreter that gets it
+    before its first line of ours ends with a traceback of its own.
+    """
     pipe, over = _numbers(), threading.Event()
 
     def count() -> None:
+        hear_interrupts()  # one thread of this process has to
         seen = 0
         while not over.wait(_LOOK_S):
             seen += arrived(pipe[0]).count(signal.SIGINT)
@@ -90,14 +95,21 @@ def on_second_interrupt(act: Callable[[], object]) -> Iterator[None]:
 
     thread = threading.Thread(target=count, name="interrupts", daemon=True)
     thread.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         over.set()
         thread.join()
         signal.set_wakeup_fd(-1)
         for end in pipe:
             os.close(end)
+
+
+def hear_interrupts() -> None:
+    """Let SIGINT through to this thread, also one that came while it was blocked; handle it before."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def _noticed(number: int, frame: object) -> None:

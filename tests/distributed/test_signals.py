@@ -33,7 +33,7 @@ def start(model: Path, prompts: Path, out: Path, *flags: object, steps: int = ST
         "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps",
         *flags,
     ]  # fmt: skip
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{out}"}
     return subprocess.Popen(
         list(map(str, words)), cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -118,6 +118,22 @@ def test_a_signal_while_the_job_starts_ends_it_soon(
         "rank 0 watches": (tmp_path / "weights" / "status.json").exists,
     }
     wait_for(has_come[moment], job)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=SOON_S)
+    assert job.returncode == status, output
+    assert f"stopped: {number.name} asked the job to leave" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=str)
+def test_a_signal_that_meets_the_interpreters_of_the_ranks_ends_the_job_as_soon(
+    number: signal.Signals, status: int, tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    # Interpreters read it before their program: the signal comes while they are in it.
+    (tmp_path / "sitecustomize.py").write_text('import os, time\nif "RANK" in os.environ:\n    time.sleep(2)\n')
+    job = start(tiny_flux_folder, prompt_file, tmp_path)
+    wait_for(lambda: len(ranks_of(job)) == 2, job)
+    time.sleep(0.5)  # an interpreter takes a tenth of that to get there
     job.send_signal(number)
     output, _ = job.communicate(timeout=SOON_S)
     assert job.returncode == status, output
