@@ -14,8 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are not an installed package
 
 import torch
+from hypothesis import settings
 
 from scripts.make_tiny_pipeline import make_tiny_pipeline, write_prompts
+
+# The same examples in every run, so a failure is the fault of a change; `--hypothesis-profile default` explores.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -122,7 +122,7 @@ factors = st.integers(0, 2**32 - 1).map(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(factor=factors, seed=st.integers(0, 1000), chunks=st.sampled_from([(6, 0, 1), (6, 3, 4), (9, 6, 7), (2, 1, 0)]))
 def test_a_modulation_absorbs_any_factor(factor: Tensor, seed: int, chunks: tuple[int, int, int]):
     count, shift, scale = chunks
@@ -142,7 +142,7 @@ def test_a_modulation_absorbs_any_factor(factor: Tensor, seed: int, chunks: tupl
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-5 * (1 + (normed.abs() * 10 / factor).max().item()))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 1000))
 def test_two_changes_after_each_other_are_one_change(seed: int):
     torch.manual_seed(seed)
@@ -154,7 +154,6 @@ def test_two_changes_after_each_other_are_one_change(seed: int):
         torch.testing.assert_close(a.then(z).bias(b), z.bias(a.bias(b)))
 
 
-@settings(deadline=None)
 @given(factor=factors, dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_the_weight_is_folded_with_the_very_factor_that_is_stored(factor: Tensor, dtype: torch.dtype):
     columns, mul_scale = NUMERICS["float32"].split_factor(factor, dtype)
@@ -191,7 +190,7 @@ def test_each_weight_is_quantized_once_however_many_records_there_are(scheme: An
     assert len(seen) == len(result.layers)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(calls=st.lists(st.integers(1, 700), min_size=1, max_size=12))
 def test_a_sample_is_bounded_evenly_spaced_and_has_no_use_for_the_length_of_calls(calls: list[int]):
     total = sum(calls)
