@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from typing import NamedTuple
 
 from quant_core.errors import ExplainedError
 
-# How often the thread that counts interrupts looks: sooner than a person can ask why nothing happens.
-_LOOK_S = 0.1
 GRACEFUL = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
@@ -52,19 +48,32 @@ def listen() -> int:
     The number is written by Python's C handler at once, so a thread learns of a signal although the main thread may
     be inside a collective for minutes. Call it in the main thread.
     """
-    readable, _ = _numbers()
+    pipe = numbers()
     for number in GRACEFUL:
         signal.signal(number, _noticed)
-    return readable
+    return pipe.readable
 
 
-def _numbers() -> tuple[int, int]:
-    """Return the ends of a pipe that the numbers of signals go through, whatever handles them; the first reads."""
-    readable, writable = os.pipe()
-    os.set_blocking(readable, False)
-    os.set_blocking(writable, False)
-    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    return readable, writable
+class Numbers(NamedTuple):
+    """The ends of a pipe that the numbers of signals go through, whatever handles them."""
+
+    readable: int
+    writable: int
+
+    def close(self) -> None:
+        """Send the numbers nowhere again."""
+        signal.set_wakeup_fd(-1)
+        os.close(self.readable)
+        os.close(self.writable)
+
+
+def numbers() -> Numbers:
+    """Open a pipe to which Python writes the number of each signal that has a handler; call it in the main thread."""
+    pipe = Numbers(*os.pipe())
+    for end in pipe:
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(pipe.writable, warn_on_full_buffer=False)
+    return pipe
 
 
 def arrived(readable: int) -> list[signal.Signals]:
@@ -73,38 +82,6 @@ def arrived(readable: int) -> list[signal.Signals]:
         return [signal.Signals(number) for number in os.read(readable, 64) if number in GRACEFUL]
     except BlockingIOError:
         return []
-
-
-@contextmanager
-def on_second_interrupt(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` in a thread when SIGINT comes a second time inside the block, whatever handles the signal.
-
-    Processes that the block starts have SIGINT blocked until they call `hear_interrupts`: an interpreter that gets it
-    before its first line of ours ends with a traceback of its own.
-    """
-    pipe, over = _numbers(), threading.Event()
-
-    def count() -> None:
-        hear_interrupts()  # one thread of this process has to
-        seen = 0
-        while not over.wait(_LOOK_S):
-            seen += arrived(pipe[0]).count(signal.SIGINT)
-            if seen > 1:
-                act()
-                return
-
-    thread = threading.Thread(target=count, name="interrupts", daemon=True)
-    thread.start()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        over.set()
-        thread.join()
-        signal.set_wakeup_fd(-1)
-        for end in pipe:
-            os.close(end)
 
 
 def hear_interrupts() -> None:

@@ -11,34 +11,30 @@ rank that could not write any more (kill -9) is known to the agent by its signal
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-import psutil
-from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from launcher.agent import agent_arguments, end_children, heard, run_agent
 from launcher.command_line import Command, RunJob, parse
 from launcher.error_file import pass_on, read_error_files
 from launcher.exit_codes import EXIT_CODES, ExitCode
 from launcher.failures import Failure
 from launcher.status import account_folder, format_time, read_status, write_ended
-from launcher.stop import GRACEFUL, Stopped, on_second_interrupt, stopped_on
+from launcher.stop import GRACEFUL, Stopped, stopped_on
 from launcher.supervisor_flags import split_at_command
 from quant_core.errors import DistributedError, ExplainedError
 
-# Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
-_RENDEZVOUS = ("nnodes", "rdzv", "master", "node_rank", "standalone")
-# What torchrun is told unless the user says otherwise: pass Slurm's warning on, and let ranks finish a batch of images
-# after SIGTERM (30 s by default). Options that this torch does not know yet are left out.
 _UNTOLD = ("it could not write down why, only end with the status of that kind", "read its output above")
-_DEFAULTS = {"--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout": "300"}
 
 
 def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
@@ -51,34 +47,28 @@ def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
     command = parse(command_words)
     logging.disable(logging.CRITICAL)  # the agent's account of its workers repeats what they say
     started = time.time()
-    with tempfile.TemporaryDirectory(prefix="launcher_") as reports:
-        arguments = _torchrun_arguments(flags, [*entry, *command_words], Path(reports))
+    with tempfile.TemporaryDirectory(prefix="launcher_") as folder:
+        arguments = agent_arguments(flags, [*entry, *command_words], Path(folder))
+        reports = Path(arguments.log_dir)
+
+        def leave(signal_name: str) -> NoReturn:  # from a thread, so this is the only way out
+            status = _close(_end_on_signal(signal_name, reports, command, started), command, started)
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(status)
+
         try:
-            with on_second_interrupt(_end_children):  # the agent would go on waiting for an orderly end
-                torchrun.run(arguments)
+            with heard(insist=end_children, leave=leave):
+                run_agent(arguments)
             return ExitCode.PUBLISHED
         except ChildFailedError as error:
-            failure = _first_failure(error, Path(arguments.log_dir))
+            failure = _first_failure(error, reports)
         except SignalException as error:
-            failure = _end_on_signal(error, Path(arguments.log_dir), command, started)
+            failure = _end_on_signal(error.sigval.name, reports, command, started)
+        except DistributedError as error:
+            failure = _told(reports) or _say(error)
         finally:
-            _end_children()
+            end_children()
     return _close(failure, command, started)
-
-
-def _torchrun_arguments(flags: Sequence[str], worker: Sequence[str], reports: Path) -> Any:
-    parser = torchrun.get_args_parser()
-    names = [flag.split("=", 1)[0].replace("_", "-") for flag in flags]
-    added = [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in names and _knows(parser, name)]
-    if not any(name.lstrip("-").replace("-", "_").startswith(_RENDEZVOUS) for name in names):
-        added.append("--standalone")
-    if "--log-dir" not in names:
-        added.append(f"--log-dir={reports}")
-    return parser.parse_args([*flags, *added, *worker])
-
-
-def _knows(parser: Any, option: str) -> bool:
-    return option in parser.format_help()
 
 
 def _first_failure(error: ChildFailedError, reports: Path) -> Failure:
@@ -89,9 +79,7 @@ def _first_failure(error: ChildFailedError, reports: Path) -> Failure:
     others_left = told and isinstance(told[0].error(), Stopped) and rank not in [failure.rank for failure in told]
     if told and not others_left:
         return told[0]
-    failure = Failure.of(_ended_silently(rank, process.exitcode), rank)
-    print(failure.error(), file=sys.stderr)
-    return failure
+    return _say(_ended_silently(rank, process.exitcode), rank)
 
 
 def _ended_silently(rank: int, exitcode: int) -> ExplainedError:
@@ -120,16 +108,25 @@ def _left_on(exitcode: int) -> str | None:
     return by_status.get(exitcode) or next((each.name for each in GRACEFUL if each == -exitcode), None)
 
 
-def _end_on_signal(error: SignalException, reports: Path, command: Command, started: float) -> Failure | None:
-    """Return how the ranks ended after this process passed a signal on; None when they had finished by then."""
-    if told := read_error_files(reports):
-        return told[0]
+def _end_on_signal(name: str, reports: Path, command: Command, started: float) -> Failure | None:
+    """Return how the ranks ended after this process got a signal; None when they had finished by then."""
+    if told := _told(reports):
+        return told
     status = read_status(account_folder(command.config)) if isinstance(command, RunJob) else None
     if status is not None and status["state"] == "published" and status["updated"] >= format_time(started):
         return None
-    failure = Failure.of(stopped_on(error.sigval.name, "starting"), 0)
-    print(failure.error(), file=sys.stderr)
-    return failure
+    return _say(stopped_on(name, "starting"))
+
+
+def _told(reports: Path) -> Failure | None:
+    """Return the failure that a rank wrote first, if any did."""
+    return next(iter(read_error_files(reports)), None)
+
+
+def _say(error: ExplainedError, rank: int = 0) -> Failure:
+    """Print what no rank has said, and return it."""
+    print(error, file=sys.stderr, flush=True)
+    return Failure.of(error, rank)
 
 
 def _close(failure: Failure | None, command: Command, started: float) -> ExitCode:
@@ -139,9 +136,3 @@ def _close(failure: Failure | None, command: Command, started: float) -> ExitCod
         write_ended(account_folder(command.config), started, failure)
     pass_on(failure)
     return failure.exit_code
-
-
-def _end_children() -> None:
-    """Kill what is left: nothing, unless a second signal interrupted the orderly end."""
-    for child in psutil.Process().children(recursive=True):
-        child.kill()

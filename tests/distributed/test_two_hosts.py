@@ -6,7 +6,6 @@ The second host is a process namespace of this machine: its processes cannot be 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from torchrun import ROOT
+from torchrun import ROOT, free_port
 
 from scripts.fault_matrix import files_below
 
@@ -32,13 +31,6 @@ def has_namespaces() -> bool:
         return subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
         return False
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def job(model: Path, prompts: Path, out: Path) -> list[object]:

@@ -1,0 +1,92 @@
+"""What keeps ranks from starting ends the job soon and in words: hosts that do not meet, signals meanwhile, flags."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torchrun import ROOT, free_port
+
+pytestmark = pytest.mark.distributed
+
+SOON_S = 20  # in which a crowded machine does what takes a few seconds
+
+
+def start(out: Path, *flags: object) -> subprocess.Popen[str]:
+    """Start a job of two hosts on this one of them; PORT in a flag is one that nobody listens on."""
+    words = [
+        sys.executable, "-m", "launcher", "--nnodes", 2, "--nproc_per_node", 1, *flags,
+        "flux", "--path", out, "--device", "cpu", "--do_save_img", "--save_path", out / "images",
+    ]  # fmt: skip
+    environ, port = {**os.environ, "PYTHONPATH": str(ROOT)}, str(free_port())
+    return subprocess.Popen(
+        [str(word).replace("PORT", port) for word in words],
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def fixed_place(host: int) -> list[object]:
+    """Return flags for a host that meets the other at an address that both know."""
+    return ["--master_addr", "127.0.0.1", "--master_port", "PORT", "--node_rank", host]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=str)
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_signal_ends_a_host_that_waits_for_another(
+    host: int, number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    job = start(tmp_path, *fixed_place(host))
+    # Without a sign from outside that it waits: importing torch takes less than this, waiting takes minutes.
+    time.sleep(6)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=SOON_S)
+    assert job.returncode == status, output
+    assert f"stopped: {number.name} asked the job to leave" in output
+    assert json.loads((tmp_path / "images" / "status.json").read_text())["exit_code"] == status
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*fixed_place(0), "--rdzv_conf", "timeout=2"],
+        [*fixed_place(1), "--rdzv_conf", "timeout=2"],
+        ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:PORT", "--rdzv_conf", "join_timeout=2"],
+    ],
+    ids=["the other never comes", "the first is not there", "a meeting of any hosts"],
+)
+def test_hosts_that_do_not_meet_are_said_to(flags: list[object], tmp_path: Path) -> None:
+    job = start(tmp_path, *flags)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 6, output
+    assert "error: the hosts of --nnodes 2 do not find each other\n  where  127.0.0.1:" in output
+    assert "Traceback" not in output
+    assert json.loads((tmp_path / "images" / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([*fixed_place(0), "--rdzv_conf", "timeout=soon"], "'soon'"),
+        (["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:99999999"], "must be an integer between 0 and 65536"),
+        (["--rdzv_backend", "pigeon"], "pigeon"),
+    ],
+    ids=["timeout", "port", "backend"],
+)
+def test_flags_of_torchrun_that_make_no_sense_are_explained(flags: list[object], says: str, tmp_path: Path) -> None:
+    job = start(tmp_path, *flags)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2, output
+    assert "error: torchrun cannot start ranks with these flags" in output
+    assert says in output
+    assert "Traceback" not in output
+    assert not list(tmp_path.iterdir())
