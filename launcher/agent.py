@@ -118,6 +118,6 @@ def _apart(arguments: Any, error: Exception) -> DistributedError:
     return DistributedError(
         f"the hosts of --nnodes {arguments.nnodes} do not find each other",
         where=f"{place}, where they meet",
-        why=str(error) or "not all of them came in time",
+        why=next(iter(str(error.__cause__ or error).splitlines()), "not all of them came in time"),
         advice="start the same command on every host, with the same place to meet, and see that they reach its port",
     )
