@@ -40,8 +40,7 @@ def fixed_place(host: int) -> list[object]:
     return ["--master_addr", "127.0.0.1", "--master_port", "PORT", "--node_rank", host]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=str)
-@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize(("host", "number", "status"), [(0, signal.SIGINT, 130), (1, signal.SIGTERM, 75)], ids=str)
 def test_a_signal_ends_a_host_that_waits_for_another(
     host: int, number: signal.Signals, status: int, tmp_path: Path
 ) -> None:

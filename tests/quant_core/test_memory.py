@@ -33,7 +33,7 @@ def record(step):
 
 schemes = {
     "static": {"w8a8": W8A8ProcessorConfig()},
-    "m6": {"w8a8_dynamic": W8A8DynamicProcessorConfig(), "m6": M6ProcessorConfig()},
+    "m6": {"w8a8_dynamic": W8A8DynamicProcessorConfig(), "m6": M6ProcessorConfig(cfg=M6Config(alpha=0.5))},
 }
 torch.set_num_threads(1)
 model = case.model()
