@@ -50,12 +50,16 @@ def assert_same(out: Path, other: Path, scheme: str) -> None:
         assert ours.description == theirs.description
 
 
-def test_two_copies_publish_what_one_copy_publishes(one_copy, tiny_flux_folder, prompts, tmp_path):
-    torchrun(4, "flux", tiny_flux_folder, prompts, tmp_path, *DUAL, "--quant_type", "w8a8_timestep")
+@pytest.mark.slow
+def test_eight_ranks_are_four_copies_and_publish_what_one_copy_publishes(one_copy, tiny_flux_folder, prompts, tmp_path):
+    flags = (*DUAL, "--quant_type", "w8a8_timestep", "--timeout_s", "240")
+    finished = torchrun(8, "flux", tiny_flux_folder, prompts, tmp_path, *flags)
+    assert "world 8 = dp 4 × tp 2" in finished.stdout
     assert_same(tmp_path, one_copy, "w8a8_timestep")
+    dumps = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth") for rank in range(8)]
+    assert [dump["header"]["images"] for dump in dumps] == [[image] for image in range(4) for _ in (0, 1)]
     alone = load_dump(one_copy / "dumps" / "calib_data_rank0.pth")["records"]
-    shares = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth")["records"] for rank in (0, 2)]
-    together = [record for share in shares for record in share]
+    together = [record for dump in dumps[::2] for record in dump["records"]]
     assert len(together) == len(alone)
     for record, expected in zip(together, alone):
         assert record["timestep_idx"] == expected["timestep_idx"]
@@ -70,20 +74,6 @@ def test_divided_folders_give_the_same_checkpoint_as_the_whole_transformer(
     shutil.rmtree(divided / "transformer")
     torchrun(2, "flux", divided, prompts, tmp_path, *DUAL, "--quant_type", "w8a8_timestep")
     assert_same(tmp_path, one_copy, "w8a8_timestep")
-
-
-@pytest.mark.slow
-def test_eight_ranks_are_four_copies_of_two_shards(tiny_flux_folder, prompts, tmp_path):
-    eight = tmp_path / "eight.txt"
-    eight.write_text(prompts.read_text() * 2)
-    eight.chmod(0o640)
-    flags = (*DUAL, "--quant_type", "w8a8", "--infer_steps", "2", "--timeout_s", "240")
-    finished = torchrun(8, "flux", tiny_flux_folder, eight, tmp_path, *flags)
-    assert "world 8 = dp 4 × tp 2" in finished.stdout
-    dumps = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth")["header"] for rank in range(8)]
-    assert [header["images"] for header in dumps] == [[i, i + 1] for i in (0, 2, 4, 6) for _ in (0, 1)]
-    for rank in (0, 1):
-        consumer.check(consumer.load(tmp_path / "weights", rank, "w8a8"), torch.bfloat16)
 
 
 def test_three_ranks_share_a_model_whose_heads_three_divides(tiny_flux_folder, prompts, tmp_path):
