@@ -58,7 +58,6 @@ def test_an_undisturbed_run_says_so_in_its_status_and_keeps_its_files_private(be
     "fault",
     [
         Fault("kill -9", "merge", 0),  # between the renaming of the shards and the manifest
-        Fault("exception", "quantize", 1),  # the other rank is inside the model's collectives
         Fault("frozen", "calibrate", 1),  # nobody notices but the heartbeat
     ],
     ids=lambda fault: f"{fault.kind} in {fault.stage} on rank {fault.rank}",
