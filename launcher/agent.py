@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch.distributed as dist
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from launcher.stop import arrived, hear_interrupts, numbers
+from launcher.stop import GRACEFUL, arrived, hear_interrupts, numbers
 from quant_core.errors import ConfigurationError, DistributedError
 
 # Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
@@ -68,10 +69,11 @@ def run_agent(arguments: Any) -> None:
 
 @contextmanager
 def heard(insist: Callable[[], object], leave: Callable[[str], object]) -> Iterator[None]:
-    """See to it, in a thread, that signals have an effect although the agent has the main thread.
+    """See to it that signals have an effect although the agent has the main thread.
 
-    `insist` is called when SIGINT comes a second time. `leave` is called with a signal's name when the block goes on
-    although it came, and no child process is there to wait for.
+    They raise SignalException, as they do in the agent from the moment it starts ranks. For calls that let none through
+    a thread listens too: `insist` is called when SIGINT comes a second time, `leave` with a signal's name when the
+    block goes on although it came, and no child process is there to wait for.
 
     Processes that the block starts have SIGINT blocked until they call `hear_interrupts`: an interpreter that gets it
     before its first line of ours ends with a traceback of its own.
@@ -79,6 +81,8 @@ def heard(insist: Callable[[], object], leave: Callable[[str], object]) -> Itera
     pipe, over = numbers(), threading.Event()
     thread = threading.Thread(target=_hear, args=(pipe.readable, over, insist, leave), name="signals", daemon=True)
     thread.start()
+    for number in GRACEFUL:
+        signal.signal(number, _raise)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -87,6 +91,10 @@ def heard(insist: Callable[[], object], leave: Callable[[str], object]) -> Itera
         over.set()
         thread.join()
         pipe.close()
+
+
+def _raise(number: int, frame: object) -> NoReturn:
+    raise SignalException("asked to leave", signal.Signals(number))
 
 
 def end_children() -> None:

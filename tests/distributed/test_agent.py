@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from torchrun import ROOT, free_port
+from torchrun import free_port, start_launcher
 
 pytestmark = pytest.mark.distributed
 
@@ -20,19 +18,11 @@ SOON_S = 20  # in which a crowded machine does what takes a few seconds
 
 def start(out: Path, *flags: object) -> subprocess.Popen[str]:
     """Start a job of two hosts on this one of them; PORT in a flag is one that nobody listens on."""
-    words = [
-        sys.executable, "-m", "launcher", "--nnodes", 2, "--nproc_per_node", 1, *flags,
+    port = str(free_port())
+    return start_launcher(
+        "--nnodes", 2, "--nproc_per_node", 1, *(str(flag).replace("PORT", port) for flag in flags),
         "flux", "--path", out, "--device", "cpu", "--do_save_img", "--save_path", out / "images",
-    ]  # fmt: skip
-    environ, port = {**os.environ, "PYTHONPATH": str(ROOT)}, str(free_port())
-    return subprocess.Popen(
-        [str(word).replace("PORT", port) for word in words],
-        cwd=ROOT,
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    )  # fmt: skip
 
 
 def fixed_place(host: int) -> list[object]:
@@ -40,18 +30,33 @@ def fixed_place(host: int) -> list[object]:
     return ["--master_addr", "127.0.0.1", "--master_port", "PORT", "--node_rank", host]
 
 
-@pytest.mark.parametrize(("host", "number", "status"), [(0, signal.SIGINT, 130), (1, signal.SIGTERM, 75)], ids=str)
+ANY_HOSTS = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:PORT"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "number", "status"),
+    [
+        (fixed_place(0), signal.SIGINT, 130),
+        (fixed_place(1), signal.SIGTERM, 75),
+        (ANY_HOSTS, signal.SIGTERM, 75),
+    ],
+    ids=["the first", "the second", "one of any"],
+)
 def test_a_signal_ends_a_host_that_waits_for_another(
-    host: int, number: signal.Signals, status: int, tmp_path: Path
+    flags: list[object], number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = start(tmp_path, *fixed_place(host))
-    # Without a sign from outside that it waits: importing torch takes less than this, waiting takes minutes.
-    time.sleep(6)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    job = start(tmp_path, *flags)
+    while not list(tmp_path.glob("launcher_*")):  # the last thing that shows before it waits, which takes minutes
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(1)
     job.send_signal(number)
     output, _ = job.communicate(timeout=SOON_S)
     assert job.returncode == status, output
     assert f"stopped: {number.name} asked the job to leave" in output
     assert json.loads((tmp_path / "images" / "status.json").read_text())["exit_code"] == status
+    assert not list(tmp_path.glob("launcher_*"))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,7 @@ def test_a_signal_ends_a_host_that_waits_for_another(
     [
         [*fixed_place(0), "--rdzv_conf", "timeout=2"],
         [*fixed_place(1), "--rdzv_conf", "timeout=2"],
-        ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:PORT", "--rdzv_conf", "join_timeout=2"],
+        [*ANY_HOSTS, "--rdzv_conf", "join_timeout=2"],
     ],
     ids=["the other never comes", "the first is not there", "a meeting of any hosts"],
 )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from torchrun import ROOT
+from torchrun import start_launcher
 
 from quant_core.calibration.records import load_dump
 
@@ -26,17 +24,13 @@ STEPS = 6  # so that a batch takes long enough to be interrupted
 
 def start(model: Path, prompts: Path, out: Path, *flags: object, steps: int = STEPS) -> subprocess.Popen[str]:
     """Start the two-rank job under the supervisor."""
-    words = [
-        sys.executable, "-m", "launcher", "--nproc_per_node", "2", "flux", "--path", model, "--device", "cpu",
+    return start_launcher(
+        "--nproc_per_node", "2", "flux", "--path", model, "--device", "cpu",
         "--device_type", "A2-32g-dual", "--prompt_path", prompts, "--width", "64", "--height", "64",
         "--infer_steps", steps, "--do_quant", "--quant_type", "w8a8_timestep",
         "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps",
-        *flags,
-    ]  # fmt: skip
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{out}"}
-    return subprocess.Popen(
-        list(map(str, words)), cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        *flags, python_path=[out],
+    )  # fmt: skip
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:

@@ -5,16 +5,14 @@ The second host is a process namespace of this machine: its processes cannot be 
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from torchrun import ROOT, free_port
+from torchrun import free_port, start_launcher
 
 from scripts.fault_matrix import files_below
 
@@ -43,18 +41,13 @@ def job(model: Path, prompts: Path, out: Path) -> list[object]:
     ]  # fmt: skip
 
 
-def start(*words: object, namespace: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """Start the launcher."""
-    command = [*namespace, sys.executable, "-m", "launcher", *map(str, words)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @contextmanager
 def two_hosts(*words: object) -> Iterator[list[subprocess.Popen[str]]]:
     """Start the job with a rank on each of two hosts; nothing is left behind the block."""
     meeting = ("--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", free_port(), "--nproc_per_node", "1")
-    hosts = [start(*meeting, "--node_rank", host, *words, namespace=NAMESPACE if host else ()) for host in range(2)]
+    hosts = [
+        start_launcher(*meeting, "--node_rank", host, *words, namespace=NAMESPACE if host else ()) for host in range(2)
+    ]
     try:
         yield hosts
     finally:
@@ -77,7 +70,7 @@ def _namespaces() -> None:
 
 
 def test_two_hosts_publish_the_bytes_of_one(tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path):
-    outputs([start("--nproc_per_node", "2", *job(tiny_flux_folder, prompt_file, tmp_path / "one"))])
+    outputs([start_launcher("--nproc_per_node", "2", *job(tiny_flux_folder, prompt_file, tmp_path / "one"))])
     with two_hosts(*job(tiny_flux_folder, prompt_file, tmp_path / "two")) as hosts:
         first, second = outputs(hosts)
     assert "merge: 4 files" in first

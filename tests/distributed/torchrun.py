@@ -36,6 +36,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def start_launcher(
+    *words: object, namespace: Sequence[str] = (), python_path: Sequence[Path] = ()
+) -> subprocess.Popen[str]:
+    """Start `python -m launcher WORDS...` with one pipe for all it prints, for a test that meddles with it."""
+    command = [*namespace, sys.executable, "-m", "launcher", *map(str, words)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *python_path]))}
+    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def run_torchrun(
     ranks: int,
     *command: str | Path,
