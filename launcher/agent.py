@@ -1,7 +1,7 @@
 """torchrun's own agent, which starts and watches the ranks of this host, and what it leaves out.
 
-Inside torch it waits for other hosts for minutes, deaf to signals; hosts that do not meet are a traceback to it; and
-after an interrupt it waits for its ranks again, however often one interrupts.
+It waits for other hosts for minutes inside torch, where no handler written in Python runs; hosts that do not meet are
+a traceback to it; and after an interrupt it waits for its ranks again, however often one interrupts.
 """
 
 from __future__ import annotations
