@@ -8,7 +8,7 @@ test:            # style, types, all tests
 	sh scripts/run_tests.sh
 
 lint:            # style and types only
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright --pythonpath .venv/bin/python
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/lint-imports --no-cache && .venv/bin/pyright --pythonpath .venv/bin/python
 
 format:          # rewrite the files in the house style
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launcher import npu, stop
-from launcher.command_line import Command, MergeFiles, parse
-from launcher.exit_codes import exit_code
-from launcher.job_config import JobConfig
-from launcher.supervisor_flags import asks_for_ranks
+from launcher.cli.command_line import Command, MergeFiles, parse
+from launcher.config.job_config import JobConfig
+from launcher.devices import npu
+from launcher.failure import stop
+from launcher.failure.exit_codes import exit_code
+from launcher.start.supervisor_flags import asks_for_ranks
 from quant_core.errors import ExplainedError
 
 # What the supervisor starts on every rank.
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
     _leave_on_signals(rank)
     try:
         if asks_for_ranks(words):
-            from launcher.supervisor import supervise
+            from launcher.start.supervisor import supervise
 
             sys.exit(supervise(words, entry))
         command = parse(words)
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
     try:
         _execute(command)
     except (Exception, KeyboardInterrupt) as error:
-        from launcher.failures import explained
+        from launcher.failure.failures import explained
 
         told = explained(error)
         if type(told) is ExplainedError:  # a mistake of the program: the traceback is what its authors need
@@ -74,12 +75,12 @@ def _execute(command: Command) -> None:
 
 def _run_job(config: JobConfig) -> None:
     """Run a job under watch; returns only when it is done."""
-    from launcher.logs import quiet_libraries
-    from launcher.offline import stay_offline
+    from launcher.journal.logs import quiet_libraries
+    from model_adapters.weights.offline import stay_offline
 
     stay_offline(config.pipeline.path)
     quiet_libraries()
-    from launcher.watch import Watch
+    from launcher.failure.watch import Watch
 
     watch = Watch(config)
     watch.start()
@@ -94,8 +95,8 @@ def _run_job(config: JobConfig) -> None:
 def _end(error: BaseException, *, quiet: bool) -> NoReturn:
     """Exit at once: an orderly exit would wait for ranks that may be waiting for this one."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from launcher.error_file import write_error_file
-        from launcher.failures import Failure
+        from launcher.failure.error_file import write_error_file
+        from launcher.failure.failures import Failure
 
         write_error_file(Failure.of(error, int(os.environ.get("RANK", "0"))), is_first=True)
     if not quiet:

@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from launcher.identity import calibration_fingerprint, model_fields, quantization_fingerprint
-from launcher.job import Job, QuantJob
-from launcher.job_config import JobConfig
-from launcher.logs import quiet_diffusers
-from launcher.manifest import read_manifest
-from launcher.model_session import ModelSession
-from launcher.process_group import Ranks, join, leave
-from launcher.run_folder import RunFolder
+from launcher.config.job_config import JobConfig
+from launcher.failure.together import gather_objects, run_together
+from launcher.failure.watch import Watch
+from launcher.files.identity import calibration_fingerprint, model_fields, quantization_fingerprint
+from launcher.files.manifest import read_manifest
+from launcher.files.run_folder import RunFolder
+from launcher.journal.logs import quiet_diffusers
+from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
 from launcher.stages.images import check_save_path, explain_cache, make_float_images
+from launcher.stages.job import Job, QuantJob
 from launcher.stages.merge import merge
+from launcher.stages.model_session import ModelSession
 from launcher.stages.quant_images import make_quant_images
 from launcher.stages.quantize import quantize, reads_dump
-from launcher.together import gather_objects, run_together
-from launcher.watch import Watch
-from model_adapters.prompts import Batch, even_share, read_batches
+from model_adapters.pipeline.prompts import Batch, even_share, read_batches
 from quant_core.atomic_file import make_folder, sweep
 from quant_core.errors import InputError
 

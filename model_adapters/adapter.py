@@ -10,11 +10,11 @@ import diffusers
 import torch
 from torch import Tensor
 
-from model_adapters.generation import generate
 from model_adapters.inputs import TransformerInputs
 from model_adapters.options import DeviceType, DtypeName, PipelineOptions
-from model_adapters.shard_plan import ShardPlan
-from model_adapters.step_index import step_index
+from model_adapters.parallel.shard_plan import ShardPlan
+from model_adapters.pipeline.generation import generate
+from model_adapters.pipeline.step_index import step_index
 from quant_core.errors import ConfigurationError, nearest
 from quant_core.structure import ModelStructure
 

@@ -15,30 +15,30 @@ if TYPE_CHECKING:
     from quant_core.checkpoint.loading import load_deployed as load_deployed
     from quant_core.checkpoint.reader import open_checkpoint as open_checkpoint
     from quant_core.naming import get_disable_layer_names as get_disable_layer_names
-    from quant_core.quantize import quant_model as quant_model
-    from quant_core.rank_files import get_rank as get_rank
-    from quant_core.rank_files import get_rank_suffix_file as get_rank_suffix_file
-    from quant_core.session_config import FA3ProcessorConfig as FA3ProcessorConfig
-    from quant_core.session_config import M3ProcessorConfig as M3ProcessorConfig
-    from quant_core.session_config import M4ProcessorConfig as M4ProcessorConfig
-    from quant_core.session_config import M6Config as M6Config
-    from quant_core.session_config import M6ProcessorConfig as M6ProcessorConfig
-    from quant_core.session_config import SaveProcessorConfig as SaveProcessorConfig
-    from quant_core.session_config import SessionConfig as SessionConfig
-    from quant_core.session_config import W8A8DynamicProcessorConfig as W8A8DynamicProcessorConfig
-    from quant_core.session_config import W8A8DynamicQuantConfig as W8A8DynamicQuantConfig
-    from quant_core.session_config import W8A8ProcessorConfig as W8A8ProcessorConfig
-    from quant_core.session_config import W8A8QuantConfig as W8A8QuantConfig
-    from quant_core.session_config import W8A8TimeStepProcessorConfig as W8A8TimeStepProcessorConfig
-    from quant_core.session_config import W8A8TimeStepQuantConfig as W8A8TimeStepQuantConfig
+    from quant_core.parallel.rank_files import get_rank as get_rank
+    from quant_core.parallel.rank_files import get_rank_suffix_file as get_rank_suffix_file
+    from quant_core.session.config import FA3ProcessorConfig as FA3ProcessorConfig
+    from quant_core.session.config import M3ProcessorConfig as M3ProcessorConfig
+    from quant_core.session.config import M4ProcessorConfig as M4ProcessorConfig
+    from quant_core.session.config import M6Config as M6Config
+    from quant_core.session.config import M6ProcessorConfig as M6ProcessorConfig
+    from quant_core.session.config import SaveProcessorConfig as SaveProcessorConfig
+    from quant_core.session.config import SessionConfig as SessionConfig
+    from quant_core.session.config import W8A8DynamicProcessorConfig as W8A8DynamicProcessorConfig
+    from quant_core.session.config import W8A8DynamicQuantConfig as W8A8DynamicQuantConfig
+    from quant_core.session.config import W8A8ProcessorConfig as W8A8ProcessorConfig
+    from quant_core.session.config import W8A8QuantConfig as W8A8QuantConfig
+    from quant_core.session.config import W8A8TimeStepProcessorConfig as W8A8TimeStepProcessorConfig
+    from quant_core.session.config import W8A8TimeStepQuantConfig as W8A8TimeStepQuantConfig
+    from quant_core.session.quantize import quant_model as quant_model
 
 _HOME = {
     "DumperManager": "calibration.capture",
     "load_deployed": "checkpoint.loading",
     "get_disable_layer_names": "naming",
-    "quant_model": "quantize",
-    "get_rank": "rank_files",
-    "get_rank_suffix_file": "rank_files",
+    "quant_model": "session.quantize",
+    "get_rank": "parallel.rank_files",
+    "get_rank_suffix_file": "parallel.rank_files",
     "open_checkpoint": "checkpoint.reader",
     "safe_torch_load": "calibration.safe_load",
     "TimestepManager": "calibration.timestep",
@@ -58,7 +58,7 @@ _HOME = {
         "W8A8TimeStepProcessorConfig",
         "W8A8TimeStepQuantConfig",
     ),
-    "session_config",
+    "session.config",
 )
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

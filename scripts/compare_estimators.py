@@ -1,7 +1,7 @@
 """Print what each estimator of static ranges, each numerics and each smoothing is worth, in decibels.
 
     python scripts/compare_estimators.py               all tables, some minutes
-    python scripts/compare_estimators.py estimators    the table in the documentation of `quant_core.estimators`
+    python scripts/compare_estimators.py estimators    the table in the documentation of `quant_core.ranges`
     python scripts/compare_estimators.py numerics      numerics reference against float32, each scheme and smoothing
     python scripts/compare_estimators.py spread        the same, dynamic in bf16, over models with shuffled weights
 
@@ -32,8 +32,8 @@ from torch import nn
 from model_adapters import load_adapter, load_options
 from quant_core import DumperManager, M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, quant_model
 from quant_core.calibration.records import Record, as_records
-from quant_core.estimators import ESTIMATORS
-from quant_core.session_config import (
+from quant_core.ranges import ESTIMATORS
+from quant_core.session.config import (
     SessionConfig,
     SmoothingConfig,
     W8A8DynamicProcessorConfig,
@@ -43,7 +43,7 @@ from quant_core.session_config import (
 )
 from scripts.make_tiny_pipeline import PROMPTS, make_tiny_pipeline
 from scripts.sqnr import Quality, measure
-from tests.quant_core.golden_cases import GoldenCase
+from tests.support.golden_cases import GoldenCase
 
 SCHEMES = {
     "w8a8": W8A8ProcessorConfig,

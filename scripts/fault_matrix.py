@@ -33,7 +33,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launcher.status import read_status  # noqa: E402
+from launcher.journal.status import read_status  # noqa: E402
 from scripts.fault_worker import FILLER, KINDS, STAGES  # noqa: E402
 from scripts.make_tiny_pipeline import make_tiny_pipeline, write_prompts  # noqa: E402
 

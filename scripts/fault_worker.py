@@ -61,7 +61,7 @@ def in_load(strike: Callable[[], object]) -> None:
 
 def in_calibrate(strike: Callable[[], object]) -> None:
     """Strike after the second batch, before its records are saved."""
-    from launcher.calibration_parts import CalibrationParts
+    from launcher.files.calibration_parts import CalibrationParts
 
     _before(CalibrationParts, "save", lambda parts, batch, records: batch == 1, strike)
 
@@ -76,7 +76,7 @@ def in_quantize(strike: Callable[[], object]) -> None:
 def in_merge(strike: Callable[[], object]) -> None:
     """Strike rank 0 between the renaming of the shards and the manifest, the others while they wait for it."""
     if os.environ["RANK"] == "0":
-        from launcher.manifest import Manifest
+        from launcher.files.manifest import Manifest
 
         _before(Manifest, "write", lambda *_: True, strike)
     else:

@@ -39,7 +39,7 @@ import transformers
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
-from launcher.exit_codes import exit_code
+from launcher.failure.exit_codes import exit_code
 from quant_core.errors import ConfigurationError, ExplainedError, InputError, nearest
 from scripts.tiny_outliers import add_outliers
 from scripts.tiny_tokenizers import (

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
-from launcher.exit_codes import exit_code
+from launcher.failure.exit_codes import exit_code
 from model_adapters import load_adapter
-from model_adapters.model_folder import INDEX_NAME, pipeline_folder
-from model_adapters.transformer_folders import WHOLE, rank_folder, used_folders
-from model_adapters.transformer_part import TransformerPart, describe_transformer
+from model_adapters.weights.model_folder import INDEX_NAME, pipeline_folder
+from model_adapters.weights.transformer_folders import WHOLE, rank_folder, used_folders
+from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
 from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import ExplainedError, InputError

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import replay
-from quant_core.deployed.linear import DeployedLinear
+from quant_core.layers.deployed import DeployedLinear
 
 
 @dataclass

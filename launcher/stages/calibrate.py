@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.calibration_parts import CalibrationParts
-from launcher.job import QuantJob
+from launcher.failure.together import all_agree, gather_objects, run_together
+from launcher.files.calibration_parts import CalibrationParts
 from launcher.stages.encode import encode
 from launcher.stages.images import are_there, have_images, run_pipeline
-from launcher.together import all_agree, gather_objects, run_together
+from launcher.stages.job import QuantJob
 from quant_core.calibration.capture import DumperManager
 from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError

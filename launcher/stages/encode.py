@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.job import Job
-from launcher.process_group import Ranks
-from launcher.together import run_together
+from launcher.failure.together import run_together
+from launcher.ranks.process_group import Ranks
+from launcher.stages.job import Job
 from model_adapters.adapter import Embeddings
-from model_adapters.prompt_encoding import Prompts, encode_prompts
-from model_adapters.prompts import Batch
+from model_adapters.pipeline.prompt_encoding import Prompts, encode_prompts
+from model_adapters.pipeline.prompts import Batch
 
 
 def encode(job: Job) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from launcher.job import Job
+from launcher.failure.together import all_agree, gather_objects
 from launcher.stages.encode import encode, prompts_of
-from launcher.together import all_agree, gather_objects
-from model_adapters.prompts import Batch, ImageRequest
-from model_adapters.step_cache import step_cache
+from launcher.stages.job import Job
+from model_adapters.pipeline.prompts import Batch, ImageRequest
+from model_adapters.pipeline.step_cache import step_cache
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
 from quant_core.errors import ConfigurationError
 

@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.command_line import MergeFiles
-from launcher.job import QuantJob
-from launcher.manifest import Manifest
-from launcher.run_folder import MANIFEST, STAGING, note_file, tp_suffix
-from launcher.shard_checks import OpenedShard, check_shards
-from launcher.shard_note import ShardNote, read_note
-from launcher.together import run_together
+from launcher.cli.command_line import MergeFiles
+from launcher.failure.together import run_together
+from launcher.files.manifest import Manifest
+from launcher.files.run_folder import MANIFEST, STAGING, note_file, tp_suffix
+from launcher.files.shard_checks import OpenedShard, check_shards
+from launcher.files.shard_note import ShardNote, read_note
+from launcher.stages.job import QuantJob
 from quant_core.atomic_file import write_text_atomically
 from quant_core.errors import InputError
 

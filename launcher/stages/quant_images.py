@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from launcher.job import QuantJob
+from launcher.failure.together import run_together
 from launcher.stages.calibrate import float_folder
 from launcher.stages.encode import encode
 from launcher.stages.images import have_images, list_images, run_pipeline
-from launcher.together import run_together
+from launcher.stages.job import QuantJob
 from quant_core.calibration.timestep import TimestepManager
 from quant_core.checkpoint.loading import load_deployed
 

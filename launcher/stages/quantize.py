@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.job import QuantJob
-from launcher.processors import processors, session_of
-from launcher.shard_note import read_note, write_note
-from launcher.together import all_agree, run_together
-from model_adapters.loading import LoadedTransformer
-from model_adapters.tensor_parallel import assert_collectives
-from model_adapters.transformer_part import TransformerPart
+from launcher.failure.together import all_agree, run_together
+from launcher.files.shard_note import read_note, write_note
+from launcher.stages.job import QuantJob
+from launcher.stages.processors import processors, session_of
+from model_adapters.parallel.tensor_parallel import assert_collectives
+from model_adapters.weights.loading import LoadedTransformer
+from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.records import load_dump
-from quant_core.parallel import Parallel
-from quant_core.quantize import QuantizedModel, quant_model
-from quant_core.session_config import SaveProcessorConfig, SessionConfig
-from quant_core.sharding import Shard
-from quant_core.streaming import quantize_streaming, reads_activations
+from quant_core.parallel.groups import Parallel
+from quant_core.parallel.sharding import Shard
+from quant_core.session.config import SaveProcessorConfig, SessionConfig
+from quant_core.session.quantize import QuantizedModel, quant_model
+from quant_core.session.streaming import quantize_streaming, reads_activations
 
 
 def quantize(job: QuantJob, dump: Path | None) -> None:

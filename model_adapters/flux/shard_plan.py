@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from model_adapters.shard_plan import Rule, ShardPlan
-from quant_core.sharding import Style
+from model_adapters.parallel.shard_plan import Rule, ShardPlan
+from quant_core.parallel.sharding import Style
 
 _COMMON = (
     Rule("transformer_blocks.*.attn.to_[qkv]", Style.COL),

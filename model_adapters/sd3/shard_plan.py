@@ -6,8 +6,8 @@ updates the text stream, has neither `to_add_out` nor `ff_context`.
 
 from __future__ import annotations
 
-from model_adapters.shard_plan import Rule, ShardPlan
-from quant_core.sharding import Style
+from model_adapters.parallel.shard_plan import Rule, ShardPlan
+from quant_core.parallel.sharding import Style
 
 _ATTENTIONS = ("transformer_blocks.*.attn", "transformer_blocks.*.attn2")
 

@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.arithmetic.scales import symmetric_scale
 from quant_core.attention.window import shortest_window
 from quant_core.checkpoint.entries import Entry
 from quant_core.errors import InputError
-from quant_core.estimators.estimator import Reduction
-from quant_core.numerics import Numerics
-from quant_core.scale_arithmetic import symmetric_scale
+from quant_core.parallel.groups import Reduction
 
 FA_QUANT = "FAQuant"
 # The share of the values that the range of each tensor holds. Attention weighs v's values, so none is cut.

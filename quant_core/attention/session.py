@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from quant_core.arithmetic.numerics import Numerics
 from quant_core.attention.head_scales import AttentionObserver
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.naming import matches
-from quant_core.numerics import Numerics
-from quant_core.parallel import Group, reduce_many, reduce_over
+from quant_core.parallel.groups import Group, reduce_many, reduce_over
 from quant_core.structure import NO_STRUCTURE, ModelStructure
 
 

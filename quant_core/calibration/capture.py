@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quant_core.calibration.finite import check_captured
 from quant_core.calibration.records import save_dump
 from quant_core.calibration.timestep import TimestepManager
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.finite import check_captured
 
 
 class DumperManager:

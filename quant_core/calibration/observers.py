@@ -8,9 +8,10 @@ from functools import partial
 
 from torch import Tensor
 
+from quant_core.arithmetic.numerics import Numerics
 from quant_core.calibration.timestep import TimestepManager
-from quant_core.estimators.estimator import RangeEstimator, Reduction
-from quant_core.numerics import Numerics
+from quant_core.parallel.groups import Reduction
+from quant_core.ranges.estimator import RangeEstimator
 
 SyncRange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant_core.calibration.finite import finite_inputs
 from quant_core.calibration.records import Record
 from quant_core.calibration.timestep import TimestepManager
-from quant_core.finite import finite_inputs
 
 # stage, records done, records in all
 Progress = Callable[[str, int, int], None]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant_core.scale_arithmetic import QMAX, QMIN, unpack_deq_scale
+from quant_core.arithmetic.scales import QMAX, QMIN, unpack_deq_scale
 
 # The dtype of the model -> that of the tensor.
 DtypeRule = Callable[[torch.dtype], torch.dtype]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quant_core.atomic_file import write_text_atomically
 from quant_core.checkpoint.tensor_parts import GB, write_tensors
-from quant_core.linear import CalibratedLinear
+from quant_core.layers.calibrated import CalibratedLinear
 
 FLOAT = "FLOAT"
 MODEL_TYPE_KEY = "model_quant_type"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.inventory import StoredGroup
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
-from quant_core.deployed.linear import DeployedLinear, deploy_linear
 from quant_core.errors import VerificationError
+from quant_core.layers.deployed import DeployedLinear, deploy_linear
 
 
 @torch.no_grad()

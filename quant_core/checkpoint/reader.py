@@ -22,8 +22,8 @@ from quant_core.checkpoint.entries import TIMESTEP_SEP_KEY, CheckpointFiles
 from quant_core.checkpoint.inventory import Inventory, StoredGroup, broken, take_inventory
 from quant_core.checkpoint.json_file import read_object
 from quant_core.checkpoint.tensor_parts import TensorFiles, TensorInfo, index_path
-from quant_core.deployed.linear import DeployedArithmetic, DeployedLayer, separator
 from quant_core.errors import ConfigurationError, nearest
+from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer, separator
 
 
 class Checkpoint:

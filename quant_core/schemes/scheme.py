@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_core.linear import QuantizedLayer
-from quant_core.numerics import Numerics
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.layers.calibrated import QuantizedLayer
 
 # layer, steps (or [None]), numerics, dtype of the model -> tensors in the order of the checkpoint
 LayerTensors = Callable[[QuantizedLayer, Sequence[int | None], Numerics], dict[str, Tensor]]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from quant_core.linear import QuantizedLayer
-from quant_core.numerics import Numerics
-from quant_core.scale_arithmetic import pack_deq_scale
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.arithmetic.scales import pack_deq_scale
+from quant_core.layers.calibrated import QuantizedLayer
 from quant_core.schemes.scheme import Scheme, weight_tensors
 
 

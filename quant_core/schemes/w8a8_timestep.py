@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant_core.linear import QuantizedLayer
-from quant_core.numerics import Numerics
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.layers.calibrated import QuantizedLayer
 from quant_core.schemes.scheme import Scheme, weight_tensors
 from quant_core.schemes.w8a8 import static_row
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.errors import ConfigurationError
-from quant_core.rescaling import Rescaling
+from quant_core.layers.rescaling import Rescaling
 from quant_core.smoothing.groups import LinearGroup
 from quant_core.structure import Modulation
 

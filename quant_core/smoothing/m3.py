@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant_core.numerics import Numerics
-from quant_core.session_config import M3ProcessorConfig
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.session.config import M3ProcessorConfig
 from quant_core.smoothing.measured_group import MeasuredGroup
 from quant_core.smoothing.method import SmoothingMethod
 from quant_core.smoothing.statistics import FirstCall, Tokens, TokenSample

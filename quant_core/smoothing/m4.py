@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quant_core.numerics import Numerics
-from quant_core.session_config import M4ProcessorConfig
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.session.config import M4ProcessorConfig
 from quant_core.smoothing.balance import balance
 from quant_core.smoothing.measured_group import MeasuredGroup
 from quant_core.smoothing.method import SmoothingMethod

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant_core.numerics import Numerics
-from quant_core.scale_arithmetic import LEVELS, QMAX, QMIN
-from quant_core.session_config import M6ProcessorConfig
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.arithmetic.scales import LEVELS, QMAX, QMIN
+from quant_core.session.config import M6ProcessorConfig
 from quant_core.smoothing.balance import balance
 from quant_core.smoothing.measured_group import MeasuredGroup
 from quant_core.smoothing.method import SmoothingMethod

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant_core.numerics import Numerics
-from quant_core.parallel import Group, reduce_over
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.parallel.groups import Group, reduce_over
 from quant_core.smoothing.statistics import InputStatistics
 
 

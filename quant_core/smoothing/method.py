@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quant_core.numerics import Numerics
+from quant_core.arithmetic.numerics import Numerics
 from quant_core.smoothing.measured_group import MeasuredGroup
 from quant_core.smoothing.statistics import Tokens
 

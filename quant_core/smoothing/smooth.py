@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from quant_core.arithmetic.numerics import Numerics
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.errors import InputError
-from quant_core.numerics import Numerics
-from quant_core.parallel import Parallel, reduce_many, reduce_over
-from quant_core.rescaling import Rescaling
-from quant_core.session_config import SmoothingConfig
+from quant_core.layers.rescaling import Rescaling
+from quant_core.parallel.groups import Parallel, reduce_many, reduce_over
+from quant_core.session.config import SmoothingConfig
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import absorb, check_fusible
 from quant_core.smoothing.groups import LinearGroup, ResolvedGroups, resolve

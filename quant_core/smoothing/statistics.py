@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from quant_core.estimators.estimator import Reduction
+from quant_core.parallel.groups import Reduction
 
 # Tokens for which a search compares outputs. 512 tokens of width 3072 are 3 MB in half precision, 350 MB for the 114
 # groups of a FLUX, on the host; a channel's outliers stay in the same channel from token to token.

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model_adapters import load_adapter
-from model_adapters.tensor_parallel import assert_collectives, make_local
+from model_adapters.parallel.tensor_parallel import assert_collectives, make_local
 from quant_core import (
     SaveProcessorConfig,
     SessionConfig,
@@ -27,8 +27,8 @@ from quant_core import (
     quant_model,
 )
 from quant_core.checkpoint.loading import load_deployed
-from quant_core.parallel import Parallel
-from tests.model_adapters.tiny_models import KINDS, build, example_inputs
+from quant_core.parallel.groups import Parallel
+from tests.support.tiny_models import KINDS, build, example_inputs
 
 LAYOUTS = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron")]
 SCHEMES: dict[str, Any] = {

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model_adapters import load_adapter
-from model_adapters.tensor_parallel import make_local
+from model_adapters.parallel.tensor_parallel import make_local
 from quant_core import SessionConfig, W8A8ProcessorConfig, quant_model
-from quant_core.estimators import ESTIMATORS
-from quant_core.parallel import Parallel
-from quant_core.session_config import W8A8QuantConfig
+from quant_core.parallel.groups import Parallel
+from quant_core.ranges import ESTIMATORS
+from quant_core.session.config import W8A8QuantConfig
 from tests.distributed.fa3_worker import records
-from tests.model_adapters.tiny_models import build
+from tests.support.tiny_models import build
 
 NAMES = sorted(ESTIMATORS["float32"])
 KIND, LAYOUT = "sd3", "megatron"

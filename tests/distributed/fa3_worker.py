@@ -15,10 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from model_adapters import load_adapter
-from model_adapters.tensor_parallel import make_local
+from model_adapters.parallel.tensor_parallel import make_local
 from quant_core import FA3ProcessorConfig, SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
-from quant_core.parallel import Parallel
-from tests.model_adapters.tiny_models import KINDS, build, example_inputs
+from quant_core.parallel.groups import Parallel
+from tests.support.tiny_models import KINDS, build, example_inputs
 
 TENSOR_PARALLEL = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron"), ("sd35", "megatron")]
 # "*" keeps every linear float: then a rank's heads see the very numbers that they see in the whole model.

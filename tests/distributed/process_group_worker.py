@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.command_line import RunJob, parse
-from launcher.exit_codes import exit_code
-from launcher.process_group import Ranks, join, leave
-from launcher.together import all_agree, barrier, gather_objects, run_together
+from launcher.cli.command_line import RunJob, parse
+from launcher.failure.exit_codes import exit_code
+from launcher.failure.together import all_agree, barrier, gather_objects, run_together
+from launcher.ranks.process_group import Ranks, join, leave
 from quant_core.errors import ExplainedError, InputError
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model_adapters import load_adapter
-from model_adapters.tensor_parallel import make_local
-from quant_core.parallel import Parallel
-from quant_core.session_config import M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, SmoothingConfig
+from model_adapters.parallel.tensor_parallel import make_local
+from quant_core.parallel.groups import Parallel
+from quant_core.session.config import M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, SmoothingConfig
 from quant_core.smoothing.smooth import Smoothing
-from tests.model_adapters.tiny_models import KINDS
-from tests.quant_core.smoothed_models import apply_in_float, outlier_model, outputs, records, relative_error, smoothed
+from tests.support.smoothed_models import apply_in_float, outlier_model, outputs, records, relative_error, smoothed
+from tests.support.tiny_models import KINDS
 
 LAYOUTS = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron"), ("sd35", "megatron")]
 METHODS: dict[str, dict[str, Any]] = {

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model_adapters import load_adapter
-from model_adapters.loading import load_transformer
-from model_adapters.tensor_parallel import assert_collectives, collectives, make_local
+from model_adapters.parallel.tensor_parallel import assert_collectives, collectives, make_local
+from model_adapters.weights.loading import load_transformer
 from quant_core.errors import DistributedError
-from quant_core.sharding import Shard, Style
-from tests.model_adapters.tiny_models import KINDS, build, example_inputs
+from quant_core.parallel.sharding import Shard, Style
+from tests.support.tiny_models import KINDS, build, example_inputs
 
 CASES = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron"), ("sd35", "megatron")]
 # A wrong split is wrong on any number of ranks; the smallest group shows it fastest.

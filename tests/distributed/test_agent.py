@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from torchrun import free_port, start_launcher
+
+from tests.support.torchrun import free_port, start_launcher
 
 pytestmark = pytest.mark.distributed
 

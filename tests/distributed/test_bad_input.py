@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torchrun import run_torchrun
 
-from launcher.command_line import MergeFiles, parse
-from launcher.error_file import read_error_files
+from launcher.cli.command_line import MergeFiles, parse
+from launcher.failure.error_file import read_error_files
+from launcher.files.run_folder import MANIFEST, STAGING
 from launcher.run import run
-from launcher.run_folder import MANIFEST, STAGING
 from launcher.stages.merge import merge_files
 from quant_core.calibration.records import save_dump
 from quant_core.errors import ConfigurationError, EnvironmentFailure, ExplainedError, InputError
+from tests.support.torchrun import run_torchrun
 
 
 @dataclass

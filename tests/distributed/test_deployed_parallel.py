@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quant_core import quant_model
 from tests.distributed.deployed_worker import LAYOUTS, SCHEMES, STEPS, output, session
-from tests.distributed.torchrun import run_torchrun
-from tests.model_adapters.tiny_models import build
+from tests.support.tiny_models import build
+from tests.support.torchrun import run_torchrun
 
 WORKER = Path(__file__).with_name("deployed_worker.py")
 RANKS = 2

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant_core.parallel import Parallel
+from quant_core.parallel.groups import Parallel
 from tests.distributed.estimators_worker import KIND, NAMES, ranges
 from tests.distributed.fa3_worker import records
-from tests.distributed.torchrun import run_torchrun
-from tests.model_adapters.tiny_models import build
+from tests.support.tiny_models import build
+from tests.support.torchrun import run_torchrun
 
 WORKER = Path(__file__).with_name("estimators_worker.py")
 RANKS = 2

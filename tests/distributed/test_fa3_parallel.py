@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant_core.parallel import Parallel
+from quant_core.parallel.groups import Parallel
 from tests.distributed.fa3_worker import DISABLED, TENSOR_PARALLEL, records, scales
-from tests.distributed.torchrun import run_torchrun
-from tests.model_adapters.tiny_models import build
+from tests.support.tiny_models import build
+from tests.support.torchrun import run_torchrun
 
 WORKER = Path(__file__).with_name("fa3_worker.py")
 RANKS = 2

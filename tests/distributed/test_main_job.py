@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import consumer
 import pytest
 import torch
-from torchrun import Finished, run_torchrun
 
-from launcher.job_config import job_config
+from launcher.config.job_config import job_config
 from launcher.run import run
 from model_adapters import load_adapter
-from model_adapters.transformer_part import build_empty
+from model_adapters.weights.transformer_part import build_empty
 from quant_core.calibration.records import load_dump
 from quant_core.calibration.safe_load import safe_torch_load
-from quant_core.sharding import join
+from quant_core.parallel.sharding import join
+from tests.support import consumer
+from tests.support.torchrun import Finished, run_torchrun
 
 pytestmark = pytest.mark.distributed
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import consumer
 import pytest
 import torch
-from test_main_job import torchrun
 
 from quant_core.calibration.records import load_dump
 from scripts.make_tiny_pipeline import write_prompts
 from scripts.split_transformer import split
-from tests.model_adapters.tiny_models import save
-from tests.quant_core.golden_cases import Written, differing
+from tests.distributed.test_main_job import torchrun
+from tests.support import consumer
+from tests.support.golden_cases import Written, differing
+from tests.support.tiny_models import save
 
 pytestmark = pytest.mark.distributed
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.command_line import RunJob, parse
-from launcher.job_config import JobConfig
-from launcher.process_group import join, lay_out, leave
-from launcher.rank_variables import RankVariables
-from launcher.together import all_agree, barrier, gather_objects, run_together
+from launcher.cli.command_line import RunJob, parse
+from launcher.config.job_config import JobConfig
+from launcher.devices.rank_variables import RankVariables
+from launcher.failure.together import all_agree, barrier, gather_objects, run_together
+from launcher.ranks.process_group import join, lay_out, leave
 from quant_core.errors import ConfigurationError, InputError
-from tests.distributed.torchrun import ROOT, run_torchrun
+from tests.support.torchrun import ROOT, run_torchrun
 
 pytestmark = pytest.mark.distributed
 

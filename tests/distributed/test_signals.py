@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from torchrun import start_launcher
 
 from quant_core.calibration.records import load_dump
+from tests.support.torchrun import start_launcher
 
 pytestmark = pytest.mark.distributed
 

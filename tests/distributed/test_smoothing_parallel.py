@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_adapters import load_adapter
-from quant_core.sharding import Shard
+from quant_core.parallel.sharding import Shard
 from tests.distributed.smoothing_worker import LAYOUTS, METHODS, RECORDS, config_of, disabled, factors
-from tests.distributed.torchrun import run_torchrun
-from tests.model_adapters.tiny_models import KINDS, build
-from tests.quant_core.smoothed_models import outlier_model, records, smoothed
+from tests.support.smoothed_models import outlier_model, records, smoothed
+from tests.support.tiny_models import KINDS, build
+from tests.support.torchrun import run_torchrun
 
 WORKER = Path(__file__).with_name("smoothing_worker.py")
 RANKS = 2

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_main_job import torchrun
 
 from model_adapters import load_adapter
-from model_adapters.loading import load_transformer
+from model_adapters.weights.loading import load_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
 from scripts.make_tiny_pipeline import write_prompts
-from tests.quant_core.golden_cases import Written, differing
+from tests.distributed.test_main_job import torchrun
+from tests.support.golden_cases import Written, differing
 
 pytestmark = pytest.mark.distributed
 

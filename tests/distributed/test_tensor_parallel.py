@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from model_adapters import load_adapter
-from model_adapters.loading import load_transformer
-from model_adapters.tensor_parallel import assert_collectives, collectives
+from model_adapters.parallel.tensor_parallel import assert_collectives, collectives
+from model_adapters.weights.loading import load_transformer
 from tests.distributed.tensor_parallel_worker import CASES, MUTATED_WORLD, MUTATIONS, forward
-from tests.distributed.torchrun import run_torchrun
-from tests.model_adapters.tiny_models import KINDS, build, save
+from tests.support.tiny_models import KINDS, build, save
+from tests.support.torchrun import run_torchrun
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from torchrun import free_port, start_launcher
 
 from scripts.fault_matrix import files_below
+from tests.support.torchrun import free_port, start_launcher
 
 pytestmark = pytest.mark.distributed
 

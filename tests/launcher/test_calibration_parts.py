@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.calibration_parts import CalibrationParts
+from launcher.files.calibration_parts import CalibrationParts
 from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.command_line import FILE_COMMANDS, MergeFiles, RunJob, parse
-from launcher.job_config import JobConfig, job_config_class
-from launcher.option_flags import flags_of
+from launcher.cli.command_line import FILE_COMMANDS, MergeFiles, RunJob, parse
+from launcher.config.job_config import JobConfig, job_config_class
+from launcher.config.option_flags import flags_of
 from model_adapters import adapter_names
 from quant_core.errors import ConfigurationError
 
@@ -181,7 +181,7 @@ def test_help_without_a_command_lists_the_commands(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("words", [["--help"], ["flux", "--help"], FLUX])
 def test_reading_a_command_line_imports_neither_torch_nor_diffusers(words: list[str]) -> None:
     program = (
-        "import sys, json; from launcher.command_line import parse\n"
+        "import sys, json; from launcher.cli.command_line import parse\n"
         f"try: parse({words!r})\nexcept SystemExit: pass\n"
         "print(json.dumps([name for name in ('torch', 'diffusers', 'transformers', 'yaml') if name in sys.modules]))"
     )
@@ -199,7 +199,7 @@ def processor_seconds(program: str) -> float:
 
 def test_help_costs_little_more_than_importing_pydantic() -> None:
     """Pydantic alone takes 0.075 s and the help 0.15 s on a quiet machine; with torch it would be over 20 times."""
-    helps = "from launcher.command_line import parse; parse(['flux', '--help'])"
+    helps = "from launcher.cli.command_line import parse; parse(['flux', '--help'])"
     pydantic = "from pydantic import BaseModel"
     ratio = min(processor_seconds(helps) for _ in range(3)) / min(processor_seconds(pydantic) for _ in range(3))
     assert ratio < 4  # twice what was measured

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher import console as module
-from launcher.console import Console, format_seconds
+from launcher.journal import console as module
+from launcher.journal.console import Console, format_seconds
 
 
 @pytest.fixture

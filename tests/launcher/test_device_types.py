@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.job_config import job_config
+from launcher.config.job_config import job_config
 from launcher.run import run
-from tests.quant_core.golden_cases import Written, differing
+from tests.support.golden_cases import Written, differing
 
 
 def publish(device_type: str, folder: Path, prompts: Path, out: Path) -> Written:

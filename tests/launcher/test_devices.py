@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.devices import (
+from launcher.devices.choice import (
     Cards,
     available_cores,
     choose_backend,
@@ -15,7 +15,7 @@ from launcher.devices import (
     choose_threads,
     find_cards,
 )
-from launcher.rank_variables import RankVariables
+from launcher.devices.rank_variables import RankVariables
 from quant_core.errors import ConfigurationError, EnvironmentFailure
 
 ALONE = RankVariables()

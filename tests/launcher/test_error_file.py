@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from launcher.error_file import read_error_files, write_error_file
-from launcher.exit_codes import ExitCode
-from launcher.failures import Failure
+from launcher.failure.error_file import read_error_files, write_error_file
+from launcher.failure.exit_codes import ExitCode
+from launcher.failure.failures import Failure
 from quant_core.errors import InputError
 
 ERROR = InputError("weights are truncated", where="rank 1, load: w.safetensors", why="8 bytes miss", advice="copy it")

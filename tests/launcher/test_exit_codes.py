@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.config_errors import ConfigurationErrors
-from launcher.exit_codes import exit_code
+from launcher.config.config_errors import ConfigurationErrors
+from launcher.failure.exit_codes import exit_code
 from quant_core import errors
 
 

@@ -7,8 +7,8 @@ import errno
 import pytest
 import torch
 
-from launcher.failures import Failure, explained
-from launcher.together import combine
+from launcher.failure.failures import Failure, explained
+from launcher.failure.together import combine
 from quant_core.errors import (
     ConfigurationError,
     DistributedError,

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from launcher.manifest import read_manifest
-from launcher.shard_note import read_note
-from model_adapters.model_folder import open_weights, read_json
-from model_adapters.prompts import read_prompts
+from launcher.files.manifest import read_manifest
+from launcher.files.shard_note import read_note
+from model_adapters.pipeline.prompts import read_prompts
+from model_adapters.weights.model_folder import open_weights, read_json
 from quant_core.calibration.records import load_dump
 from quant_core.errors import ExplainedError
 

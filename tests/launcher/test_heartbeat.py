@@ -10,8 +10,8 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from launcher.board import Beat
-from launcher.heartbeat import Pulse, here, is_gone
+from launcher.failure.board import Beat
+from launcher.failure.heartbeat import Pulse, here, is_gone
 
 HANG_S, START_S = 10.0, 100.0
 ELSEWHERE = Beat(rank=1, count=1, pid=1, started=0.0, host="another-host", stage="quantize", done=3, total=9)

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from launcher.config_errors import ConfigurationErrors
-from launcher.job_config import JobConfig, Output, Quantization, RankOptions, job_config, job_config_class
-from launcher.option_flags import flags_of
+from launcher.config.config_errors import ConfigurationErrors
+from launcher.config.job_config import JobConfig, Output, Quantization, RankOptions, job_config, job_config_class
+from launcher.config.option_flags import flags_of
 from model_adapters import adapter_names, load_options
 from quant_core.errors import ConfigurationError
 

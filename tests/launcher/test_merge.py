@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher.command_line import MergeFiles
-from launcher.run_folder import MANIFEST, STAGING, note_file, shard_files
-from launcher.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
+from launcher.cli.command_line import MergeFiles
+from launcher.files.run_folder import MANIFEST, STAGING, note_file, shard_files
+from launcher.files.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
 from launcher.stages.merge import merge_files, publish_shards
 from quant_core.errors import InputError, VerificationError
-from quant_core.sharding import Shard, Style
+from quant_core.parallel.sharding import Shard, Style
 
 FULL = {"up.weight": (8, 4), "up.bias": (8,), "down.weight": (4, 8), "down.bias": (4,), "norm.weight": (4,)}
 STYLES = {"up": Style.COL, "down": Style.ROW}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.mesh import Mesh, choose_tp_size
+from launcher.ranks.mesh import Mesh, choose_tp_size
 from quant_core.errors import ConfigurationError
 
 # 8 copies × 8 ranks are more than any node has cards; the arithmetic has no larger case that differs.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import npu
-from launcher.exit_codes import ExitCode, exit_code
+from launcher.devices import npu
+from launcher.failure.exit_codes import ExitCode, exit_code
 from quant_core.errors import DistributedError, EnvironmentFailure, ExplainedError, MemoryExhausted
 
 # Messages as torch_npu prints them, shortened, from public reports of users.
@@ -108,7 +108,7 @@ def test_the_launcher_keeps_torch_from_importing_backends_by_itself(tmp_path: Pa
     assert "fine" in run_python("import launcher, torch; print('fine')", tmp_path)
     with pytest.raises(subprocess.CalledProcessError):  # the control: without the launcher it does raise
         run_python("import torch", tmp_path)
-    loading = "from launcher import npu\ntry: npu.load()\nexcept Exception as error: print(error)"
+    loading = "from launcher.devices import npu\ntry: npu.load()\nexcept Exception as error: print(error)"
     message = run_python(loading, tmp_path)
     assert "why    libhccl.so: cannot open shared object file" in message
     assert "set_env.sh" in message
@@ -119,7 +119,7 @@ def test_a_job_without_npus_never_imports_torch_npu(tmp_path: Path) -> None:
     (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
     looking = "import importlib.util; print(importlib.util.find_spec('torch_npu') is not None)"
     assert "True" in run_python(f"import launcher; {looking}", tmp_path)
-    assert "False" in run_python(f"import launcher.npu; launcher.npu.hide(); {looking}", tmp_path)
+    assert "False" in run_python(f"import launcher.devices.npu; launcher.devices.npu.hide(); {looking}", tmp_path)
 
 
 def test_without_torch_npu_the_error_says_what_to_install() -> None:

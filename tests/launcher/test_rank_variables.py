@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.rank_variables import RankVariables, read_rank_variables
+from launcher.devices.rank_variables import RankVariables, read_rank_variables
 from quant_core.errors import EnvironmentFailure
 
 TORCHRUN = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.supervisor_flags import asks_for_ranks, split_at_command
+from launcher.start.supervisor_flags import asks_for_ranks, split_at_command
 
 
 @pytest.mark.parametrize(

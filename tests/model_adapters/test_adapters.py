@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from model_adapters import adapter_names, load_adapter
-from model_adapters.loading import load_pipeline, load_transformer
+from model_adapters.weights.loading import load_pipeline, load_transformer
 from quant_core.errors import InputError
 from quant_core.naming import linear_names, matches, select
 from quant_core.structure import SmoothingGroup
-from tests.model_adapters.tiny_models import KINDS, build, example_inputs
+from tests.support.tiny_models import KINDS, build, example_inputs
 
 FOLDERS = {"flux": "tiny_flux_folder", "sd3": "tiny_sd3_folder"}
 QUANT_TYPES = ["w8a8", "w8a8_timestep", "w8a8_dynamic", "w8a8_dynamic_fa3"]

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
-from model_adapters.loading import LoadedTransformer, load_transformer
-from model_adapters.model_folder import INDEX_NAME, WEIGHTS_NAME, pipeline_folder
+from model_adapters.weights.loading import LoadedTransformer, load_transformer
+from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, pipeline_folder
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.sharding import join
-from tests.model_adapters.tiny_models import HEADS, KINDS, build, save
+from quant_core.parallel.sharding import join
+from tests.support.tiny_models import HEADS, KINDS, build, save
 
 ADAPTERS = {name: load_adapter(name) for name in ("flux", "sd3")}
 

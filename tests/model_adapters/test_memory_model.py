@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from model_adapters import load_adapter
-from model_adapters.memory_model import MemoryModel, estimate_memory
-from model_adapters.transformer_part import describe_transformer
+from model_adapters.memory.live_bytes import peak_bytes
+from model_adapters.memory.memory_model import MemoryModel, estimate_memory
+from model_adapters.weights.transformer_part import describe_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
 from quant_core.calibration.records import Record
-from quant_core.live_bytes import peak_bytes
-from quant_core.streaming import quantize_streaming
+from quant_core.session.streaming import quantize_streaming
 from scripts.make_full_size_transformer import CONFIG, make_full_size
 
 ROOT = Path(__file__).parents[2]
@@ -34,10 +34,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from launcher.host_memory import return_large_blocks
+from launcher.devices.host_memory import return_large_blocks
 from model_adapters import load_adapter
-from model_adapters.loading import load_part
-from model_adapters.transformer_part import describe_transformer
+from model_adapters.weights.loading import load_part
+from model_adapters.weights.transformer_part import describe_transformer
 from quant_core import DumperManager, SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
 from quant_core.calibration.replay import to_device
 
@@ -113,7 +113,7 @@ def _publish(adapter, part, options, quant_type, output) -> Path:
         config = SessionConfig(processor_cfg_map={"w8a8_dynamic": W8A8DynamicProcessorConfig(), "save": save})
         files = quantize_streaming(part.model, part.read, config).files
     else:
-        from model_adapters.loading import load_part
+        from model_adapters.weights.loading import load_part
 
         inputs = adapter.transformer_inputs(part.model.config, options, torch.bfloat16).arguments()
         inputs = {name: torch.rand(tensor.shape).to(tensor.dtype) for name, tensor in inputs.items()}

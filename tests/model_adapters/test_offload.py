@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from model_adapters.offload import blocks_of, run_block_by_block, visiting
+from model_adapters.pipeline.offload import blocks_of, run_block_by_block, visiting
 from quant_core import SessionConfig, W8A8ProcessorConfig, quant_model
 from quant_core.calibration.records import Record
-from tests.model_adapters.tiny_models import KINDS, build, example_inputs
+from tests.support.tiny_models import KINDS, build, example_inputs
 
 
 class Doubled(nn.Linear):

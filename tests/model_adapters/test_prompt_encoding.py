@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from model_adapters import load_adapter
-from model_adapters.loading import load_pipeline, load_text_encoders, load_transformer
-from model_adapters.prompt_encoding import encode_prompts
+from model_adapters.pipeline.prompt_encoding import encode_prompts
+from model_adapters.weights.loading import load_pipeline, load_text_encoders, load_transformer
 from quant_core.calibration.capture import DumperManager
 
 PROMPTS = ("a cat", "a dog on a red car")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model_adapters.options import PipelineOptions
-from model_adapters.prompts import even_share, read_batches, read_prompts
+from model_adapters.pipeline.prompts import even_share, read_batches, read_prompts
 from quant_core.errors import ConfigurationError, InputError
 
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from model_adapters import load_adapter
 from model_adapters.flux.shard_plan import MEGATRON, MINDIE
+from model_adapters.parallel.shard_plan import Rule, ShardPlan
 from model_adapters.sd3.shard_plan import MEGATRON as SD3_MEGATRON
-from model_adapters.shard_plan import Rule, ShardPlan
 from quant_core.errors import ConfigurationError
 from quant_core.naming import linear_names
-from quant_core.sharding import Shard, Style
+from quant_core.parallel.sharding import Shard, Style
 
 GIB = 2**30
 BF16 = 2  # bytes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from model_adapters import load_adapter
-from model_adapters.loading import load_pipeline, load_transformer
-from model_adapters.step_cache import step_cache
+from model_adapters.pipeline.step_cache import step_cache
+from model_adapters.weights.loading import load_pipeline, load_transformer
 from quant_core.calibration.capture import DumperManager
 
 STEPS = 4

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.make_tiny_pipeline import write_prompts
-from tests.distributed.torchrun import ROOT, Finished, run_torchrun
 from tests.npu_sim.build import Simulation, Unavailable, prepare
+from tests.support.torchrun import ROOT, Finished, run_torchrun
 
 HERE = Path(__file__).parent
 # Installing the wheels takes a minute, and much longer on a slow network.

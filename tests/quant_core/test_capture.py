@@ -188,9 +188,8 @@ def test_an_unknown_mode_is_refused():
 
 
 def test_a_dump_calibrates_a_fresh_model(tmp_path: Path):
-    from small_model import SCHEMES
-
     from quant_core import SessionConfig
+    from tests.support.small_model import SCHEMES
 
     model = Model()
     dumper = DumperManager(model, "timestep")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import STEPS
-from stored import Damage, add_attention, add_smoothing, both, damaged, written
 from torch import Tensor
 
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import InputError, VerificationError
+from tests.support.small_model import STEPS
+from tests.support.stored import Damage, add_attention, add_smoothing, both, damaged, written
 
 
 def put(name: str, **change: Any) -> Damage:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_cases import GoldenCase
 from hypothesis import given
 from hypothesis import strategies as st
-from small_model import STEPS, SmallModel, session
 from torch import Tensor, nn
 
 from quant_core import TimestepManager, quant_model
+from quant_core.arithmetic.integer_product import _chunked_product, _has_exact_int8_product, integer_product
+from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.arithmetic.scales import pack_deq_scale
 from quant_core.calibration.records import as_records
-from quant_core.deployed.integer_product import _chunked_product, _has_exact_int8_product, integer_product
-from quant_core.deployed.linear import (
+from quant_core.errors import ConfigurationError
+from quant_core.layers.deployed import (
     DeployedArithmetic,
     DeployedLayer,
     DeployedLinear,
@@ -21,9 +22,8 @@ from quant_core.deployed.linear import (
     dynamic_output,
     static_output,
 )
-from quant_core.errors import ConfigurationError
-from quant_core.numerics import NUMERICS
-from quant_core.scale_arithmetic import pack_deq_scale
+from tests.support.golden_cases import GoldenCase
+from tests.support.small_model import STEPS, SmallModel, session
 
 FLOAT32_STEP = 2.0**-23
 

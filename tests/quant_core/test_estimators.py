@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quant_core.calibration.channel_importance import LEVELS, channel_importance
-from quant_core.estimators import ESTIMATORS, RangeEstimator
-from quant_core.estimators.clipping_error import mean_squared_error
-from quant_core.estimators.histogram import histogram_range
-from quant_core.estimators.mix import mix_range
-from quant_core.estimators.mse import mse_range
-from quant_core.estimators.percentile import SHARE, percentile_range
-from quant_core.estimators.value_histogram import BINS, bin_edges, count_values, distribution
-from quant_core.numerics import NUMERICS
-from quant_core.parallel import Parallel
-from quant_core.scale_arithmetic import asymmetric_offset, asymmetric_scale, dequantize, quantize
-from quant_core.session_config import (
+from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.arithmetic.scales import asymmetric_offset, asymmetric_scale, dequantize, quantize
+from quant_core.parallel.groups import Parallel
+from quant_core.ranges import ESTIMATORS, RangeEstimator
+from quant_core.ranges.channel_importance import LEVELS, channel_importance
+from quant_core.ranges.clipping_error import mean_squared_error
+from quant_core.ranges.histogram import histogram_range
+from quant_core.ranges.mix import mix_range
+from quant_core.ranges.mse import mse_range
+from quant_core.ranges.percentile import SHARE, percentile_range
+from quant_core.ranges.value_histogram import BINS, bin_edges, count_values, distribution
+from quant_core.session.config import (
     SessionConfig,
     W8A8DynamicProcessorConfig,
     W8A8DynamicQuantConfig,

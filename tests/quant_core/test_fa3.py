@@ -23,9 +23,9 @@ from model_adapters import load_adapter
 from quant_core import FA3ProcessorConfig, SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
 from quant_core.attention.window import shortest_window
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.session_config import W8A8ProcessorConfig
+from quant_core.session.config import W8A8ProcessorConfig
 from quant_core.structure import ModelStructure
-from tests.model_adapters.tiny_models import CHANNELS, HEADS, KINDS, POOLED, TEXT, build
+from tests.support.tiny_models import CHANNELS, HEADS, KINDS, POOLED, TEXT, build
 
 # (image side in patches, text tokens, samples) of each record: nothing is the same twice
 MIXED = [(4, 5, 1), (6, 3, 2), (3, 7, 1)]

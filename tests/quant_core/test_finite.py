@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import SCHEMES, STEPS, SmallModel, records, session
 from torch import Tensor, nn
 
 from quant_core import DumperManager, quant_model
 from quant_core.errors import InputError
-from quant_core.streaming import quantize_streaming
-from tests.quant_core.golden_cases import GoldenCase
+from quant_core.session.streaming import quantize_streaming
+from tests.support.golden_cases import GoldenCase
+from tests.support.small_model import SCHEMES, STEPS, SmallModel, records, session
 
 
 def with_number(number: float, record: int) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_model import SCHEMES
-from stored import written
 
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import ExplainedError
+from tests.support.small_model import SCHEMES
+from tests.support.stored import written
 
 FAST = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 VALUES = st.none() | st.integers() | st.floats() | st.text(max_size=12) | st.lists(st.integers(), max_size=2)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import GoldenCase, Written, differing
 
-from quant_core.numerics import NUMERICS, Numerics
-from quant_core.scale_arithmetic import pack_deq_scale
+from quant_core.arithmetic.numerics import NUMERICS, Numerics
+from quant_core.arithmetic.scales import pack_deq_scale
+from tests.support.golden_cases import GoldenCase, Written, differing
 
 CASES = [
     "sd3_w8a8_bf16",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import GOLDEN, GoldenCase, Written, differing
-from reference_kernels import UNAVAILABLE
+
+from tests.support.golden_cases import GOLDEN, GoldenCase, Written, differing
+from tests.support.reference_kernels import UNAVAILABLE
 
 CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import GoldenCase, Written, differing
+
+from tests.support.golden_cases import GoldenCase, Written, differing
 
 CASE = GoldenCase("flux_w8a8_dynamic_fa3_bf16")
 BF16_ULP = 2.0**-7  # of a number, at most

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import GoldenCase, Written, differing
 from torch import Tensor
 
 from model_adapters.flux.structure import STRUCTURE
 from quant_core import quant_model
-from quant_core.numerics import NUMERICS
+from quant_core.arithmetic.numerics import NUMERICS
+from tests.support.golden_cases import GoldenCase, Written, differing
 
 METHODS = ("m3", "m4", "m6")
 # Largest distance of a factor or a scale from the golden one, in units in the last place; measured with MKL's kernels

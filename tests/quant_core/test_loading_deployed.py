@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import STEPS, SmallModel, session
-from stored import written
 from torch import Tensor, nn
 
 from quant_core import TimestepManager, quant_model
 from quant_core.checkpoint.loading import load_deployed
-from quant_core.deployed.linear import DeployedLinear
 from quant_core.errors import VerificationError
+from quant_core.layers.deployed import DeployedLinear
+from tests.support.small_model import STEPS, SmallModel, session
+from tests.support.stored import written
 
 SCHEMES = ["w8a8", "w8a8_timestep", "w8a8_dynamic"]
 

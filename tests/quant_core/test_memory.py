@@ -17,7 +17,7 @@ PROGRAM = """
 import resource, sys
 import torch
 sys.path.insert(0, "tests/quant_core")
-from golden_cases import GoldenCase
+from tests.support.golden_cases import GoldenCase
 from quant_core import *
 from quant_core.calibration.records import Record
 

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_model import SmallModel, session
 from torch import Tensor, nn
 
 from quant_core import quant_model
@@ -23,6 +22,7 @@ from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.checkpoint.tensor_parts import GB, TensorFiles, split, write_tensors
 from quant_core.errors import InputError, VerificationError
+from tests.support.small_model import SmallModel, session
 
 KB = 1000 / GB  # in the option's unit
 STEM = "quant_model_weight_w8a8"

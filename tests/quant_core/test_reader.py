@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import GOLDEN, GoldenCase
-from small_model import STEPS, SmallModel, session
-from stored import add_attention, add_smoothing, both, damaged, written
 
 from quant_core import TimestepManager, quant_model
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import ConfigurationError, VerificationError
+from tests.support.golden_cases import GOLDEN, GoldenCase
+from tests.support.small_model import STEPS, SmallModel, session
+from tests.support.stored import add_attention, add_smoothing, both, damaged, written
 
 SCHEMES = ["w8a8", "w8a8_timestep", "w8a8_dynamic"]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor
 
-from quant_core.numerics import NUMERICS
-from quant_core.scale_arithmetic import (
+from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.arithmetic.scales import (
     EPS,
     QMAX,
     QMIN,

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from small_model import STEPS, SmallModel, records, session
 
 from quant_core import (
     FA3ProcessorConfig,
@@ -25,6 +24,7 @@ from quant_core import (
     W8A8TimeStepQuantConfig,
     quant_model,
 )
+from tests.support.small_model import STEPS, SmallModel, records, session
 
 DYNAMIC = W8A8DynamicProcessorConfig()
 

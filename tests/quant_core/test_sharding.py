@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quant_core.arithmetic.numerics import NUMERICS
 from quant_core.errors import ConfigurationError, InputError, VerificationError
-from quant_core.numerics import NUMERICS
-from quant_core.sharding import Shard, Style, cut, join
+from quant_core.parallel.sharding import Shard, Style, cut, join
 
 WEIGHT = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
 BIAS = torch.tensor([10.0, 20])

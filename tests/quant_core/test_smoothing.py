@@ -25,11 +25,12 @@ from quant_core import (
     W8A8TimeStepProcessorConfig,
     quant_model,
 )
+from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.numerics import NUMERICS, Numerics
-from quant_core.quantize import QuantizedModel
-from quant_core.rescaling import Rescaling
-from quant_core.session_config import ProcessorConfig, SmoothingConfig
+from quant_core.layers.rescaling import Rescaling
+from quant_core.session.config import ProcessorConfig, SmoothingConfig
+from quant_core.session.quantize import QuantizedModel
+from quant_core.session.targets import target_layers
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import modulate
 from quant_core.smoothing.m6 import exponents
@@ -37,9 +38,7 @@ from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
 from quant_core.smoothing.smooth import groups_to_smooth
 from quant_core.smoothing.statistics import SAMPLE_SIZE, AllCalls, InputStatistics, NoTokens, TokenSample
 from quant_core.structure import Modulation
-from quant_core.targets import target_layers
-from tests.model_adapters.tiny_models import HEADS, SD3, build
-from tests.quant_core.smoothed_models import (
+from tests.support.smoothed_models import (
     apply_in_float,
     outlier_model,
     outputs,
@@ -48,6 +47,7 @@ from tests.quant_core.smoothed_models import (
     smoothed,
     structure_of,
 )
+from tests.support.tiny_models import HEADS, SD3, build
 
 WIDTH = HEADS * 8
 KINDS = ("flux", "sd3", "sd35")

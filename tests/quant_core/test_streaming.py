@@ -15,11 +15,11 @@ from quant_core import (
     W8A8DynamicProcessorConfig,
     W8A8ProcessorConfig,
     quant_model,
-    streaming,
 )
-from quant_core.streaming import quantize_streaming, reads_activations
-from tests.model_adapters.tiny_models import build
-from tests.quant_core.golden_cases import GoldenCase, Written, differing
+from quant_core.session import streaming
+from quant_core.session.streaming import quantize_streaming, reads_activations
+from tests.support.golden_cases import GoldenCase, Written, differing
+from tests.support.tiny_models import build
 
 GOLDEN_DYNAMIC = GoldenCase("flux_w8a8_dynamic_bf16")
 

@@ -17,7 +17,7 @@ from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from quant_core.structure import ENTRY_POINT_GROUP
 from scripts.make_tiny_pipeline import PROMPTS
-from tests.distributed.torchrun import ROOT, run_torchrun
+from tests.support.torchrun import ROOT, run_torchrun
 
 PROGRAMS = Path(__file__).with_name("programs")
 # How the documents of the reference tool start it; only the device, the size and the number of steps are smaller.

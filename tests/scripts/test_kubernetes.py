@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.scripts.job_templates import SCRIPTS
+from tests.support.job_templates import SCRIPTS
 
 FOLDER = SCRIPTS / "kubernetes"
 CUSTOM_RESOURCES = Path(__file__).resolve().parents[1] / "data" / "custom_resources.yaml"

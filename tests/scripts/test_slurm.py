@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from scripts.make_tiny_pipeline import write_prompts
-from tests.scripts.job_templates import SCRIPTS, fill, marked_names
-from tests.scripts.slurm_cluster import SlurmCluster, missing_programs, slurm_cluster, wait_until
+from tests.support.job_templates import SCRIPTS, fill, marked_names
+from tests.support.slurm_cluster import SlurmCluster, missing_programs, slurm_cluster, wait_until
 
 ONE_NODE, SEVERAL_NODES = SCRIPTS / "slurm" / "one_node.sbatch", SCRIPTS / "slurm" / "several_nodes.sbatch"
 TEMPLATES = pytest.mark.parametrize("template", [ONE_NODE, SEVERAL_NODES], ids=lambda path: path.stem)

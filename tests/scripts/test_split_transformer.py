@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.identity import model_fields
-from launcher.job_config import job_config
+from launcher.config.job_config import job_config
+from launcher.files.identity import model_fields
 from model_adapters import load_adapter
-from model_adapters.loading import load_transformer
+from model_adapters.weights.loading import load_transformer
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.sharding import Shard, Style, join
+from quant_core.parallel.sharding import Shard, Style, join
 from scripts.make_tiny_pipeline import make_tiny_pipeline
 from scripts.split_transformer import main, split
 

@@ -1,0 +1,1 @@
+"""The command line: what the words of a command mean."""

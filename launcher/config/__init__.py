@@ -1,0 +1,1 @@
+"""One tree of options: its fields, its rules, its flags, and its errors."""

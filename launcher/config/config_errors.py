@@ -1,0 +1,166 @@
+"""Turn what pydantic says of a configuration into errors for people: all of them, each naming its flag."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from launcher.config.option_flags import Flag, flags_of
+from quant_core.errors import ConfigurationError, nearest
+
+
+class ConfigurationErrors(ConfigurationError):
+    """Carry several problems of one configuration; prints them all, four lines each."""
+
+    def __init__(self, problems: Sequence[ConfigurationError]) -> None:
+        first = problems[0]
+        super().__init__(first.what, where=first.where, why=first.why, advice=first.advice)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.problems,)
+
+
+def together(problems: Iterable[ConfigurationError]) -> ConfigurationError:
+    """Return one error for one or more problems, flattening those that already hold several."""
+    flat = [part for problem in problems for part in getattr(problem, "problems", (problem,))]
+    return flat[0] if len(flat) == 1 else ConfigurationErrors(flat)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Remember which options were typed as flags; the others come from the file `config`, if there is one."""
+
+    typed: frozenset[tuple[str, ...]] = field(default_factory=frozenset)
+    config: Path | None = None
+
+    def where(self, path: tuple[str, ...], option: str) -> str:
+        """Say where a value came from, with the flag that sets it."""
+        if path in self.typed or self.config is None:
+            return option
+        return f"{option}, or {'.'.join(path)} in {self.config}"
+
+
+def explain(error: ValidationError, options: type[BaseModel], origin: Origin | None = None) -> ConfigurationError:
+    """Return the problems of a ValidationError of `options` as one error."""
+    flags = flags_of(options)
+    reader = _Reader(options, flags, origin or Origin())
+    return together(reader.read(entry) for entry in error.errors(include_url=False))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    options: type[BaseModel]
+    flags: list[Flag]
+    origin: Origin
+
+    def read(self, entry: Any) -> ConfigurationError:
+        """Return one of pydantic's problems as an explained error."""
+        told = entry.get("ctx", {}).get("error")
+        if isinstance(told, ConfigurationError):
+            return told
+        location = tuple(str(part) for part in entry["loc"])
+        readers: dict[str, Callable[[Any, tuple[str, ...]], ConfigurationError]] = {
+            "extra_forbidden": self._unknown_key,
+            "missing": self._missing,
+            "model_type": self._no_section,
+        }
+        return readers.get(entry["type"], self._bad_value)(entry, location)
+
+    def _flag_at(self, location: tuple[str, ...]) -> Flag | None:
+        """Find the flag by its path or alias; deeper parts of a location (an index, a union's branch) are dropped."""
+        for length in range(len(location), 0, -1):
+            head = location[:length]
+            for flag in self.flags:
+                if head in (flag.path, (*flag.path[:-1], flag.name)):
+                    return flag
+        return None
+
+    def _missing(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
+        flag = self._flag_at(location)
+        if flag is None:
+            return ConfigurationError(f"{'.'.join(location)} is missing", where=str(self.origin.config or "options"))
+        return ConfigurationError(
+            f"{flag.option} is missing",
+            where=self.origin.where(flag.path, flag.option),
+            why=f"it has no default: {flag.field.description}",
+            advice=f"add {flag.option} {flag.metavar}",
+        )
+
+    def _unknown_key(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
+        *section, key = location
+        siblings = _keys_of(self.options, section)
+        home = next((flag for flag in self.flags if key in (flag.path[-1], flag.name)), None)
+        if home is not None and len(home.path) > 1:
+            advice = f"move it into the section {home.path[0]}:"
+        else:
+            close = nearest(key, siblings)
+            advice = f"{close} (nearest name)" if close else f"one of {', '.join(siblings)}"
+        return ConfigurationError(
+            f"no option is called '{key}'",
+            where=f"{'.'.join(location)}{f' in {self.origin.config}' if self.origin.config else ''}",
+            why="an unknown key is refused, so that a typo cannot silently change the job",
+            advice=advice,
+        )
+
+    def _bad_value(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
+        flag = self._flag_at(location)
+        if flag is None:
+            return self._misfit(entry, location)
+        return ConfigurationError(
+            f"{flag.option} cannot be {entry['input']!r}",
+            where=self.origin.where(flag.path, flag.option),
+            why=_plain(entry["msg"]),
+            advice=_advice(flag, entry["input"]),
+        )
+
+    def _no_section(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
+        section = ".".join(location)
+        return ConfigurationError(
+            f"the section {section} cannot be {entry['input']!r}",
+            where=f"{section} in {self.origin.config or 'the options'}",
+            why="a section maps the names of options to their values",
+            advice=f"options of this section: {', '.join(_keys_of(self.options, location))}",
+        )
+
+    def _misfit(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
+        """Explain options of one section that an adapter's own rule refuses together."""
+        text = _plain(entry["msg"])
+        named = [flag.option for flag in self.flags if flag.path[-1] in re.findall(r"\w+", text)]
+        return ConfigurationError(
+            text,
+            where=", ".join(named) or ".".join(location),
+            why="options of one section must fit each other",
+            advice="change one of them",
+        )
+
+
+def _keys_of(options: type[BaseModel], section: Sequence[str]) -> list[str]:
+    for name in section:
+        inner = options.model_fields[name].annotation if name in options.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        options = inner
+    return list(options.model_fields)
+
+
+def _plain(message: str) -> str:
+    text = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return text.replace("Input should be", "it must be")
+
+
+def _advice(flag: Flag, value: object) -> str:
+    if flag.choices:
+        close = nearest(str(value), flag.choices)
+        return f"{close} (nearest choice)" if close else f"one of {', '.join(flag.choices)}"
+    if flag.field.is_required():
+        return f"{flag.option} {flag.metavar}: {flag.field.description}"
+    return f"{flag.field.description}; leave the flag out for the default, {flag.field.get_default()}"

@@ -1,0 +1,131 @@
+"""Say which options of a job do not fit each other, and what to change.
+
+Each rule looks at the whole configuration and yields a problem for every combination it refuses; a rule that has
+nothing to object to yields nothing. A new rule is a function and a line in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from quant_core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from launcher.config.job_config import JobConfig
+
+Rule = Callable[["JobConfig"], Iterator[ConfigurationError]]
+
+
+def has_something_to_do(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse a run that would load the model and produce nothing."""
+    if not job.quantization.do_quant and not job.output.do_save_img:
+        yield ConfigurationError(
+            "this run would produce nothing",
+            where="--do_quant, --do_save_img",
+            why="without --do_quant nothing is quantized, and without --do_save_img no image is saved",
+            advice="add --do_quant to quantize, --do_save_img to make images, or both",
+        )
+
+
+def quantizing_has_its_folders(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse to quantize without a place for the calibration data and the weights."""
+    if not job.quantization.do_quant:
+        return
+    examples = {
+        "quant_weight_save_folder": "./results/quant/safetensors",
+        "quant_dump_calib_folder": "./results/quant/cache",
+    }
+    for name, example in examples.items():
+        if getattr(job.output, name) is None:
+            yield ConfigurationError(
+                f"--{name} is missing",
+                where=f"--{name}",
+                why=f"--do_quant needs it: {type(job.output).model_fields[name].description}",
+                advice=f"add --{name} {example}",
+            )
+
+
+def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse a boundary between steps where nothing depends on the step, or beyond the last one."""
+    boundary, scheme, steps = job.quantization.timestep_sep, job.quantization.quant_type, job.pipeline.infer_steps
+    if boundary is None:
+        return
+    if scheme != "w8a8_timestep":
+        yield ConfigurationError(
+            f"--timestep_sep {boundary} has no meaning for {scheme}",
+            where="--timestep_sep, --quant_type",
+            why="only w8a8_timestep treats steps differently",
+            advice="drop --timestep_sep, or use --quant_type w8a8_timestep",
+        )
+    elif boundary > steps:
+        yield ConfigurationError(
+            f"--timestep_sep {boundary} lies beyond the last of {steps} steps",
+            where="--timestep_sep, --infer_steps",
+            why="steps below it run dynamic and the others static, so it is at most the number of steps",
+            advice=f"--timestep_sep {steps // 2} (half the steps), or leave it out",
+        )
+
+
+def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse a smoothing option that the chosen method would not read."""
+    every_method = ("m3", "m4", "m6")
+    readers = {
+        "anti_alpha": ("m4", "m6"),
+        "anti_beta": ("m6",),
+        "anti_groups": every_method,
+        "anti_fused": every_method,
+    }
+    method, options = job.quantization.anti_method, type(job.quantization).model_fields
+    for name, methods in readers.items():
+        value = getattr(job.quantization, name)
+        if value != options[name].default and method not in methods:
+            given = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
+            yield ConfigurationError(
+                f"{given} has no meaning {f'for {method}' if method else 'without --anti_method'}",
+                where=f"--{name}, --anti_method",
+                why=f"it is read by {' and '.join(methods)} only",
+                advice=f"drop --{name}, or use --anti_method {' or '.join(methods)}",
+            )
+
+
+def estimator_is_used(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse an estimator where no range is estimated, or where it cannot be what the reference tool computes."""
+    method, scheme = job.quantization.act_method, job.quantization.quant_type
+    if method == "minmax":
+        return
+    if scheme.startswith("w8a8_dynamic"):
+        yield ConfigurationError(
+            f"--act_method {method} has no meaning for {scheme}",
+            where="--act_method, --quant_type",
+            why="its runtime measures each token; no activation range is estimated",
+            advice="drop --act_method, or use --quant_type w8a8 or w8a8_timestep",
+        )
+    elif job.quantization.numerics == "reference":
+        yield ConfigurationError(
+            f"--act_method {method} is no estimator of --numerics reference",
+            where="--act_method, --numerics",
+            why="what the reference tool computes for it is not public; only minmax can be equal to the last bit",
+            advice="--numerics float32, or --act_method minmax",
+        )
+
+
+def device_id_counts_cards(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse to pick one of several processors: there is only `cpu`."""
+    if job.ranks.device == "cpu" and job.ranks.device_id:
+        yield ConfigurationError(
+            f"--device_id {job.ranks.device_id} has no meaning for cpu",
+            where="--device_id, --device",
+            why="it picks one of several cards",
+            advice="drop --device_id",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    has_something_to_do,
+    quantizing_has_its_folders,
+    timestep_sep_is_a_step_of_a_timestep_scheme,
+    smoothing_options_belong_to_their_method,
+    estimator_is_used,
+    device_id_counts_cards,
+)

@@ -1,0 +1,108 @@
+"""Choose this process's device, its communication backend and its threads, each with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from launcher.devices import npu
+from launcher.devices.rank_variables import RankVariables
+from quant_core.errors import ConfigurationError, EnvironmentFailure
+
+Kind = Literal["npu", "cuda", "cpu"]
+
+# Which variable hides cards from a process, and which command lists those of the host.
+_VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+_LISTING = {"npu": "npu-smi info", "cuda": "nvidia-smi"}
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Count the devices of one kind that this process can see; `visible` is the variable that may hide some."""
+
+    kind: Kind
+    count: int
+    visible: str = ""
+
+    def shared_by(self, launch: RankVariables) -> bool:
+        """Whether several ranks of this host have to use one GPU. Nothing else can be shared."""
+        return self.kind == "cuda" and 0 < self.count < launch.local_world
+
+
+def find_cards(kind: Kind, environ: Mapping[str, str]) -> Cards:
+    """Look for devices of a kind, importing what that needs.
+
+    Raises:
+        EnvironmentFailure: torch_npu cannot be imported.
+    """
+    if kind == "cpu":
+        return Cards("cpu", 1)
+    if kind == "npu":
+        npu.load()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if accelerator is not None and accelerator.type == kind else 0
+    return Cards(kind, count, f"{_VISIBLE[kind]}={environ.get(_VISIBLE[kind], '(unset)')}")
+
+
+def choose_device_index(cards: Cards, device_id: int, launch: RankVariables) -> tuple[int, str]:
+    """Return the index of this process's device among those it can see, and why.
+
+    Raises:
+        ConfigurationError: `--device_id` was given although a launcher places the ranks.
+        EnvironmentFailure: there is no such device.
+    """
+    if cards.kind == "cpu":
+        return 0, "the processor, as --device cpu asks"
+    if launch.is_distributed and device_id:
+        raise ConfigurationError(
+            f"--device_id {device_id} cannot be given to {launch.world} ranks",
+            where=f"rank {launch.rank}, --device_id",
+            why=f"under {launch.source} each rank takes the device of its local rank",
+            advice=f"drop --device_id, and choose cards with {_VISIBLE[cards.kind]}",
+        )
+    if cards.shared_by(launch):
+        index = launch.local_rank % cards.count
+        return index, f"{launch.local_world} ranks share {cards.count} GPU{'s' * (cards.count > 1)}"
+    wanted, source = (launch.local_rank, "local rank") if launch.is_distributed else (device_id, "--device_id")
+    if wanted >= cards.count:
+        raise EnvironmentFailure(
+            f"{cards.kind} {wanted} does not exist: this process sees {cards.count or 'none'}",
+            where=f"rank {launch.rank}, {source} {wanted}, {cards.visible}",
+            why=f"the {source} picks one of the devices that this process sees",
+            advice=f"{_LISTING[cards.kind]} lists those of the host; start fewer ranks, or use --device cpu",
+        )
+    return wanted, f"{source} {wanted} of {cards.count} visible"
+
+
+def choose_backend(device: torch.device, *, shared: bool) -> tuple[str, str]:
+    """Return the backends for `init_process_group`, host tensors always over gloo, and why."""
+    if shared:
+        return f"cpu:gloo,{device.type}:gloo", "gloo, because NCCL refuses two ranks on one GPU"
+    native = dist.get_default_backend_for_device(device)
+    if device.type == "cpu":
+        return native, f"{native}, the backend of host memory"
+    return f"cpu:gloo,{device.type}:{native}", f"{native}, the backend of {device.type}"
+
+
+def choose_threads(cores: int, local_world: int, omp_num_threads: str | None) -> tuple[int, str]:
+    """Return how many threads torch may use in this process, and why.
+
+    torchrun sets OMP_NUM_THREADS=1 for every rank it starts, so 1 is nobody's wish; another number is.
+    """
+    if omp_num_threads and omp_num_threads.isdecimal() and int(omp_num_threads) > 1:
+        return int(omp_num_threads), f"OMP_NUM_THREADS={omp_num_threads}"
+    share = max(1, cores // local_world)
+    return share, f"{cores} cores, {local_world} rank{'s' * (local_world > 1)} on this host"
+
+
+def available_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return how many cores this process may use: of its affinity, and of a container's quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = (quota_file.read_text().split() if quota_file.is_file() else ("max", "1"))[:2]
+    return affinity if quota == "max" else max(1, min(affinity, int(quota) // int(period)))

@@ -1,0 +1,1 @@
+"""The files of a run: their names, whose they are, whether they fit together."""

@@ -1,0 +1,96 @@
+"""The manifest: the last file of a run, whose presence says that the checkpoint beside it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from launcher.files.shard_note import FileDigest, ShardNote
+from quant_core.atomic_file import write_text_atomically
+from quant_core.errors import InputError
+
+
+class TimestepPolicy(BaseModel):
+    """Tell the runtime which steps run static; it runs every step dynamic if nobody does.
+
+    `registration` holds the line to paste into the inference program, by MindIE-SD version.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    timesteps: int
+    timestep_sep: int
+    registration: dict[str, str]
+
+    @classmethod
+    def of(cls, timesteps: int, timestep_sep: int) -> TimestepPolicy:
+        """Write the registration of steps `timestep_sep` to `timesteps` as static."""
+        static = f"range({timestep_sep}, {timesteps})"
+        return cls(
+            timesteps=timesteps,
+            timestep_sep=timestep_sep,
+            registration={
+                "3.0": f'policy.register({static}, "static")',
+                "3.1": f'policy.register({static}, target="w8a8_static_linear")',
+            },
+        )
+
+
+class Manifest(BaseModel):
+    """Describe a published checkpoint: its files, what made it, how it is divided."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    quant_type: str
+    fingerprint: str
+    fields: dict[str, Any]
+    layout: str
+    tp_size: int
+    dp_size: int
+    files: list[FileDigest]
+    timestep_policy: TimestepPolicy | None = None
+
+    @classmethod
+    def of(cls, notes: list[ShardNote]) -> Manifest:
+        """Describe the checkpoint that consists of the noted shards."""
+        first = notes[0]
+        policy = None
+        if first.timesteps is not None and first.timestep_sep is not None:
+            policy = TimestepPolicy.of(first.timesteps, first.timestep_sep)
+        return cls(
+            quant_type=first.quant_type,
+            fingerprint=first.fingerprint,
+            fields=first.fields,
+            layout=first.layout,
+            tp_size=first.tp_size,
+            dp_size=first.dp_size,
+            files=[file for note in notes for file in (note.weights, note.description)],
+            timestep_policy=policy,
+        )
+
+    def write(self, path: Path) -> None:
+        """Publish the manifest."""
+        write_text_atomically(path, self.model_dump_json(indent=2, exclude_none=True) + "\n")
+
+    def files_are_there(self, folder: Path) -> bool:
+        """Tell whether all files stand in the folder with the sizes noted."""
+        paths = [(folder / file.name, file.bytes) for file in self.files]
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """Return the manifest at `path`, or None when there is none; raises InputError when it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise InputError(
+            "the manifest of a checkpoint cannot be read",
+            where=str(path),
+            why=" ".join(str(error).split())[:200],
+            advice="remove it and run the job again",
+        ) from None

@@ -1,0 +1,80 @@
+"""The names of all files that a run reads and writes, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.ranks.mesh import Mesh
+from quant_core.checkpoint.entries import CheckpointFiles, description_file_name, weight_file_name
+
+MANIFEST = "quant_manifest.json"
+# A folder of its own inside the output folder: on the same file system, so that publishing is a rename.
+STAGING = ".shards"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Name the files of one rank's part of a run.
+
+    `scheme` is the checkpoint's type in lower case (`w8a8_dynamic` also for FA3 and smoothing). Dumps carry the global
+    rank, shards the tensor-parallel rank; in a single process neither has a suffix.
+    """
+
+    weights: Path
+    dumps: Path
+    scheme: str
+    mesh: Mesh
+    is_distributed: bool
+
+    @property
+    def manifest(self) -> Path:
+        """The file whose presence says that a checkpoint is whole."""
+        return self.weights / MANIFEST
+
+    @property
+    def job(self) -> Path:
+        """The resolved configuration, which `--config` accepts."""
+        return self.weights / "quant_job.yaml"
+
+    @property
+    def staging(self) -> Path:
+        """Where shards wait until all of them have been checked."""
+        return self.weights / STAGING
+
+    def dump(self) -> Path:
+        """This rank's calibration data."""
+        return self.dumps / f"calib_data{f'_rank{self.mesh.rank}' if self.is_distributed else ''}.pth"
+
+    def shard(self, tp_rank: int | None = None) -> CheckpointFiles:
+        """The published files of a tensor-parallel rank, this one's by default."""
+        return shard_files(self.weights, self.scheme, self._suffix(tp_rank))
+
+    def staged(self, tp_rank: int | None = None) -> CheckpointFiles:
+        """The same files before they are published."""
+        return shard_files(self.staging, self.scheme, self._suffix(tp_rank))
+
+    def note(self, tp_rank: int | None = None) -> Path:
+        """What a rank notes about the shard it staged."""
+        return note_file(self.staging, self.scheme, self._suffix(tp_rank))
+
+    def _suffix(self, tp_rank: int | None) -> str:
+        return tp_suffix(self.mesh.tp_rank if tp_rank is None else tp_rank, self.mesh.tp_size)
+
+
+def tp_suffix(tp_rank: int, tp_size: int) -> str:
+    """Return what the loader puts before the extension: nothing for an undivided model."""
+    return f"_{tp_rank}" if tp_size > 1 else ""
+
+
+def shard_files(folder: Path, scheme: str, suffix: str) -> CheckpointFiles:
+    """Return the two files of one shard."""
+    return CheckpointFiles(
+        folder / f"{weight_file_name(scheme)}{suffix}.safetensors",
+        folder / f"{description_file_name(scheme)}{suffix}.json",
+    )
+
+
+def note_file(folder: Path, scheme: str, suffix: str) -> Path:
+    """Return the note that belongs to a staged shard."""
+    return folder / f"quant_shard_note_{scheme}{suffix}.json"

@@ -1,0 +1,43 @@
+"""What all stages of one job share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.config.job_config import JobConfig
+from launcher.failure.watch import Watch
+from launcher.files.fingerprint import Fingerprint
+from launcher.files.run_folder import RunFolder
+from launcher.journal.console import Console
+from launcher.ranks.process_group import Ranks
+from launcher.stages.model_session import ModelSession
+from model_adapters.pipeline.prompts import Batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """Hold the configuration, the ranks, the model and this rank's share of the images.
+
+    `batches` are those of this rank's copy of the model. `folder` and the fingerprints are None when nothing is
+    quantized.
+    """
+
+    config: JobConfig
+    ranks: Ranks
+    model: ModelSession
+    watch: Watch
+    batches: list[Batch]
+
+    @property
+    def console(self) -> Console:
+        """Where rank 0 speaks."""
+        return self.watch.console
+
+
+@dataclass(frozen=True)
+class QuantJob(Job):
+    """A job that quantizes: where its files lie, and what they depend on."""
+
+    folder: RunFolder
+    calibration: Fingerprint
+    quantization: Fingerprint

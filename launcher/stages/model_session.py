@@ -1,0 +1,125 @@
+"""Hold this rank's model for the stages of a job: loaded when first needed, and no part longer than needed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from launcher.config.job_config import JobConfig
+from launcher.devices.host_memory import return_large_blocks
+from launcher.ranks.process_group import Ranks
+from launcher.stages.processors import processors, session_of
+from model_adapters import load_adapter
+from model_adapters.adapter import Embeddings, ModelAdapter
+from model_adapters.options import DeviceType
+from model_adapters.pipeline.offload import run_block_by_block
+from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
+from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline
+from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
+from quant_core.session.targets import target_layers
+from quant_core.smoothing.smooth import groups_to_smooth
+
+
+@dataclass
+class ModelSession:
+    """Load this rank's part of the transformer, and the pipeline around it."""
+
+    config: JobConfig
+    ranks: Ranks
+    adapter: ModelAdapter = field(init=False)
+    _transformer: LoadedTransformer | None = None
+    _pipeline: Any = None
+    # On the host, by batch of prompts; filled before the transformer is loaded.
+    embeddings: dict[Prompts, Embeddings] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        return_large_blocks()
+        self.adapter = load_adapter(self.config.model)
+
+    @property
+    def disabled_layers(self) -> tuple[str, ...]:
+        """Return the patterns of layers to keep float: the user's, else those of the model's recipe."""
+        chosen = self.config.quantization.disable_names
+        return self.adapter.disabled_layers[self.config.quantization.quant_type] if chosen is None else chosen
+
+    @property
+    def device_type(self) -> DeviceType:
+        """Return what the chosen hardware set-up means; a model without any runs without offload."""
+        name = getattr(self.config.pipeline, "device_type", None)
+        return self.adapter.device_types[name] if name else DeviceType(tp_size=self.ranks.mesh.tp_size)
+
+    def check(self) -> None:
+        """Refuse, before anything is loaded, what would fail later: folder, layout, weight files, layer patterns."""
+        part = self.describe()
+        if self.config.quantization.do_quant:
+            self._check_quantization(part.model)
+
+    def _check_quantization(self, model: nn.Module) -> None:
+        """Refuse patterns without a layer, options that exclude each other, and smoothing without a group."""
+        options = self.config.quantization
+        session = session_of(processors(options, self.disabled_layers), options, [])
+        targets = target_layers(model, self.disabled_layers)
+        if session.smoothing is not None:
+            groups_to_smooth(model, session.smoothing, structure=self.adapter.structure, targets=targets)
+
+    @property
+    def transformer(self) -> LoadedTransformer:
+        """Return this rank's part of the transformer, reading it from disk the first time."""
+        if self._transformer is None:
+            self._transformer = load_part(self.describe(), "cpu" if self.device_type.cpu_offload else self.ranks.device)
+        return self._transformer
+
+    def describe(self) -> TransformerPart:
+        """Describe this rank's part of the transformer anew: who reads or quantizes a description uses it up."""
+        mesh, options = self.ranks.mesh, self.config.pipeline
+        return describe_transformer(
+            self.adapter,
+            options.path,
+            tp_rank=mesh.tp_rank,
+            tp_size=mesh.tp_size,
+            tp_group=self.ranks.tp_device_group,
+            layout=self.config.ranks.layout,
+            dtype=self.adapter.dtype(options),
+        )
+
+    @property
+    def pipeline(self) -> Any:
+        """Return the pipeline around the transformer, without text encoders, loading its parts the first time."""
+        if self._pipeline is None:
+            options = self.config.pipeline
+            self._pipeline = load_pipeline(
+                self.adapter,
+                options,
+                self.transformer.model,
+                self.ranks.device,
+                self.adapter.dtype(options),
+                cpu_offload=self.device_type.cpu_offload,
+                with_text=False,
+            )
+        return self._pipeline
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a context in which the transformer alone runs on this rank's device, block by block if it offloads."""
+        if not self.device_type.cpu_offload:
+            return nullcontext()
+        return run_block_by_block(self.transformer.model, self.ranks.device)
+
+    def embeddings_of(self, prompts: Prompts) -> Embeddings:
+        """Return the embeddings of a batch of prompts, on this rank's device."""
+        return {name: tensor.to(self.ranks.device) for name, tensor in self.embeddings[prompts].items()}
+
+    def drop_pipeline(self) -> None:
+        """Free the VAE and with it what the pipeline left on the device; the transformer stays."""
+        if self._pipeline is not None:
+            self._pipeline.remove_all_hooks()
+            self._pipeline = None
+            release_memory(self.ranks.device)
+
+    def drop(self) -> None:
+        """Free the whole model."""
+        self.drop_pipeline()
+        self._transformer = None
+        release_memory(self.ranks.device)

@@ -1,0 +1,131 @@
+"""torchrun's own agent, which starts and watches the ranks of this host, and what it leaves out.
+
+It waits for other hosts for minutes inside torch, where no handler written in Python runs; hosts that do not meet are
+a traceback to it; and after an interrupt it waits for its ranks again, however often one interrupts.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousError
+
+from launcher.failure.stop import GRACEFUL, arrived, hear_interrupts, numbers
+from quant_core.errors import ConfigurationError, DistributedError
+
+# Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
+_RENDEZVOUS = ("nnodes", "rdzv", "master", "node_rank", "standalone")
+# What torchrun is told unless the user says otherwise: pass Slurm's warning on, and let ranks finish a batch of images
+# after SIGTERM (30 s by default). Options that this torch does not know yet are left out.
+_DEFAULTS = {"--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout": "300"}
+# How often signals are looked for: sooner than a person can ask why nothing happens.
+_LOOK_S = 0.1
+# How long the agent may take to leave once it has no ranks.
+_ANSWER_S = 3.0
+
+
+def agent_arguments(flags: Sequence[str], worker: Sequence[str], reports: Path) -> Any:
+    """Return torchrun's arguments: the user's flags, what they leave open, and what each rank runs."""
+    parser = torchrun.get_args_parser()
+    names = [flag.split("=", 1)[0].replace("_", "-") for flag in flags]
+    added = [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in names and _knows(parser, name)]
+    if not any(name.lstrip("-").replace("-", "_").startswith(_RENDEZVOUS) for name in names):
+        added.append("--standalone")
+    if "--log-dir" not in names:
+        added.append(f"--log-dir={reports}")
+    return parser.parse_args([*flags, *added, *worker])
+
+
+def run_agent(arguments: Any) -> None:
+    """Start the ranks of this host and wait for their end.
+
+    Raises:
+        ChildFailedError, SignalException: as torchrun does.
+        DistributedError: the hosts did not find or have lost each other.
+        ConfigurationError: torchrun's flags make no sense.
+    """
+    try:
+        torchrun.run(arguments)
+    except (RendezvousError, dist.DistError) as error:
+        raise _apart(arguments, error) from error
+    except (ValueError, ImportError) as error:
+        raise ConfigurationError(
+            "torchrun cannot start ranks with these flags",
+            where="the flags in front of the command",
+            why=str(error),
+            advice="see torchrun --help; on one host --nproc_per_node alone is enough",
+        ) from error
+
+
+@contextmanager
+def heard(insist: Callable[[], object], leave: Callable[[str], object]) -> Iterator[None]:
+    """See to it that signals have an effect although the agent has the main thread.
+
+    They raise SignalException, as they do in the agent from the moment it starts ranks. For calls that let none through
+    a thread listens too: `insist` is called when SIGINT comes a second time, `leave` with a signal's name when the
+    block goes on although it came, and no child process is there to wait for.
+
+    Processes that the block starts have SIGINT blocked until they call `hear_interrupts`: an interpreter that gets it
+    before its first line of ours ends with a traceback of its own.
+    """
+    pipe, over = numbers(), threading.Event()
+    thread = threading.Thread(target=_hear, args=(pipe.readable, over, insist, leave), name="signals", daemon=True)
+    thread.start()
+    for number in GRACEFUL:
+        signal.signal(number, _raise)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        over.set()
+        thread.join()
+        pipe.close()
+
+
+def _raise(number: int, frame: object) -> NoReturn:
+    raise SignalException("asked to leave", signal.Signals(number))
+
+
+def end_children() -> None:
+    """Kill what is left of the processes that this one started."""
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+
+
+def _hear(readable: int, over: threading.Event, insist: Callable[[], object], leave: Callable[[str], object]) -> None:
+    hear_interrupts()  # one thread of this process has to
+    seen: list[signal.Signals] = []
+    unanswered = 0.0
+    while not over.wait(_LOOK_S):
+        seen += arrived(readable)
+        if seen.count(signal.SIGINT) > 1:
+            insist()
+        if not seen or psutil.Process().children():
+            unanswered = time.monotonic()
+        elif time.monotonic() - unanswered > _ANSWER_S:
+            leave(seen[0].name)
+
+
+def _knows(parser: Any, option: str) -> bool:
+    return option in parser.format_help()
+
+
+def _apart(arguments: Any, error: Exception) -> DistributedError:
+    place = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
+    return DistributedError(
+        f"the hosts of --nnodes {arguments.nnodes} do not find each other",
+        where=f"{place}, where they meet",
+        why=next(iter(str(error.__cause__ or error).splitlines()), "not all of them came in time"),
+        advice="start the same command on every host, with the same place to meet, and see that they reach its port",
+    )

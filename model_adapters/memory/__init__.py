@@ -1,0 +1,1 @@
+"""What a job takes on each rank, known before anything is read."""

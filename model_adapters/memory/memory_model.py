@@ -1,0 +1,148 @@
+"""Say what a job takes on each rank before anything is read: from the configuration and the shapes alone.
+
+Every number is a sum over tensors on the meta device, or the high-water mark of a computation that was followed there
+(`live_bytes`). It is what tensors take; the process itself (Python, torch, diffusers) has some 0.4 GiB before it
+begins, and a card's allocator rounds up.
+
+Worked example, FLUX.1-dev in bfloat16 over two ranks, 1024 x 1024, 50 steps, `w8a8_timestep`: each rank has 14.2 GiB
+of weights and 0.4 GiB of activations on its card; while it quantizes, the int8 codes take 6.4 GiB on the host. A prompt
+adds 29 MB to the dump: 50 latents of 0.5 MB and 4 MB of text. The shard has 8.5 GiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model_adapters.adapter import ModelAdapter
+from model_adapters.inputs import size
+from model_adapters.memory.live_bytes import peak_bytes
+from model_adapters.options import PipelineOptions
+from model_adapters.weights.transformer_part import TransformerPart
+from quant_core.arithmetic.numerics import NUMERICS, Numerics
+from quant_core.checkpoint.entries import entries
+from quant_core.schemes import SCHEMES
+from quant_core.session.streaming import BLOCK_NUMEL, describe_layers
+from quant_core.session.targets import target_layers
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes of one rank.
+
+    weights: this rank's float part; activations: the most that one forward holds beside them; record: what one batch
+    adds to the dump; dump: all of it; codes: int8 weights beside the float ones; workspace: the most that quantizing
+    one layer or one input takes; widest: the largest tensor; quantized: what is published.
+    """
+
+    weights: int
+    activations: int
+    record: int
+    dump: int
+    codes: int
+    workspace: int
+    widest: int
+    quantized: int
+
+    @property
+    def loading(self) -> int:
+        """Peak while the weights are read: one tensor is in the mapped file, cut out, and on its place."""
+        return self.weights + 2 * self.widest
+
+    @property
+    def calibrating(self) -> int:
+        """Peak of a calibration, of which `record` is on the host."""
+        return max(self.loading, self.weights + self.activations + self.record)
+
+    @property
+    def quantizing(self) -> int:
+        """Peak of quantizing by replay, of which `codes` and `dump` are on the host."""
+        replaying = self.weights + self.codes + self.dump + self.activations
+        return max(self.loading, replaying + self.workspace)
+
+    @property
+    def streaming(self) -> int:
+        """Peak of quantizing from disk, layer by layer: it does not grow with the model's depth."""
+        return 2 * self.widest + self.workspace
+
+
+def estimate_memory(
+    adapter: ModelAdapter,
+    part: TransformerPart,
+    options: PipelineOptions,
+    *,
+    quant_type: str,
+    disabled: tuple[str, ...],
+    batches: int,
+) -> MemoryModel:
+    """Return what a rank's part of a model takes; the description is used up.
+
+    quant_type: of the command line; disabled: patterns of layers kept float; batches: calls of the pipeline on this
+    rank.
+    """
+    model, dtype = part.model, adapter.dtype(options)
+    numerics = NUMERICS["float32"]
+    targets = target_layers(model, disabled)
+    weights = [model.get_parameter(f"{name}.weight") for name in targets]
+    inputs = adapter.transformer_inputs(getattr(model, "config"), options, dtype)  # noqa: B009, a Module has no config
+    arguments = inputs.arguments()
+    activations, largest_input = _follow_forward(model, targets, arguments)
+    streams = quant_type == "w8a8_dynamic"
+    return MemoryModel(
+        weights=size(model.state_dict()),
+        activations=activations + size(arguments),
+        record=inputs.dump_bytes(1, options.infer_steps),
+        dump=inputs.dump_bytes(batches, options.infer_steps),
+        codes=sum(weight.numel() for weight in weights),
+        workspace=_workspace(weights, largest_input, numerics, streams),
+        widest=max(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        quantized=_quantized_bytes(model, targets, numerics, quant_type, options.infer_steps),
+    )
+
+
+def _follow_forward(model: nn.Module, targets: list[str], arguments: dict[str, Tensor]) -> tuple[int, Tensor]:
+    """Return the most bytes alive in one forward, and the largest input of a layer that will be quantized."""
+    seen: list[torch.Size] = []
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+        for name in targets
+    ]
+    peak = peak_bytes(lambda: model(**arguments, return_dict=False))
+    for hook in hooks:
+        hook.remove()
+    largest = max(seen, key=lambda shape: shape.numel())
+    return peak, torch.empty(largest, dtype=next(model.parameters()).dtype, device="meta")
+
+
+def _workspace(weights: Sequence[Tensor], largest_input: Tensor, numerics: Numerics, streams: bool) -> int:
+    """Return the most that quantizing one weight (by blocks of rows, if streaming) or one input holds."""
+    weight = max(weights, key=lambda weight: weight.numel())
+    if streams:
+        return peak_bytes(lambda: _quantize(weight[: max(1, BLOCK_NUMEL // weight.shape[1])], numerics))
+    low_high = largest_input.new_empty(1)
+    return max(
+        peak_bytes(lambda: _quantize(weight, numerics)),
+        peak_bytes(lambda: numerics.fake_quantize_input(largest_input, low_high, low_high)),
+    )
+
+
+def _quantize(weight: Tensor, numerics: Numerics) -> object:
+    return numerics.quantize_weight(weight, weight.abs().amax(dim=1, keepdim=True), weight.dtype)
+
+
+def _quantized_bytes(model: nn.Module, targets: list[str], numerics: Numerics, quant_type: str, steps: int) -> int:
+    """Return the bytes of all tensors of the shard, without the file's header and smoothing's factors."""
+    layers = describe_layers(model, targets, SCHEMES["W8A8_DYNAMIC"], numerics)
+    total = size({entry.name: entry.tensor for entry in entries(model, "", buffers=True, extra={})})
+    if quant_type.startswith("w8a8_dynamic"):
+        return total
+    rows = steps if quant_type == "w8a8_timestep" else 1
+    for layer in layers.values():
+        scale_O1 = layer.weight_scale_O1
+        # deq_scale is float32 for bfloat16 models and int64 for others; quant_bias is int32.
+        per_output = 4 + (4 if scale_O1.dtype == torch.bfloat16 else 8)
+        total += rows * (2 * scale_O1.element_size() + per_output * len(scale_O1))
+    return total

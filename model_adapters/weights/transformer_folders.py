@@ -1,0 +1,73 @@
+"""Find the transformer of a pipeline folder: whole, or already divided into one folder for each rank.
+
+The dual-card runtime of FLUX has its own program that cuts `transformer/` into `transformer_0/` and `transformer_1/`,
+under the original file names (spec: dual-card folders of the runtime). A machine that serves the model may keep only
+those. They hold what this program would cut out of the whole, for one layout and one number of ranks, so they serve
+only jobs of that very layout and number. Where the whole is there too it is read: it cannot be out of date.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model_adapters.parallel.shard_plan import ShardPlan
+from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, weight_files
+from quant_core.errors import ConfigurationError
+
+WHOLE = "transformer"
+
+
+def rank_folder(root: Path, tp_rank: int) -> Path:
+    """Return where the runtime looks for a rank's part."""
+    return root / f"{WHOLE}_{tp_rank}"
+
+
+def divided_folders(root: Path) -> list[Path]:
+    """Return the folders of all ranks in rank order; none for a model that nobody divided."""
+    found = []
+    while (folder := rank_folder(root, len(found))).is_dir():
+        found.append(folder)
+    return found
+
+
+def used_folders(root: Path) -> list[Path]:
+    """Return the folders that a job on this pipeline reads: the whole transformer's, else those of all ranks."""
+    whole = root / WHOLE
+    has_weights = (whole / WEIGHTS_NAME).exists() or (whole / INDEX_NAME).exists()
+    return [whole] if has_weights else divided_folders(root) or [whole]
+
+
+def folder_of_rank(root: Path, plan: ShardPlan, tp_rank: int, tp_size: int) -> tuple[Path, bool]:
+    """Return the folder that a rank reads, and whether its tensors are that rank's slices already.
+
+    Raises ConfigurationError when only divided folders are there and the job divides the model in another way.
+    """
+    folders = used_folders(root)
+    if folders == [root / WHOLE]:
+        return folders[0], False
+    if plan.has_rank_folders and len(folders) == tp_size:
+        return folders[tp_rank], True
+    names = f"{folders[0].name} to {folders[-1].name}"
+    raise ConfigurationError(
+        f"the transformer is divided already, and not as this job asks: {plan.name} over {tp_size}",
+        where=f"{root} ({names}, and no weights in {WHOLE}/)",
+        why=f"these folders hold the slices of {len(folders)} ranks in the runtime's own layout",
+        advice=f"use --tp_size {len(folders)} and the default --layout, or give the folder of the whole model",
+    )
+
+
+def files_of(folder: Path, *, is_divided: bool) -> list[Path]:
+    """Return the weight files of a transformer's folder; the runtime's program may leave the index behind.
+
+    Raises InputError when there are none.
+    """
+    if is_divided and not (folder / INDEX_NAME).exists() and (found := sorted(folder.glob("*.safetensors"))):
+        return found
+    return weight_files(folder)
+
+
+def all_files(root: Path) -> list[Path]:
+    """Return every weight file that some rank of a job on this pipeline reads."""
+    folders = used_folders(root)
+    is_divided = folders != [root / WHOLE]
+    return [file for folder in folders for file in files_of(folder, is_divided=is_divided)]

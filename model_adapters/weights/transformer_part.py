@@ -1,0 +1,151 @@
+"""Describe one tensor-parallel rank's part of a transformer without holding it, and read it tensor by tensor.
+
+The description is a model on the meta device that has the rank's local shapes, heads and collectives. What may be
+read from it later, all at once or a layer at a time, is named and has its final shape and dtype, and nothing has been
+read from disk but headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from model_adapters.adapter import ModelAdapter
+from model_adapters.parallel.tensor_parallel import make_local
+from model_adapters.weights.model_folder import check_class, open_weights, pipeline_folder, read_json
+from model_adapters.weights.transformer_folders import files_of, folder_of_rank
+from quant_core.checkpoint.tensor_file import DTYPES
+from quant_core.errors import InputError
+from quant_core.parallel.sharding import Shard, Style, cut
+
+_WHOLE = Shard(Style.REPLICATED, 0, 1)
+
+
+@dataclass(frozen=True)
+class TransformerPart:
+    """Know a rank's part of a transformer: its shapes, and where its tensors lie.
+
+    `model` is on the meta device, with local shapes, in the dtype to compute in; `shards` is by linear layer (a layer
+    that is missing is replicated); `full_shapes` and `files` are by tensor name of the undivided model; `is_divided`:
+    the files hold this rank's slices already.
+    """
+
+    model: nn.Module
+    shards: dict[str, Shard]
+    full_shapes: dict[str, tuple[int, ...]]
+    files: Mapping[str, Path]
+    is_divided: bool = False
+
+    def read(self, name: str) -> Tensor:
+        """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file.
+
+        The file is opened for this tensor alone: an open file keeps every page that was touched in memory, and of a
+        file of 10 GB that would be 10 GB.
+        """
+        layer, _, tensor = name.rpartition(".")
+        shard = _WHOLE if self.is_divided else self.shards.get(layer, _WHOLE)
+        with open_weights(self.files[name]) as file:
+            source = file.get_slice(name)
+            return cut(source, shard.slices(tensor, source.get_shape()))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor has in its file."""
+        with open_weights(self.files[name]) as file:
+            return DTYPES[file.get_slice(name).get_dtype()]
+
+
+def describe_transformer(
+    adapter: ModelAdapter,
+    path: str,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    tp_group: dist.ProcessGroup | None = None,
+    layout: str | None = None,
+    dtype: torch.dtype,
+) -> TransformerPart:
+    """Describe this rank's part of the transformer of a pipeline folder.
+
+    Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder is
+    not whole or holds another model.
+    """
+    plan = adapter.shard_plan(layout)
+    folder, is_divided = folder_of_rank(pipeline_folder(path), plan, tp_rank, tp_size)
+    model = build_empty(adapter, folder)
+    full_shapes = _shapes(model)
+    shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
+    expected = _shapes(model) if is_divided else full_shapes
+    files = _checked_files(files_of(folder, is_divided=is_divided), expected, folder)
+    for name, tensor in model.state_dict().items():
+        place(model, name, tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype))
+    return TransformerPart(model, shards, full_shapes, files, is_divided)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def build_empty(adapter: ModelAdapter, folder: Path) -> nn.Module:
+    """Build the transformer that `folder`/config.json describes on the meta device; its buffers are real.
+
+    Raises InputError when the file is missing, unreadable, or describes another class or no possible model.
+    """
+    config_path = folder / "config.json"
+    config = read_json(config_path)
+    check_class(config_path, config, adapter.transformer_class)
+    transformer_type = adapter.transformer_type()  # outside: a failing import of diffusers is not the folder's fault
+    try:
+        with init_empty_weights(include_buffers=False):
+            return transformer_type.from_config(config)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise InputError(
+            f"no {adapter.transformer_class} can be built from config.json",
+            where=str(config_path),
+            why=f"{type(error).__name__}: {error}",
+            advice="compare the file with the one the model was published with",
+        ) from error
+
+
+def place(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the model's parameter or buffer of that full name, whatever it was before."""
+    module, _, tensor = name.rpartition(".")
+    owner = model.get_submodule(module)
+    if tensor in owner._buffers:
+        owner.register_buffer(tensor, value)
+    else:
+        owner.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
+
+
+def _checked_files(files: list[Path], expected: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Path]:
+    """Return where each tensor lies, comparing the headers of all files with the model; no tensor is read."""
+    found: dict[str, tuple[int, ...]] = {}
+    homes: dict[str, Path] = {}
+    for path in files:
+        with open_weights(path) as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        found |= shapes
+        homes |= dict.fromkeys(shapes, path)
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [name for name in expected if name in found and found[name] != expected[name]],
+    }
+    told = [f"{len(names)} {problem} ({_some(names)})" for problem, names in problems.items() if names]
+    if told:
+        raise InputError(
+            "the weights do not fit the model that config.json describes",
+            where=str(folder),
+            why="tensors " + ", ".join(told),
+            advice="take config.json and all weight files from one copy of the model",
+        )
+    return homes
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,1 @@
+"""Scales, codes and products: functions of tensors that know no layer."""

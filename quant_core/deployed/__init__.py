@@ -1,1 +1,0 @@
-"""What the hardware computes, computed here: integer products of stored codes."""

@@ -1,0 +1,87 @@
+"""A linear layer while it is calibrated: still the module it was, with its weight quantized in place.
+
+The class of the module is exchanged, not the module: its name, parameters and hooks stay, so a tensor-parallel
+collective that hangs on it keeps working (spec: running on many ranks, failing and finishing together).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant_core.arithmetic.numerics import Numerics
+from quant_core.arithmetic.scales import fake_quantize_tokens
+from quant_core.calibration.finite import check_weight
+from quant_core.calibration.observers import InputObserver
+from quant_core.layers.rescaling import Rescaling
+from quant_core.parallel.groups import Group, reduce_over
+
+
+@dataclass
+class QuantizedLayer:
+    """Hold what quantization knows of one linear layer.
+
+    codes_OI: int8, on the host; weight_scale_O1 and bias_O in the model's dtype; mul_scale_I multiplies the input of a
+    smoothed layer; observer watches the input of a static one; per_token: calibrate behind inputs quantized token by
+    token, as the dynamic scheme's runtime does; tensors: what the checkpoint holds, once known.
+    """
+
+    name: str
+    codes_OI: Tensor
+    weight_scale_O1: Tensor
+    bias_O: Tensor | None = None
+    mul_scale_I: Tensor | None = None
+    observer: InputObserver | None = None
+    per_token: bool = False
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class CalibratedLinear(nn.Linear):
+    """Compute with the fake-quantized weight, and show the input to the layer's observer."""
+
+    layer: QuantizedLayer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output; input: (..., in_features)."""
+        if self.layer.mul_scale_I is not None:
+            input = input * self.layer.mul_scale_I.to(input.device)
+        if self.layer.observer is not None:
+            input = self.layer.observer.observe(input)
+        elif self.layer.per_token:
+            input = fake_quantize_tokens(input)
+        return F.linear(input, self.weight, self.bias)
+
+
+@torch.no_grad()
+def quantize_linear(
+    name: str,
+    linear: nn.Linear,
+    numerics: Numerics,
+    *,
+    scale_group: Group | None = None,
+    rescaling: Rescaling | None = None,
+    per_token: bool = False,
+) -> QuantizedLayer:
+    """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
+
+    scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first.
+    Raises InputError for a weight that is not finite.
+    """
+    dtype, w_OI, mul_scale_I = linear.weight.dtype, linear.weight.detach(), None
+    if rescaling is not None:
+        w_OI, mul_scale_I = rescaling.weight(numerics.working(w_OI)), rescaling.mul_scale_I
+        if linear.bias is not None:
+            linear.bias.data.copy_(rescaling.bias(linear.bias.detach()))
+    amax_O1 = w_OI.abs().amax(dim=1, keepdim=True)
+    check_weight(name, amax_O1)
+    amax_O1 = reduce_over(scale_group, "max", amax_O1)
+    weight = numerics.quantize_weight(w_OI, amax_O1, dtype)
+    linear.weight.data.copy_(weight.fake)
+    bias_O = None if linear.bias is None else linear.bias.detach()
+    layer = QuantizedLayer(name, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I, per_token=per_token)
+    linear.__class__ = CalibratedLinear
+    linear.layer = layer  # type: ignore[assignment]
+    return layer

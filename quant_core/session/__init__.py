@@ -1,0 +1,1 @@
+"""One quantization from its configuration to its files: the tables of contents."""

@@ -1,0 +1,78 @@
+"""What a session finds out about itself before it changes anything: model, numerics, records, steps."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from quant_core.errors import ConfigurationError, InputError
+from quant_core.layers.calibrated import CalibratedLinear
+from quant_core.layers.deployed import DeployedLinear, separator
+from quant_core.parallel.groups import reduce_over
+from quant_core.session.config import W8A8TimeStepProcessorConfig
+from quant_core.session.session import Session
+
+
+def check_float(model: nn.Module) -> None:
+    """Check that no layer is quantized yet. Raises ConfigurationError naming the first that is."""
+    quantized = [name for name, m in model.named_modules() if isinstance(m, (CalibratedLinear, DeployedLinear))]
+    if quantized:
+        raise ConfigurationError(
+            "the model is quantized already",
+            where=f"{type(model).__name__}: {len(quantized)} layers, first {quantized[0]}",
+            why="a model is quantized in place, and codes of codes mean nothing",
+            advice="load the float model again",
+        )
+
+
+def check_numerics(session: Session) -> None:
+    """Check that a running mean is taken over one sequence. Raises ConfigurationError under data parallelism."""
+    if session.numerics.carries_range and session.parallel.dp_group is not None:
+        raise ConfigurationError(
+            "numerics='reference' cannot share records over data-parallel ranks",
+            where="numerics",
+            why="its running mean is defined over one sequence of records",
+            advice="use one data-parallel rank (world = tp_size), or numerics='float32'",
+        )
+
+
+def check_records(session: Session) -> None:
+    """Check that a session that replays records has some, with their steps if it needs them. Raises InputError."""
+    if not session.observes:
+        return
+    records, scheme, group = session.records, session.scheme, session.parallel.dp_group
+    # A data-parallel rank without a prompt of its own is fine, and must not leave the others waiting.
+    if not reduce_over(group, "sum", torch.tensor(len(records))):
+        raise InputError(
+            f"{scheme.quant_type} needs calibration data and got none",
+            where="calib_data",
+            why="static ranges and attention scales are measured by replaying what the model was called with",
+            advice="dump some with DumperManager, or quantize with w8a8_dynamic and without fa3",
+        )
+    if scheme.per_step and (unknown := [i for i, record in enumerate(records) if record.step is None]):
+        raise InputError(
+            f"{len(unknown)} calibration records do not say their denoising step",
+            where=f"calib_data, record {unknown[0]}",
+            why=f"{scheme.quant_type} keeps a range for each step",
+            advice="dump with DumperManager(model, capture_mode='timestep')",
+        )
+
+
+def first_static_step(session: Session) -> int | None:
+    """Return the first static step of a per-step scheme, or None for other schemes.
+
+    One beyond the last step means that all steps run dynamic; it warns, because that is seldom what is wanted.
+    """
+    scheme, timesteps = session.config.scheme, len(session.steps)
+    if not isinstance(scheme, W8A8TimeStepProcessorConfig):
+        return None
+    first = separator(scheme.timestep_sep, timesteps)
+    if first > timesteps:
+        warnings.warn(
+            f"timestep_sep {first} lies beyond the last of {timesteps} steps, so every step will run dynamic; "
+            f"{timesteps // 2} would be half the steps",
+            stacklevel=3,
+        )
+    return min(first, timesteps)

@@ -1,0 +1,69 @@
+"""Observe the inputs of static layers: which observer a layer gets, and what the ranks agree on afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quant_core.calibration.observers import InputObserver, SyncRange
+from quant_core.errors import InputError
+from quant_core.layers.calibrated import QuantizedLayer
+from quant_core.parallel.groups import Group, reduce_many, reduce_over
+from quant_core.ranges import ESTIMATORS
+from quant_core.ranges.channel_importance import channel_importance
+from quant_core.session.session import Session
+
+
+def input_observer(session: Session, layer: QuantizedLayer) -> InputObserver | None:
+    """Return what watches the layer's input during the replay, or None when nothing needs to."""
+    # The reference tool calibrates attention behind static layers, whatever the scheme (spec: to the last bit).
+    if not (session.scheme.observes_input or (session.attentions and session.numerics.carries_range)):
+        return None
+    estimator = ESTIMATORS[session.numerics.name][session.config.scheme.cfg.act_method]
+    importance_I = None
+    if estimator.weighs_channels:
+        importance_I = channel_importance(layer.name, layer.codes_OI, layer.weight_scale_O1, session.parallel)
+    sync = _range_sync(session.parallel.scale_group(layer.name))
+    fresh = partial(estimator.fresh, importance_I)
+    return InputObserver(session.numerics, fresh, per_step=session.scheme.per_step, sync=sync)
+
+
+def _range_sync(group: Group | None) -> SyncRange:
+    """Return what makes one call's extremes those of the whole layer: a reduction over the ranks that share scales."""
+
+    def sync(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        neg_low, high = reduce_over(group, "max", torch.stack((-low, high))).unbind()
+        return -neg_low, high
+
+    return sync if group is not None else lambda low, high: (low, high)
+
+
+def reduce_ranges(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Combine what the ranks observed, and check that nothing is missing.
+
+    All ranks come through with the same outcome: an absent statistic is a neutral one until all are combined.
+    """
+    if not session.scheme.observes_input:
+        return
+    steps, parallel = session.steps, session.parallel
+    observed = [(layer, layer.observer) for layer in layers.values() if layer.observer is not None]
+    calls = torch.tensor([[observer.calls[step] for step in steps] for _, observer in observed])
+    calls = reduce_over(parallel.dp_group, "sum", calls)
+    if (missing := (calls == 0).nonzero()).numel():
+        row, column = missing[0].tolist()
+        raise _never_ran(observed[row][0].name, steps[column], len(missing))
+    reduce_many(parallel.dp_group, (part for _, observer in observed for s in steps for part in observer.state(s)))
+    shared = [observer for layer, observer in observed if parallel.scale_group(layer.name) is not None]
+    reduce_many(parallel.tp_group, (part for observer in shared for s in steps for part in observer.state(s)))
+
+
+def _never_ran(layer: str, step: int | None, count: int) -> InputError:
+    return InputError(
+        f"the calibration never ran layer '{layer}'" + ("" if step is None else f" in step {step}"),
+        where=f"calib_data ({count} missing layer and step pairs in all)",
+        why="a static range cannot be guessed",
+        advice="calibrate with every step and every part of the model, or keep the layer float with disable_names",
+    )

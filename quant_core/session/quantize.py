@@ -1,0 +1,166 @@
+"""Quantize a model: the whole session on one screen.
+
+    smooth the outliers → quantize the weights → observe the activations by replaying the records → store → deploy
+
+Smoothing comes first, because it changes what the weights and the activations are; weights come before activations,
+because each layer's input is observed as it is behind the quantized layers in front of it (spec: observing). What is
+left in the caller's hands computes as the hardware will.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quant_core.attention.head_scales import FA_QUANT
+from quant_core.attention.session import reduce_attentions
+from quant_core.attention.watch import watch_attentions
+from quant_core.calibration.replay import Progress, replay, silent
+from quant_core.checkpoint.entries import (
+    FA_QUANT_TYPE_KEY,
+    TIMESTEP_SEP_KEY,
+    CheckpointFiles,
+    description_file_name,
+    entries,
+    weight_file_name,
+    write_checkpoint,
+)
+from quant_core.layers.calibrated import QuantizedLayer, quantize_linear
+from quant_core.layers.deployed import deploy
+from quant_core.parallel.groups import Parallel
+from quant_core.session.checks import check_float, check_numerics, check_records, first_static_step
+from quant_core.session.config import SaveProcessorConfig, SessionConfig
+from quant_core.session.observation import input_observer, reduce_ranges
+from quant_core.session.session import Session
+from quant_core.smoothing.smooth import Smoothing, smooth
+from quant_core.structure import ModelStructure, find_structure
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """Say what a session made: the scheme's type, the layers by name, the files.
+
+    A per-step scheme also has its number of timesteps, and `timestep_sep`: steps below it are to run dynamic.
+    `skipped_groups`: which groups outlier suppression left out, by their first linear, and why.
+    """
+
+    quant_type: str
+    layers: dict[str, QuantizedLayer] = field(repr=False)
+    files: CheckpointFiles | None
+    timesteps: int | None = None
+    timestep_sep: int | None = None
+    skipped_groups: Mapping[str, str] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def quant_model(
+    model: nn.Module,
+    config: SessionConfig,
+    *,
+    structure: ModelStructure | None = None,
+    parallel: Parallel | None = None,
+    progress: Progress = silent,
+) -> QuantizedModel:
+    """Quantize the model in place as configured, save it if the configuration says where, and leave it deployed.
+
+    structure: found by the model's class when left out. parallel: this rank's place, when the model is a shard.
+    Raises ConfigurationError for patterns that match nothing and InputError for calibration data that does not cover
+    every layer and step.
+    """
+    session = Session(model, config, structure or find_structure(model), parallel or Parallel(), progress)
+    check_float(model)
+    check_numerics(session)
+    check_records(session)
+    timestep_sep = first_static_step(session)
+    _place(model, config)
+    smoothing = _smooth(session)
+    layers = _quantize_weights(session, smoothing)
+    _observe(session, layers)
+    for layer in layers.values():
+        layer.tensors = session.scheme.layer_tensors(layer, session.steps, session.numerics)
+    files = _save(session, timestep_sep)
+    deploy(model, session.scheme.quant_type, timestep_sep=timestep_sep)
+    timesteps = len(session.steps) if session.scheme.per_step else None
+    return QuantizedModel(session.scheme.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
+
+
+def _place(model: nn.Module, config: SessionConfig) -> None:
+    if config.device is not None:
+        index = f":{config.dev_id}" if config.dev_id is not None and config.device != "cpu" else ""
+        model.to(f"{config.device}{index}")
+
+
+def _smooth(session: Session) -> Smoothing:
+    """Return how outlier suppression changes the layers, not at all when the session has none."""
+    if session.config.smoothing is None:
+        return Smoothing()
+    return smooth(
+        session.model,
+        session.config.smoothing,
+        session.records,
+        structure=session.structure,
+        targets=session.targets,
+        numerics=session.numerics,
+        parallel=session.parallel,
+        progress=session.progress,
+    )
+
+
+def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, QuantizedLayer]:
+    layers = {}
+    for name in session.targets:
+        linear = session.model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), "targets are linears"
+        layers[name] = layer = quantize_linear(
+            name,
+            linear,
+            session.numerics,
+            scale_group=session.parallel.scale_group(name),
+            rescaling=smoothing.rescalings.get(name),
+            per_token=not session.scheme.observes_input,
+        )
+        layer.observer = input_observer(session, layer)
+    return layers
+
+
+def _observe(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Replay the records, if anything depends on activations, and let the ranks agree on what they saw."""
+    if session.observes:
+        with watch_attentions(session.model, session.attentions):
+            replay(
+                session.model,
+                session.records,
+                stage="observe",
+                measured=session.targets,
+                progress=session.progress,
+            )
+    reduce_ranges(session, layers)
+    reduce_attentions(session.attentions, session.parallel.dp_group)
+
+
+def _save(session: Session, timestep_sep: int | None) -> CheckpointFiles | None:
+    save, quant_type = session.config.save, session.scheme.quant_type
+    if save is None:
+        return None
+    extra = {name: attention.entries() for name, attention in session.attentions.items()}
+    return write_checkpoint(
+        list(entries(session.model, quant_type, buffers=session.numerics.writes_buffers, extra=extra)),
+        checkpoint_files(save, quant_type),
+        quant_type,
+        header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},
+        metadata=({} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}) | save.metadata,
+        part_file_size=save.part_file_size,
+    )
+
+
+def checkpoint_files(save: SaveProcessorConfig, quant_type: str) -> CheckpointFiles:
+    """Return where a save configuration puts the two files; names left out are the consumer's own."""
+    folder = Path(save.output_path)
+    return CheckpointFiles(
+        folder / (save.safetensors_name or f"{weight_file_name(quant_type)}.safetensors"),
+        folder / (save.json_name or f"{description_file_name(quant_type)}.json"),
+    )

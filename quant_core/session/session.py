@@ -1,0 +1,77 @@
+"""What all steps of one quantization share: the model, what is asked of it, and this rank's place among others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from quant_core.arithmetic.numerics import NUMERICS, Numerics
+from quant_core.attention.head_scales import AttentionObserver
+from quant_core.attention.session import attention_observers
+from quant_core.calibration.records import Record, as_records
+from quant_core.calibration.replay import Progress
+from quant_core.parallel.groups import Parallel, reduce_over
+from quant_core.schemes import SCHEMES
+from quant_core.schemes.scheme import Scheme
+from quant_core.session.config import SessionConfig
+from quant_core.session.targets import target_layers
+from quant_core.structure import ModelStructure
+
+
+@dataclass(frozen=True)
+class Session:
+    """Hold one quantization; everything else about it follows from these."""
+
+    model: nn.Module
+    config: SessionConfig
+    structure: ModelStructure | None
+    parallel: Parallel
+    progress: Progress
+
+    @cached_property
+    def numerics(self) -> Numerics:
+        """The arithmetic of scales and codes."""
+        return NUMERICS[self.config.numerics]
+
+    @cached_property
+    def scheme(self) -> Scheme:
+        """The quantization scheme."""
+        return SCHEMES[self.config.scheme.quant_type]
+
+    @cached_property
+    def targets(self) -> list[str]:
+        """The linear layers to quantize, in model order."""
+        return target_layers(self.model, self.config.scheme.disable_names)
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """The calibration records in the order of the replay.
+
+        Only a carried range depends on the order: its steps descend, each with its records as they came.
+        """
+        records = as_records(self.config.calib_data)
+        if not (self.scheme.per_step and self.numerics.carries_range):
+            return records
+        return sorted(records, key=lambda record: -1 if record.step is None else record.step, reverse=True)
+
+    @cached_property
+    def attentions(self) -> dict[str, AttentionObserver]:
+        """The observers of quantized attention, by module; none without FA3."""
+        return attention_observers(self.model, self.structure, self.numerics) if self.config.fa3 else {}
+
+    @property
+    def observes(self) -> bool:
+        """Whether the session replays the records through the quantized layers."""
+        return self.scheme.observes_input or bool(self.attentions)
+
+    @cached_property
+    def steps(self) -> Sequence[int | None]:
+        """The denoising steps that any rank has records of, from 0 on without a gap; [None] for one range."""
+        if not self.scheme.per_step:
+            return [None]
+        last = max((record.step for record in self.records if record.step is not None), default=-1)
+        return list(range(int(reduce_over(self.parallel.dp_group, "max", torch.tensor(last))) + 1))

@@ -1,0 +1,143 @@
+"""Quantize a model that is never held: one layer at a time from where its weights lie to the file.
+
+A scheme whose result depends on no activation (dynamic, without smoothing and without attention scales) needs no
+forward, so it needs no model either: a description on the meta device says which layers there are and what shapes
+they have, and each weight is read, quantized and written before the next one is read. Row by row even: a weight has
+one scale per output row, and a block of rows needs nothing of the others.
+
+Worked example: the widest layer of FLUX.1-dev is (18432, 3072), 108 MiB in bfloat16. Quantized at once, float32
+arithmetic would hold four copies of 216 MiB; in blocks of 2^22 numbers it holds four of 16 MiB, and the rank's peak
+is the layer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.arithmetic.numerics import NUMERICS, Numerics
+from quant_core.atomic_file import write_atomically, write_text_atomically
+from quant_core.calibration.finite import check_weight
+from quant_core.calibration.replay import Progress, silent
+from quant_core.checkpoint.entries import description_text, entries
+from quant_core.checkpoint.tensor_file import TensorFile
+from quant_core.errors import ConfigurationError
+from quant_core.layers.calibrated import CalibratedLinear, QuantizedLayer
+from quant_core.parallel.groups import Group, Parallel, reduce_over
+from quant_core.schemes import SCHEMES
+from quant_core.schemes.scheme import Scheme
+from quant_core.session.config import SessionConfig
+from quant_core.session.quantize import QuantizedModel, checkpoint_files
+from quant_core.session.targets import target_layers
+
+# Numbers that are quantized at once: large enough that the loop costs nothing, small enough for a cache.
+BLOCK_NUMEL = 2**22
+
+# full name of a tensor -> this rank's part of it, on the host
+ReadTensor = Callable[[str], Tensor]
+
+
+def reads_activations(config: SessionConfig) -> bool:
+    """Tell whether a session needs calibration data: static ranges, smoothing and attention scales do."""
+    observes = SCHEMES[config.scheme.quant_type].observes_input
+    return observes or config.smoothing is not None or config.fa3 is not None
+
+
+@torch.no_grad()
+def quantize_streaming(
+    model: nn.Module,
+    read: ReadTensor,
+    config: SessionConfig,
+    *,
+    parallel: Parallel | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> QuantizedModel:
+    """Quantize and save a model that lies on disk, with the memory of its largest layer; nothing is replayed.
+
+    model: on the meta device, with this rank's local shapes in the dtype to compute in; it is changed. read: returns
+    a tensor by its full name. device: where to compute. The tensors and the description are those of `quant_model`.
+    The layers of the result are on the meta device. Without a place to save, nothing is read.
+    """
+    if reads_activations(config):
+        raise AssertionError("a session that reads activations needs the model: quant_model")
+    if config.save is not None and config.save.part_file_size is not None:
+        raise ConfigurationError(
+            "a streamed checkpoint cannot be written in parts",
+            where="SaveProcessorConfig.part_file_size",
+            why="every tensor goes straight to its place in one file",
+            advice="drop part_file_size, or quantize with quant_model",
+        )
+    parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.quant_type]
+    layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
+    if config.save is None:
+        return QuantizedModel(scheme.quant_type, layers, None)
+    described = list(entries(model, scheme.quant_type, buffers=numerics.writes_buffers, extra={}))
+    kept_float = {entry.name: entry.tensor.dtype for entry in described if _owner(entry.name) not in layers}
+    stream = _LayerStream(read, scheme, numerics, torch.device(device))
+
+    def write(path: Path) -> None:
+        with TensorFile(path, {entry.name: entry.tensor for entry in described}, metadata) as file:
+            for name, dtype in kept_float.items():
+                file.write(name, read(name).to(dtype))
+            for done, layer in enumerate(layers.values(), start=1):
+                stream.quantize(layer, parallel.scale_group(layer.name), file)
+                progress("quantize", done, len(layers))
+
+    files, metadata = checkpoint_files(config.save, scheme.quant_type), config.save.metadata
+    write_atomically(files.weights, write)
+    write_text_atomically(files.description, description_text(described, scheme.quant_type))
+    return QuantizedModel(scheme.quant_type, layers, files)
+
+
+def describe_layers(
+    model: nn.Module, targets: Iterable[str], scheme: Scheme, numerics: Numerics
+) -> dict[str, QuantizedLayer]:
+    """Make each target layer of a model on the meta device look as if it had been quantized; return them by name."""
+    layers = {}
+    for name in targets:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), "target_layers returns linears"
+        codes_OI = torch.empty_like(linear.weight, dtype=torch.int8)
+        layer = QuantizedLayer(name, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
+        layer.tensors = scheme.layer_tensors(layer, [None], numerics)
+        linear.__class__ = CalibratedLinear
+        linear.layer = layers[name] = layer  # type: ignore[assignment]
+    return layers
+
+
+@dataclass(frozen=True)
+class _LayerStream:
+    """Carry one layer at a time from where it lies into the file."""
+
+    read: ReadTensor
+    scheme: Scheme
+    numerics: Numerics
+    device: torch.device
+
+    def quantize(self, described: QuantizedLayer, group: Group | None, file: TensorFile) -> None:
+        """Read, quantize and write the layer, a block of rows at a time; group: ranks that share its row maxima."""
+        name, dtype = described.name, described.weight_scale_O1.dtype
+        # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
+        w_OI = self.read(f"{name}.weight").to(self.device, dtype)
+        bias_O = None if described.bias_O is None else self.read(f"{name}.bias").to(dtype)
+        blocks = w_OI.split(max(1, BLOCK_NUMEL // w_OI.shape[1]))
+        amax_O1 = torch.cat([block.abs().amax(dim=1, keepdim=True) for block in blocks])
+        check_weight(name, amax_O1)
+        amax_O1 = reduce_over(group, "max", amax_O1)
+        first = 0
+        for block in blocks:
+            rows = slice(first, first + len(block))
+            weight = self.numerics.quantize_weight(block, amax_O1[rows], dtype)
+            part = QuantizedLayer(name, weight.codes, weight.scale, None if bias_O is None else bias_O[rows])
+            for tensor_name, tensor in self.scheme.layer_tensors(part, [None], self.numerics).items():
+                file.write_rows(f"{name}.{tensor_name}", tensor, first)
+            first = rows.stop
+
+
+def _owner(tensor_name: str) -> str:
+    return tensor_name.rpartition(".")[0]
