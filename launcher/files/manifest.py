@@ -33,7 +33,7 @@ class TimestepPolicy(BaseModel):
             timestep_sep=timestep_sep,
             registration={
                 "3.0": f'policy.register({static}, "static")',
-                "3.1": f'policy.register({static}, target="w8a8_static_linear")',
+                "3.1": f'policy.register({static}, "static", target="w8a8_static_linear")',
             },
         )
 

@@ -63,7 +63,10 @@ def test_two_ranks_publish_timestep_shards_that_the_runtime_loads(timestep_job):
         consumer.check(loaded, torch.bfloat16, timesteps=STEPS)
         assert len(loaded.quantized_layers) == 45  # 50 linears of the tiny FLUX less 4 net.2 and the last
     manifest = consumer.check_manifest(out / "weights")
-    assert manifest["timestep_policy"]["registration"]["3.0"] == 'policy.register(range(2, 4), "static")'
+    assert manifest["timestep_policy"]["registration"] == {
+        "3.0": 'policy.register(range(2, 4), "static")',
+        "3.1": 'policy.register(range(2, 4), "static", target="w8a8_static_linear")',
+    }
     assert 'policy.register(range(2, 4), "static")' in finished.stdout
     # From the command to published files; the product promises under a minute on two cores.
     assert finished.seconds < 60

@@ -1,0 +1,110 @@
+"""A job of two ranks, from the command line to shards, each of which the real MindIE-SD loads on its own rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scripts.make_tiny_pipeline import write_prompts
+from tests.runtime.cases import Answer, Case, described_classes, run_cases
+from tests.runtime.files import changed_copy
+from tests.runtime.product import CheckpointFiles, files_in, read_manifest, run_torchrun
+
+pytestmark = pytest.mark.distributed
+
+TYPE = "W8A8_TIMESTEP"
+STEPS = 2  # one dynamic, one static
+RANKS = (0, 1)
+# Column-split, with a bias on both ranks; row-split, with one on the first.
+COLUMN, ROW = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"
+
+
+@pytest.fixture(scope="module")
+def shards(packages: Path, tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the smallest FLUX job that publishes a shard for each of two ranks, and return the folder of the shards."""
+    folder = tmp_path_factory.mktemp("job")
+    model = ["flux", "--path", tiny_flux_folder, "--device", "cpu", "--device_type", "A2-32g-dual"]
+    prompts = ["--prompt_path", write_prompts(folder / "prompts.txt"), "--max_num_prompt", "1"]
+    sizes = ["--width", "64", "--height", "64", "--infer_steps", str(STEPS)]
+    folders = ["--quant_weight_save_folder", folder / "weights", "--quant_dump_calib_folder", folder / "dumps"]
+    quantization = ["--do_quant", "--quant_type", TYPE.lower()]
+    words = map(str, [*model, *prompts, *sizes, *quantization, *folders])
+    finished = run_torchrun(2, "-m", "launcher", *words)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder / "weights"
+
+
+def files_of(folder: Path, rank: int) -> CheckpointFiles:
+    return files_in(folder, TYPE, rank)
+
+
+def as_it_is(tensors: dict[str, Tensor]) -> None:
+    pass
+
+
+def changed(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{COLUMN}.deq_scale"][-1, 3] *= 1.03
+
+
+# Of each rank's copy.
+CHANGES = (as_it_is, changed)
+
+
+@pytest.fixture(scope="module")
+def answers(
+    shards: Path, packages: Path, tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Answer]]:
+    """Load the shards as they are, with the manifest's line, and with one scale of rank 1 changed."""
+    manifest = read_manifest(shards / "quant_manifest.json")
+    assert manifest is not None
+    assert manifest.timestep_policy is not None
+    published = Case(
+        str(files_of(shards, 0).description),
+        "bfloat16",
+        "flux",
+        {TYPE: str(shards)},
+        pipeline=str(tiny_flux_folder),
+        registration=manifest.timestep_policy.registration["3.1"],
+    )
+    folder = tmp_path_factory.mktemp("answers")
+    first, _ = (
+        changed_copy(files_of(shards, rank), folder / "changed", change) for rank, change in zip(RANKS, CHANGES)
+    )
+    cases = {"published": published, "changed": replace(published, description=str(first))}
+    return run_cases(cases, packages, folder, ranks=2)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_each_rank_loads_its_own_shard_and_every_layer_agrees(
+    rank: int, shards: Path, answers: list[dict[str, Answer]]
+) -> None:
+    answer = answers[rank]["published"]
+    assert answer.error == ""
+    assert answer.classes == described_classes(files_of(shards, rank).description)
+    assert len(answer.layers) == 45  # 50 linears of the tiny FLUX less 4 net.2 and the last
+    assert answer.disagreeing == []
+
+
+def test_the_shards_of_two_ranks_are_not_the_same(shards: Path) -> None:
+    """So that a rank that loaded the other's would have been found."""
+    weights = [load_file(files_of(shards, rank).weights)[f"{COLUMN}.weight"] for rank in RANKS]
+    assert not torch.equal(*weights)
+
+
+def test_the_line_in_the_manifest_makes_the_second_half_of_the_steps_static(answers: list[dict[str, Answer]]) -> None:
+    assert [answer["published"].strategies for answer in answers] == [["dynamic", "static"]] * 2
+
+
+def test_a_row_split_layer_has_its_bias_on_the_first_rank_only(answers: list[dict[str, Answer]]) -> None:
+    """The loader reads a bias where the model has one, whatever the file holds: both have to say the same."""
+    assert [ROW in answers[rank]["published"].biases for rank in RANKS] == [True, False]
+    assert [COLUMN in answers[rank]["published"].biases for rank in RANKS] == [True, True]
+
+
+def test_one_changed_scale_is_found_on_its_rank_and_no_other(answers: list[dict[str, Answer]]) -> None:
+    assert [answer["changed"].disagreeing for answer in answers] == [[], [COLUMN]]
