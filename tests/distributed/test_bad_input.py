@@ -184,7 +184,11 @@ CASES: dict[str, tuple[Spoil, type[ExplainedError], str]] = {
     "truncated dump": (truncated_dump, InputError, "the file cannot be read as torch data"),
     "empty dump": (write(DUMP, b""), InputError, "the file cannot be read as torch data"),
     "dump that would run code": (dump_code, InputError, "the file holds objects that must not be loaded"),
-    "pickle for a dump": (write(DUMP, pickle.dumps([Malicious()])), InputError, "the file cannot be read as torch data"),
+    "pickle for a dump": (
+        write(DUMP, pickle.dumps([Malicious()])),
+        InputError,
+        "the file cannot be read as torch data",
+    ),
     "checkpoint of another job": (
         write(MANIFEST_FILE, json.dumps(OF_ANOTHER)),
         InputError,
