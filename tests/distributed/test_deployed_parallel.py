@@ -3,28 +3,84 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant_core import quant_model
-from tests.distributed.deployed_worker import LAYOUTS, SCHEMES, STEPS, output, session
-from tests.support.tiny_models import build
-from tests.support.torchrun import run_torchrun
+from model_adapters import load_adapter
+from model_adapters.parallel.tensor_parallel import assert_collectives, make_local
+from quant_core import (
+    SaveProcessorConfig,
+    SessionConfig,
+    TimestepManager,
+    W8A8DynamicProcessorConfig,
+    W8A8ProcessorConfig,
+    W8A8TimeStepProcessorConfig,
+    quant_model,
+)
+from quant_core.checkpoint.loading import load_deployed
+from quant_core.parallel.groups import Parallel
+from tests.support.tiny_models import KINDS, build, example_inputs
 
-WORKER = Path(__file__).with_name("deployed_worker.py")
+pytestmark = pytest.mark.distributed
+
 RANKS = 2
+LAYOUTS = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron")]
+SCHEMES: dict[str, Any] = {
+    "w8a8": W8A8ProcessorConfig,
+    "w8a8_timestep": W8A8TimeStepProcessorConfig,
+    "w8a8_dynamic": W8A8DynamicProcessorConfig,
+}
+STEPS = 2  # the first runs dynamic, the second static
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what the ranks of one torchrun wrote."""
-    folder = tmp_path_factory.mktemp("results")
-    done = run_torchrun(RANKS, WORKER, str(folder), timeout_s=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+def session(kind: str, scheme: str, folder: Path) -> SessionConfig:
+    """Ask for a scheme on one record a step."""
+    base = example_inputs(kind)
+    records = [
+        {"args": [], "kwargs": base | {"hidden_states": base["hidden_states"] * (1 + step)}, "timestep_idx": step}
+        for step in range(STEPS)
+    ]
+    processors = {scheme: SCHEMES[scheme](), "save": SaveProcessorConfig(output_path=str(folder))}
+    return SessionConfig(processor_cfg_map=processors, calib_data=records)
+
+
+@torch.no_grad()
+def output(model: Any, kind: str, step: int) -> Tensor:
+    """Return the model's output on the example in a denoising step."""
+    TimestepManager.set_timestep_idx(step)
+    found = model(**example_inputs(kind))[0]
+    TimestepManager.set_timestep_idx(None)
+    return found
+
+
+def outputs(kind: str, layout: str, scheme: str, folder: Path) -> dict[str, Tensor]:
+    """Quantize this rank's part, and return what it and its files compute in each step."""
+    plan, group = load_adapter(KINDS[kind][0]).shard_plan(layout), dist.group.WORLD
+    models = {name: build(kind) for name in ("quantized", "loaded")}
+    place = {"tp_rank": dist.get_rank(), "tp_size": dist.get_world_size(), "tp_group": group}
+    shards = {name: make_local(model, plan, **place) for name, model in models.items()}["quantized"]
+    result = quant_model(
+        models["quantized"], session(kind, scheme, folder), parallel=Parallel(shards=shards, tp_group=group)
+    )
+    assert result.files is not None
+    load_deployed(models["loaded"], result.files)
+    for model in models.values():
+        assert_collectives(model)
+    return {f"{name}_{step}": output(model, kind, step) for name, model in models.items() for step in range(STEPS)}
+
+
+def on_each_rank(results: Path) -> None:
+    """Run every case and write its outputs, `<kind>_<layout>_<scheme>_<rank>.safetensors`."""
+    rank = dist.get_rank()
+    for kind, layout in LAYOUTS:
+        for scheme in SCHEMES:
+            found = outputs(kind, layout, scheme, results / f"session_{rank}")
+            save_file(found, results / f"{kind}_{layout}_{scheme}_{rank}.safetensors")
 
 
 each_case = pytest.mark.parametrize(
@@ -42,7 +98,6 @@ def sqnr(wanted: Tensor, found: Tensor) -> float:
     return float(10 * torch.log10(wanted.square().sum() / (wanted - found).square().sum()))
 
 
-@pytest.mark.distributed
 @each_case
 def test_the_files_of_each_rank_compute_what_its_quantized_part_computed(results, kind, layout, scheme):
     for found in of_ranks(results, kind, layout, scheme):
@@ -50,7 +105,6 @@ def test_the_files_of_each_rank_compute_what_its_quantized_part_computed(results
             assert torch.equal(found[f"loaded_{step}"], found[f"quantized_{step}"])
 
 
-@pytest.mark.distributed
 @each_case
 def test_all_ranks_compute_one_output(results, kind, layout, scheme):
     first, second = of_ranks(results, kind, layout, scheme)
@@ -58,7 +112,6 @@ def test_all_ranks_compute_one_output(results, kind, layout, scheme):
         assert torch.equal(first[name], second[name])
 
 
-@pytest.mark.distributed
 @each_case
 def test_a_divided_model_is_as_close_to_the_float_one_as_a_whole_one(results, kind, layout, scheme, tmp_path):
     float_model, whole = build(kind), build(kind)

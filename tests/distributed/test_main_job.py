@@ -15,28 +15,13 @@ from model_adapters.weights.transformer_part import build_empty
 from quant_core.calibration.records import load_dump
 from quant_core.calibration.safe_load import safe_torch_load
 from quant_core.parallel.sharding import join
+from tests.distributed.conftest import PublishedJob
 from tests.support import consumer
-from tests.support.torchrun import Finished, run_torchrun
+from tests.support.torchrun import STEPS, run_job
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 4
 PROMPTS = 4  # of the prompt_file fixture
-
-
-def torchrun(
-    ranks: int, model: str, folder: Path, prompts: Path, out: Path, *flags: str | Path, check: bool = True
-) -> Finished:
-    """Run the job of `model` on a tiny pipeline; its files go below `out`."""
-    path_flag = "--sd3_model_path" if model == "sd3" else "--path"
-    finished = run_torchrun(
-        ranks, "-m", "launcher", model, path_flag, folder, "--device", "cpu", "--prompt_path", prompts,
-        "--width", "64", "--height", "64", "--infer_steps", str(STEPS), "--do_quant",
-        "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps", *flags,
-    )  # fmt: skip
-    if check:
-        assert finished.returncode == 0, finished.stderr
-    return finished
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +31,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prompts(tmp_path_factory.mktemp("prompts") / "calib_prompts.txt")
 
 
-@pytest.fixture(scope="module")
-def timestep_job(
-    tiny_flux_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Finished]:
-    """FLUX on two ranks, the dual-card layout, per-timestep scales."""
-    out = tmp_path_factory.mktemp("timestep")
-    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")
-    return out, torchrun(2, "flux", tiny_flux_folder, prompts, out, *flags)
-
-
-def test_two_ranks_publish_timestep_shards_that_the_runtime_loads(timestep_job):
-    out, finished = timestep_job
+def test_two_ranks_publish_timestep_shards_that_the_runtime_loads(dual_timestep_job: PublishedJob):
+    out = dual_timestep_job.folder
     for rank in (0, 1):
         loaded = consumer.load(out / "weights", rank, "w8a8_timestep")
         consumer.check(loaded, torch.bfloat16, timesteps=STEPS)
@@ -67,13 +42,11 @@ def test_two_ranks_publish_timestep_shards_that_the_runtime_loads(timestep_job):
         "3.0": 'policy.register(range(2, 4), "static")',
         "3.1": 'policy.register(range(2, 4), "static", target="w8a8_static_linear")',
     }
-    assert 'policy.register(range(2, 4), "static")' in finished.stdout
-    # From the command to published files; the product promises under a minute on two cores.
-    assert finished.seconds < 60
+    assert 'policy.register(range(2, 4), "static")' in dual_timestep_job.stdout
 
 
-def test_each_rank_dumps_its_own_complete_self_describing_calibration_data(timestep_job):
-    out, _ = timestep_job
+def test_each_rank_dumps_its_own_complete_self_describing_calibration_data(dual_timestep_job: PublishedJob):
+    out = dual_timestep_job.folder
     for rank in (0, 1):
         dump = load_dump(out / "dumps" / f"calib_data_rank{rank}.pth")
         assert dump["header"]["rank"] == rank
@@ -85,24 +58,21 @@ def test_each_rank_dumps_its_own_complete_self_describing_calibration_data(times
         assert safe_torch_load(out / "dumps" / f"calib_data_rank{rank}.pth")["complete"] is True
 
 
-def test_a_second_run_finds_everything_published_and_changes_nothing(timestep_job, tiny_flux_folder, prompts):
-    out, _ = timestep_job
+def test_a_second_run_finds_everything_published_and_changes_nothing(dual_timestep_job: PublishedJob, tiny_flux_folder):
+    out = dual_timestep_job.folder
     before = {path: path.stat().st_mtime_ns for path in (out / "weights").glob("quant_*")}
-    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")
-    again = torchrun(2, "flux", tiny_flux_folder, prompts, out, *flags)
+    again = run_job(2, "flux", tiny_flux_folder, dual_timestep_job.prompts, out, *dual_timestep_job.flags)
     assert "published already" in again.stdout
     unchanged = {path: path.stat().st_mtime_ns for path in before}
     assert unchanged == before
 
 
 def test_another_job_does_not_silently_use_the_dumps_and_every_rank_ends(
-    timestep_job, tiny_flux_folder, prompts, tmp_path
+    dual_timestep_job: PublishedJob, tiny_flux_folder, tmp_path
 ):
-    out, _ = timestep_job
-    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep", "--seed", "7")
-    refused = torchrun(
-        2, "flux", tiny_flux_folder, prompts, out, *flags, "--quant_weight_save_folder", tmp_path, check=False
-    )
+    out = dual_timestep_job.folder
+    flags = (*dual_timestep_job.flags, "--seed", "7", "--quant_weight_save_folder", tmp_path)
+    refused = run_job(2, "flux", tiny_flux_folder, dual_timestep_job.prompts, out, *flags, check=False)
     assert refused.returncode == 1  # torchrun's own, whatever a rank exits with
     assert "error: the calibration data was made by another job" in refused.stderr
     assert "pipeline.seed: 42 -> 7" in refused.stderr
@@ -111,7 +81,7 @@ def test_another_job_does_not_silently_use_the_dumps_and_every_rank_ends(
 
 def test_joined_global_shards_are_the_tensors_of_the_undivided_model(tiny_flux_folder, prompts, tmp_path):
     flags = ("--quant_type", "w8a8_dynamic", "--disable_names")  # no value: the row-split net.2 is quantized too
-    torchrun(
+    run_job(
         2, "flux", tiny_flux_folder, prompts, tmp_path / "tp2", *flags, "--device_type", "A2-32g-dual",
         "--scale_sync", "global",
     )  # fmt: skip
@@ -133,7 +103,7 @@ def test_joined_global_shards_are_the_tensors_of_the_undivided_model(tiny_flux_f
 def test_four_ranks_are_two_copies_of_two_shards_and_write_each_shard_once(tiny_flux_folder, prompts, tmp_path):
     flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8", "--do_save_img", "--save_path", tmp_path / "img")
     info = ("--info_file_save_path", tmp_path / "info.json")
-    finished = torchrun(4, "flux", tiny_flux_folder, prompts, tmp_path, *flags, *info)
+    finished = run_job(4, "flux", tiny_flux_folder, prompts, tmp_path, *flags, *info)
     assert "world 4 = dp 2 × tp 2" in finished.stdout
     weights = tmp_path / "weights"
     assert sorted(path.name for path in weights.glob("*.safetensors")) == [
@@ -151,7 +121,7 @@ def test_four_ranks_are_two_copies_of_two_shards_and_write_each_shard_once(tiny_
 
 
 def test_sd3_on_two_ranks_spreads_one_copy_over_both(tiny_sd3_folder, prompts, tmp_path):
-    finished = torchrun(2, "sd3", tiny_sd3_folder, prompts, tmp_path)
+    finished = run_job(2, "sd3", tiny_sd3_folder, prompts, tmp_path)
     assert "world 2 = dp 1 × tp 2" in finished.stdout
     for rank in (0, 1):
         loaded = consumer.load(tmp_path / "weights", rank, "w8a8")

@@ -16,10 +16,11 @@ import torch
 from quant_core.calibration.records import load_dump
 from scripts.make_tiny_pipeline import write_prompts
 from scripts.split_transformer import split
-from tests.distributed.test_main_job import torchrun
+from tests.distributed.conftest import PublishedJob
 from tests.support import consumer
 from tests.support.golden_cases import Written, differing
 from tests.support.tiny_models import save
+from tests.support.torchrun import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -31,12 +32,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prompts(tmp_path_factory.mktemp("prompts") / "calib_prompts.txt")
 
 
-@pytest.fixture(scope="module")
-def one_copy(tiny_flux_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def one_copy(dual_timestep_job: PublishedJob) -> Path:
     """What two ranks, one copy of the model, publish."""
-    out = tmp_path_factory.mktemp("one copy")
-    torchrun(2, "flux", tiny_flux_folder, prompts, out, *DUAL, "--quant_type", "w8a8_timestep")
-    return out
+    return dual_timestep_job.folder
 
 
 def published(out: Path, scheme: str, rank: int) -> Written:
@@ -53,7 +52,7 @@ def assert_same(out: Path, other: Path, scheme: str) -> None:
 @pytest.mark.slow
 def test_eight_ranks_are_four_copies_and_publish_what_one_copy_publishes(one_copy, tiny_flux_folder, prompts, tmp_path):
     flags = (*DUAL, "--quant_type", "w8a8_timestep", "--timeout_s", "240")
-    finished = torchrun(8, "flux", tiny_flux_folder, prompts, tmp_path, *flags)
+    finished = run_job(8, "flux", tiny_flux_folder, prompts, tmp_path, *flags)
     assert "world 8 = dp 4 × tp 2" in finished.stdout
     assert_same(tmp_path, one_copy, "w8a8_timestep")
     dumps = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth") for rank in range(8)]
@@ -72,7 +71,7 @@ def test_divided_folders_give_the_same_checkpoint_as_the_whole_transformer(
     divided = Path(shutil.copytree(tiny_flux_folder, tmp_path / "divided"))
     split(divided)
     shutil.rmtree(divided / "transformer")
-    torchrun(2, "flux", divided, prompts, tmp_path, *DUAL, "--quant_type", "w8a8_timestep")
+    run_job(2, "flux", divided, prompts, tmp_path, *DUAL, "--quant_type", "w8a8_timestep")
     assert_same(tmp_path, one_copy, "w8a8_timestep")
 
 
@@ -82,7 +81,7 @@ def test_three_ranks_share_a_model_whose_heads_three_divides(tiny_flux_folder, p
     shutil.rmtree(folder / "transformer")
     save("flux", folder)
     flags = ("--tp_size", "3", "--quant_type", "w8a8_dynamic", "--calibrate", "needed")
-    finished = torchrun(3, "flux", folder, prompts, tmp_path, *flags)
+    finished = run_job(3, "flux", folder, prompts, tmp_path, *flags)
     assert "world 3 = dp 1 × tp 3" in finished.stdout
     for rank in range(3):
         consumer.check(consumer.load(tmp_path / "weights", rank, "w8a8_dynamic"), torch.bfloat16)

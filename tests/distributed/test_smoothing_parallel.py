@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model_adapters import load_adapter
+from model_adapters.parallel.tensor_parallel import make_local
+from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
-from tests.distributed.smoothing_worker import LAYOUTS, METHODS, RECORDS, config_of, disabled, factors
-from tests.support.smoothed_models import outlier_model, records, smoothed
+from quant_core.session.config import M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, SmoothingConfig
+from quant_core.smoothing.smooth import Smoothing
+from tests.support.smoothed_models import apply_in_float, outlier_model, outputs, records, relative_error, smoothed
 from tests.support.tiny_models import KINDS, build
-from tests.support.torchrun import run_torchrun
 
-WORKER = Path(__file__).with_name("smoothing_worker.py")
+pytestmark = pytest.mark.distributed
+
 RANKS = 2
 FORMS = ("run_time", "fused")
 
@@ -30,14 +35,65 @@ SAME_FACTOR = 2e-5
 # the whole model's factors there (spec: outlier suppression, row-split layers).
 CHOSEN_PER_RANK = ("m3", "m6_searched")
 
+LAYOUTS = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron"), ("sd35", "megatron")]
+METHODS: dict[str, dict[str, Any]] = {
+    "m3": {"kind": M3ProcessorConfig},
+    "m4": {"kind": M4ProcessorConfig},
+    "m6": {"kind": M6ProcessorConfig, "cfg": M6Config(alpha=0.8, beta=0.2)},
+    "m6_searched": {"kind": M6ProcessorConfig},
+}
+RECORDS = 4
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what the ranks of one torchrun wrote."""
-    folder = tmp_path_factory.mktemp("results")
-    done = run_torchrun(RANKS, WORKER, str(folder), timeout_s=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+
+def config_of(method: str, fused: bool) -> SmoothingConfig:
+    """Return the configuration of a method over all groups."""
+    options = dict(METHODS[method])
+    return options.pop("kind")(smoothing_groups="all", fused=fused, **options)
+
+
+def disabled(kind: str) -> tuple[str, ...]:
+    """Return what stays float: SD3's text input, as in its recipe, because nothing can absorb its factor."""
+    return () if kind == "flux" else ("context_embedder",)
+
+
+def factors(smoothing: Smoothing) -> dict[str, Tensor]:
+    """Return what each linear's columns and rows are multiplied with."""
+    columns = {f"{name}.columns": change.columns_I for name, change in smoothing.rescalings.items()}
+    rows = {f"{name}.rows": change.rows_O for name, change in smoothing.rescalings.items()}
+    return {name: factor.clone() for name, factor in (columns | rows).items() if factor is not None}
+
+
+def local_part(kind: str, layout: str, *, agree: bool = True) -> tuple[Any, Parallel]:
+    """Build the whole model with the same seed on every rank, and divide it; `agree`: with the others' statistics."""
+    model, rank, size = outlier_model(kind), dist.get_rank(), dist.get_world_size()
+    plan = load_adapter(KINDS[kind][0]).shard_plan(layout)
+    shards = make_local(model, plan, tp_rank=rank, tp_size=size, tp_group=dist.group.WORLD)
+    return model, Parallel(shards=shards, tp_group=dist.group.WORLD if agree else None)
+
+
+def on_each_rank(results: Path) -> None:
+    """Smooth every case; write its factors, and how far each float output is from the whole model's."""
+    rank, errors = dist.get_rank(), {}
+    for kind, layout in LAYOUTS:
+        of = records(kind, RECORDS)
+        exact = outputs(outlier_model(kind), of)
+        for method in METHODS:
+            for form in ("run_time", "fused"):
+                case = f"{kind}_{layout}_{method}_{form}"
+                model, parallel = local_part(kind, layout)
+                smoothing = smoothed(kind, model, config_of(method, form == "fused"), of, disabled(kind), parallel)
+                save_file(factors(smoothing), results / f"{case}_{rank}.safetensors")
+                apply_in_float(model, smoothing)
+                errors[case] = relative_error(outputs(model, of), exact)
+    for method in METHODS:
+        mine = records("flux", RECORDS)[rank :: dist.get_world_size()]
+        shared = Parallel(dp_group=dist.group.WORLD)
+        smoothing = smoothed("flux", outlier_model("flux"), config_of(method, False), mine, (), shared)
+        save_file(factors(smoothing), results / f"flux_data_{method}_{rank}.safetensors")
+    model, alone = local_part("flux", "mindie", agree=False)
+    smoothing = smoothed("flux", model, config_of("m4", False), records("flux", RECORDS), (), alone)
+    save_file(factors(smoothing), results / f"flux_alone_{rank}.safetensors")
+    (results / f"errors_{rank}.json").write_text(json.dumps(errors))
 
 
 def of_rank(results: Path, case: str, rank: int) -> dict[str, Tensor]:
@@ -70,7 +126,6 @@ each_method = pytest.mark.parametrize("method", METHODS)
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
-@pytest.mark.distributed
 @each_layout
 @each_method
 @each_form
@@ -80,7 +135,6 @@ def test_a_smoothed_model_of_two_ranks_computes_what_the_whole_one_computes(resu
         assert errors[f"{kind}_{layout}_{method}_{form}"] < SAME_IN_FLOAT
 
 
-@pytest.mark.distributed
 @each_layout
 @each_method
 @each_form
@@ -93,7 +147,6 @@ def test_layers_divided_by_rows_have_one_factor_on_both_ranks(results, kind, lay
     assert all(torch.equal(first[name], second[name]) for name in columns)
 
 
-@pytest.mark.distributed
 @each_layout
 @each_method
 @each_form
@@ -110,7 +163,6 @@ def test_factors_of_the_ranks_are_those_of_the_whole_model(results, kind, layout
             torch.testing.assert_close(ours[name], expected, rtol=SAME_FACTOR, atol=0, msg=f"{name} on rank {rank}")
 
 
-@pytest.mark.distributed
 @each_method
 def test_ranks_that_saw_half_the_records_each_have_the_factors_of_all(results, method):
     first, second = (of_rank(results, f"flux_data_{method}", rank) for rank in range(RANKS))
@@ -120,7 +172,6 @@ def test_ranks_that_saw_half_the_records_each_have_the_factors_of_all(results, m
         torch.testing.assert_close(first[name], whole[name], rtol=SAME_FACTOR, atol=0)
 
 
-@pytest.mark.distributed
 def test_ranks_that_ask_nobody_disagree(results):
     """The factor depends on rows that the other rank holds."""
     first, second = (of_rank(results, "flux_alone", rank) for rank in range(RANKS))

@@ -10,8 +10,8 @@ from model_adapters import load_adapter
 from model_adapters.weights.loading import load_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
 from scripts.make_tiny_pipeline import write_prompts
-from tests.distributed.test_main_job import torchrun
 from tests.support.golden_cases import Written, differing
+from tests.support.torchrun import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -20,7 +20,7 @@ def test_two_ranks_stream_the_shards_that_a_held_model_gives_and_calibrate_only_
     tiny_flux_folder: Path, tmp_path: Path
 ):
     flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_dynamic", "--calibrate", "needed")
-    finished = torchrun(2, "flux", tiny_flux_folder, write_prompts(tmp_path / "prompts.txt"), tmp_path, *flags)
+    finished = run_job(2, "flux", tiny_flux_folder, write_prompts(tmp_path / "prompts.txt"), tmp_path, *flags)
     assert "w8a8_dynamic reads no activations" in finished.stdout
     assert list((tmp_path / "dumps").iterdir()) == []
     for rank in (0, 1):

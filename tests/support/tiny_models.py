@@ -83,3 +83,9 @@ def example_inputs(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, A
         "txt_ids": torch.zeros(5, 3),
         "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
     }
+
+
+def louder_records(kind: str, count: int) -> list[dict[str, Any]]:
+    """Return calibration records of growing loudness, the same ones for the same count."""
+    base = example_inputs(kind)
+    return [{"args": [], "kwargs": base | {"hidden_states": base["hidden_states"] * (1 + i)}} for i in range(count)]

@@ -1,0 +1,74 @@
+"""What several files of this folder share, each started once, also when several processes share the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from scripts.make_tiny_pipeline import write_prompts
+from tests.support.ranks import folder_of, run_on_ranks
+from tests.support.torchrun import run_job
+
+# Modules that compare what two ranks compute, each its part, with what one computes.
+COMPARED_WITH_ONE = tuple(
+    f"tests.distributed.test_{name}_parallel" for name in ("deployed", "estimators", "fa3", "smoothing")
+)
+
+
+@pytest.fixture(scope="session")
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function that has a folder of that name filled by the first who asks for it, and returns it."""
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = (
+            tmp_path_factory.mktemp(name) if worker_id == "master" else tmp_path_factory.getbasetemp().parent / name
+        )
+        whole = folder / "whole"
+        with FileLock(f"{folder}.lock"):
+            if not whole.exists():
+                unfinished = folder / worker_id
+                unfinished.mkdir(parents=True)
+                fill(unfinished)
+                unfinished.rename(whole)
+        return whole
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
+    """Folder of what two ranks wrote for the module of the test."""
+    everything = made_once("two_ranks", lambda folder: run_on_ranks(2, folder, *COMPARED_WITH_ONE))
+    return folder_of(everything, request.module.__name__)
+
+
+@dataclass(frozen=True)
+class PublishedJob:
+    """A job of two ranks that nothing disturbed: its command's flags, its folders, and what it printed."""
+
+    folder: Path
+    prompts: Path
+    flags: tuple[str, ...]
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def dual_timestep_job(tiny_flux_folder: Path, made_once: Callable[..., Path]) -> PublishedJob:
+    """FLUX on two ranks, the dual-card layout, per-timestep scales; read it, or run it again with the same flags."""
+    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")
+
+    def run(out: Path) -> None:
+        finished = run_job(2, "flux", tiny_flux_folder, write_prompts(out / "calib_prompts.txt"), out, *flags)
+        (out / "stdout.txt").write_text(finished.stdout)
+
+    folder = made_once("dual_timestep_job", run)
+    return PublishedJob(folder, folder / "calib_prompts.txt", flags)

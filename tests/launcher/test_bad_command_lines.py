@@ -1,0 +1,81 @@
+"""Every wrong command line is refused with a message of its own, before anything is looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.command_line import parse
+from quant_core.errors import ConfigurationError
+
+# A sound job; its folders need not exist, because nothing looks into them yet.
+JOB = [
+    "flux", "--path", "model", "--device", "cpu", "--width", "64", "--height", "64", "--infer_steps", "2", "--do_quant",
+    "--quant_weight_save_folder", "weights", "--quant_dump_calib_folder", "dumps",
+]  # fmt: skip
+
+
+def without(flag: str) -> list[str]:
+    """Return the words of the job without a flag and its value."""
+    index = JOB.index(flag)
+    return JOB[:index] + JOB[index + (1 if flag == "--do_quant" else 2) :]
+
+
+CASES: dict[str, tuple[list[str], str]] = {
+    "no command": ([], "the command is missing"),
+    "unknown command": (["fluxx"], "no command is called 'fluxx'"),
+    "unknown flag": ([*JOB, "--colour", "red"], "no flag is called '--colour'"),
+    "stray word": ([*JOB, "stray"], "'stray' belongs to no flag"),
+    "flag without its value": ([*JOB, "--width"], "--width: expected one argument"),
+    "width that is no number": ([*JOB, "--width", "big"], "--width cannot be 'big'"),
+    "width that does not fit the patches": ([*JOB, "--width", "100"], "--width cannot be '100'"),
+    "no steps": ([*JOB, "--infer_steps", "0"], "--infer_steps cannot be '0'"),
+    "negative seed": ([*JOB, "--seed", "-1"], "--seed"),
+    "unknown scheme": ([*JOB, "--quant_type", "w4a4"], "--quant_type cannot be 'w4a4'"),
+    "unknown device": ([*JOB, "--device", "tpu"], "--device cannot be 'tpu'"),
+    "unknown device type": ([*JOB, "--device_type", "A3"], "--device_type cannot be 'A3'"),
+    "nothing to do": (without("--do_quant"), "this run would produce nothing"),
+    "no folder for weights": (without("--quant_weight_save_folder"), "quant_weight_save_folder"),
+    "no folder for dumps": (without("--quant_dump_calib_folder"), "quant_dump_calib_folder"),
+    "no model": (without("--path"), "--path is missing"),
+    "boundary of steps without steps": (
+        [*JOB, "--quant_type", "w8a8", "--timestep_sep", "1"],
+        "--timestep_sep 1 has no meaning for w8a8",
+    ),
+    "boundary beyond the steps": ([*JOB, "--timestep_sep", "9"], "lies beyond the last of 2 steps"),
+    "exponent without its method": ([*JOB, "--anti_alpha", "0.5"], "--anti_alpha 0.5 has no"),
+    "exponent beyond 1": ([*JOB, "--anti_method", "m4", "--anti_alpha", "2"], "--anti_alpha"),
+    "one of several processors": ([*JOB, "--device_id", "1"], "--device_id 1 has no meaning"),
+    "part of prompts that does not exist": ([*JOB, "--data_split_id", "1"], "data_split_id 1"),
+    "hang timeout of nothing": ([*JOB, "--hang_timeout", "0"], "--hang_timeout cannot be '0'"),
+    "configuration that is missing": ([*JOB, "--config", "no.yaml"], "cannot read 'no.yaml'"),
+}
+# Configuration files, by their content.
+FILES = {
+    "configuration that is no YAML": ("a: [b", "the configuration is not YAML"),
+    "configuration that is a list": ("- a", "is a list, not a mapping"),
+    "configuration with an unknown key": ("ranks: {tp: 2}", "no option is called 'tp'"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_command_line_is_refused_with_its_own_message(name: str) -> None:
+    words, message = CASES[name]
+    refused(words, message)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_wrong_configuration_file_is_refused_with_its_own_message(name: str, tmp_path: Path) -> None:
+    content, message = FILES[name]
+    (tmp_path / "job.yaml").write_text(content)
+    refused([*JOB, "--config", str(tmp_path / "job.yaml")], message)
+
+
+def refused(words: list[str], message: str) -> None:
+    """Check that the words are refused in those words, with a place and an advice."""
+    with pytest.raises(ConfigurationError) as caught:
+        parse(words)
+    assert message in caught.value.what
+    assert caught.value.where
+    assert caught.value.advice
