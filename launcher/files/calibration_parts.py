@@ -9,7 +9,7 @@ object once and refers to it afterwards, so the bytes depend on which objects ar
 many runs, is forgotten.
 
 Worked example: 24 prompts, killed in the 17th. The ranks of one copy find 16, 16, 15 and 16 parts, agree on 15, and
-run prompts 16 to 24. What it costs: the dump is written twice, a few hundred megabytes for an hour of FLUX.
+run prompts 16 to 24. What it costs: the dump is written twice, a few hundred megabytes for an hour of calibration.
 """
 
 from __future__ import annotations

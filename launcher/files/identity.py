@@ -7,7 +7,7 @@ would no longer fit together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from launcher.config.job_config import JobConfig
 from launcher.files.fingerprint import Fingerprint, digest_of_file, digest_of_text, flatten
 from launcher.ranks.mesh import Mesh
-from launcher.stages.model_session import ModelSession
+from model_adapters.adapter import ModelAdapter
 from model_adapters.pipeline.prompts import Batch
 from model_adapters.weights.model_folder import pipeline_folder, read_json
 from model_adapters.weights.transformer_folders import WHOLE, all_files, divided_folders, used_folders
@@ -24,17 +24,6 @@ from model_adapters.weights.transformer_folders import WHOLE, all_files, divided
 _PACKAGES = ("torch", "diffusers", "transformers")
 # What a copy of the same model may say differently of itself.
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
-_PIPELINE_FIELDS = (
-    "width",
-    "height",
-    "infer_steps",
-    "seed",
-    "guidance_scale",
-    "batch_size",
-    "num_images_per_prompt",
-    "data_split_num",
-    "data_split_id",
-)
 
 
 def model_fields(config: JobConfig) -> dict[str, Any]:
@@ -57,16 +46,18 @@ def model_fields(config: JobConfig) -> dict[str, Any]:
 
 
 def calibration_fingerprint(
-    session: ModelSession, mesh: Mesh, model: dict[str, Any], batches: Iterable[Batch]
+    config: JobConfig, adapter: ModelAdapter, mesh: Mesh, model: dict[str, Any], batches: Iterable[Batch]
 ) -> Fingerprint:
-    """Return what this job's dumps depend on; `model` is what `model_fields` returned."""
-    config, adapter = session.config, session.adapter
+    """Return what this job's dumps depend on.
+
+    model: what `model_fields` returned. batches: those of all copies of the model.
+    """
     plan = adapter.shard_plan(config.ranks.layout)
     requests = [asdict(request) for batch in batches for request in batch]
     tree = {
         "model": {"name": config.model, **model},
         "prompts": {"count": len(requests), "digest": digest_of_text(repr(requests))},
-        "pipeline": {name: getattr(config.pipeline, name) for name in _PIPELINE_FIELDS},
+        "pipeline": config.pipeline.model_dump(mode="json", exclude=set(config.pipeline.OUTSIDE_IDENTITY)),
         "dtype": str(adapter.dtype(config.pipeline)),
         "layout": {"name": plan.name, "version": plan.version},
         "mesh": {"world": mesh.world, "tp_size": mesh.tp_size},
@@ -76,10 +67,12 @@ def calibration_fingerprint(
     return Fingerprint(flatten(tree))
 
 
-def quantization_fingerprint(calibration: Fingerprint, session: ModelSession) -> Fingerprint:
-    """Return what this job's shards depend on."""
-    options = session.config.quantization.model_dump(mode="json", exclude={"do_quant", "disable_names"})
-    options["disable_names"] = list(session.disabled_layers)
+def quantization_fingerprint(
+    calibration: Fingerprint, config: JobConfig, disabled_layers: Sequence[str]
+) -> Fingerprint:
+    """Return what this job's shards depend on; disabled_layers: the patterns that were chosen or are the recipe's."""
+    options = config.quantization.model_dump(mode="json", exclude={"do_quant", "disable_names"})
+    options["disable_names"] = list(disabled_layers)
     return Fingerprint({**calibration.fields, **flatten({"quantization": options})})
 
 

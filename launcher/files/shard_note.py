@@ -14,16 +14,15 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 
-from launcher.files.fingerprint import digest_of_file
-from launcher.files.run_folder import STAGING
-from launcher.stages.job import QuantJob
+from launcher.files.fingerprint import Fingerprint, digest_of_file
+from launcher.files.run_folder import STAGING, RunFolder
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.atomic_file import write_text_atomically
 from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.tensor_parts import TensorFiles
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard, Style
 from quant_core.session.quantize import QuantizedModel
@@ -99,18 +98,25 @@ class ShardNote(_Frozen):
         )
 
 
-def write_note(job: QuantJob, result: QuantizedModel, part: TransformerPart | LoadedTransformer) -> None:
+def write_note(
+    folder: RunFolder,
+    fingerprint: Fingerprint,
+    result: QuantizedModel,
+    part: TransformerPart | LoadedTransformer,
+    *,
+    layout: str,
+    scales_are_global: bool,
+) -> None:
     """Describe the shard of a rank's part that was just staged, and publish the note beside it."""
-    files, mesh = job.folder.staged(), job.ranks.mesh
-    scales_are_global = job.config.quantization.scale_sync == "global"
+    files, mesh = folder.staged(), folder.mesh
     note = ShardNote(
-        fingerprint=job.quantization.digest,
-        fields=dict(job.quantization.fields),
+        fingerprint=fingerprint.digest,
+        fields=dict(fingerprint.fields),
         quant_type=result.quant_type,
         tp_rank=mesh.tp_rank,
         tp_size=mesh.tp_size,
         dp_size=mesh.dp_size,
-        layout=job.model.adapter.shard_plan(job.config.ranks.layout).name,
+        layout=layout,
         weights=FileDigest.of(files.weights),
         description=FileDigest.of(files.description),
         layers={name: LayerShard(style=s.style, blocks=s.blocks) for name, s in part.shards.items()},
@@ -119,7 +125,7 @@ def write_note(job: QuantJob, result: QuantizedModel, part: TransformerPart | Lo
         timesteps=result.timesteps,
         timestep_sep=result.timestep_sep,
     )
-    write_text_atomically(job.folder.note(), note.model_dump_json(indent=1) + "\n")
+    write_text_atomically(folder.note(), note.model_dump_json(indent=1) + "\n")
 
 
 def read_note(path: Path) -> ShardNote | None:
@@ -154,17 +160,14 @@ def layer_of(tensor_name: str, full_shapes: Mapping[str, object]) -> tuple[str, 
 def _equal_tensors(
     weights: Path, shards: Mapping[str, Shard], full_shapes: Mapping[str, object], scales_are_global: bool
 ) -> Iterator[tuple[str, str]]:
-    with safe_open(weights, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    for name, shape in shapes.items():
+    for name, info in TensorFiles(weights).infos().items():
         layer, tensor = layer_of(name, full_shapes)
         if f"{layer}.weight" not in full_shapes and name not in full_shapes:
             continue  # no part of the float model: attention scales, which are per local head
         shard = shards.get(layer)
-        if shard is None or _is_equal(shard, tensor, shape, scales_are_global):
+        if shard is None or _is_equal(shard, tensor, info.shape, scales_are_global):
             # Opened anew for each tensor: an open file keeps in memory whatever was read of it.
-            with safe_open(weights, "pt") as file:
-                yield name, _digest(file.get_tensor(name))
+            yield name, _digest(TensorFiles(weights).read(name))
 
 
 def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global: bool) -> bool:
