@@ -14,7 +14,6 @@ run prompts 16 to 24. What it costs: the dump is written twice, a few hundred me
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Mapping
@@ -22,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from launcher.files.digests import digest_of_tensor
 from quant_core.atomic_file import make_folder
 from quant_core.calibration.records import load_dump, save_dump
 from quant_core.errors import InputError
@@ -96,12 +95,11 @@ class CalibrationParts:
 class _Unique:
     """Rebuild plain data so that equal tensors and equal texts are one object each."""
 
-    _tensors: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    _tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            content = hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
-            return self._tensors.setdefault((value.dtype, tuple(value.shape), content), value)
+            return self._tensors.setdefault(digest_of_tensor(value), value)
         if isinstance(value, str):
             return sys.intern(value)
         if isinstance(value, dict):

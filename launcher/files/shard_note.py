@@ -6,17 +6,15 @@ knew (how each layer is divided, the full shapes) and digests of the tensors tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
-from launcher.files.fingerprint import Fingerprint, digest_of_file
+from launcher.files.digests import digest_of_file, digest_of_tensor
+from launcher.files.fingerprint import Fingerprint
 from launcher.files.run_folder import STAGING, RunFolder
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
@@ -167,7 +165,7 @@ def _equal_tensors(
         shard = shards.get(layer)
         if shard is None or _is_equal(shard, tensor, info.shape, scales_are_global):
             # Opened anew for each tensor: an open file keeps in memory whatever was read of it.
-            yield name, _digest(TensorFiles(weights).read(name))
+            yield name, digest_of_tensor(TensorFiles(weights).read(name))
 
 
 def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global: bool) -> bool:
@@ -179,8 +177,3 @@ def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global
     if shard.size == 1 or shard.divides(tensor, len(shape)):
         return shard.size == 1
     return shard.split_dim == 0 or (scales_are_global and tensor not in ("bias", "quant_bias"))
-
-
-def _digest(tensor: Tensor) -> str:
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return hashlib.sha256(str((tensor.dtype, tuple(tensor.shape))).encode() + raw).hexdigest()

@@ -14,7 +14,7 @@ from torch import nn
 
 from model_adapters.adapter import ModelAdapter
 from model_adapters.options import PipelineOptions
-from model_adapters.weights.model_folder import check_class, pipeline_folder, read_json
+from model_adapters.weights.model_folder import PARTS_NAME, check_class, pipeline_folder, read_json
 from model_adapters.weights.transformer_folders import used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer, place
 from quant_core.errors import InputError
@@ -117,7 +117,7 @@ def load_text_encoders(
 
 def _without(parts: tuple[str, ...], options: PipelineOptions) -> dict[str, None]:
     """Return None for every part of the pipeline whose name begins so, which loads the pipeline without it."""
-    index = read_json(pipeline_folder(options.path) / "model_index.json")
+    index = read_json(pipeline_folder(options.path) / PARTS_NAME)
     return dict.fromkeys(name for name in index if name.startswith(parts))
 
 
@@ -126,7 +126,7 @@ def _assemble(
 ) -> Any:
     """Load all parts of a pipeline but those that are given (or None, to go without), on the host, frozen."""
     folder = pipeline_folder(options.path)
-    index = folder / "model_index.json"
+    index = folder / PARTS_NAME
     check_class(index, read_json(index), adapter.pipeline_class)
     try:
         return _freeze(_from_folder(adapter, folder, dtype, given))

@@ -15,6 +15,9 @@ from quant_core.checkpoint.tensor_parts import damaged, open_safetensors, read_i
 from quant_core.errors import InputError, VerificationError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CONFIG_NAME = "config.json"
+# Which parts a pipeline has, and of which classes.
+PARTS_NAME = "model_index.json"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 
 # How to come by a sound copy of a file that somebody published.
