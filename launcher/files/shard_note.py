@@ -42,6 +42,10 @@ class FileDigest(_Frozen):
         """Read the file and describe it."""
         return cls(name=path.name, bytes=path.stat().st_size, sha256=digest_of_file(path))
 
+    def is_of(self, path: Path) -> bool:
+        """Tell whether a file is there with this content."""
+        return path.is_file() and path.stat().st_size == self.bytes and digest_of_file(path) == self.sha256
+
 
 class LayerShard(_Frozen):
     """How a linear layer is divided; the rank and the number of ranks stand in the note."""
@@ -90,10 +94,7 @@ class ShardNote(_Frozen):
     def is_whole(self, folder: Path) -> bool:
         """Tell whether both files are there with the noted content."""
         files = self.files(folder)
-        return all(
-            path.is_file() and path.stat().st_size == noted.bytes and digest_of_file(path) == noted.sha256
-            for path, noted in ((files.weights, self.weights), (files.description, self.description))
-        )
+        return self.weights.is_of(files.weights) and self.description.is_of(files.description)
 
 
 def write_note(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.failure.together import all_agree, gather_objects, run_together
-from launcher.files.calibration_parts import CalibrationParts
+from launcher.files.calibration_parts import CalibrationParts, load_sound_dump
 from launcher.stages.encode import encode
 from launcher.stages.images import are_there, have_images, run_pipeline
 from launcher.stages.job import Job, Results
@@ -112,6 +112,7 @@ def _is_reusable(job: Job, results: Results, path: Path) -> bool:
     header = load_dump(path)["header"]
     differences = results.calibration.differences(header.get("fields", {}))
     if not differences and header.get("rank") == job.ranks.rank:
+        load_sound_dump(path)
         return True
     if job.config.output.overwrite:
         return False

@@ -66,7 +66,10 @@ def _is_published(job: Job, results: Results) -> bool:
         return False
     differences = results.quantization.differences(manifest.fields)
     if not differences:
-        return manifest.files_are_there(folder.weights)
+        changed = manifest.changed_files(folder.weights)
+        if changed:
+            job.console.say(f"published, but made again, as it was changed since: {', '.join(changed)}")
+        return not changed
     raise InputError(
         "the output folder holds the checkpoint of another job",
         where=str(folder.manifest),

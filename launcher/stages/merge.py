@@ -8,13 +8,13 @@ interruption leaves either the old checkpoint with its manifest, or no manifest 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from launcher.failure.together import run_together
-from launcher.files.manifest import Manifest
+from launcher.files.manifest import Manifest, read_manifest
 from launcher.files.run_folder import MANIFEST, STAGING, note_file, tp_suffix
 from launcher.files.shard_checks import OpenedShard, check_shards
 from launcher.files.shard_note import ShardNote, read_note
@@ -76,21 +76,42 @@ def _is_of_type(note: ShardNote, chosen: str) -> bool:
 
 
 def publish_shards(folder: Path, note_paths: list[Path]) -> Manifest:
-    """Check the noted shards and publish them in the folder; returns the manifest.
+    """Check the noted shards and publish them in the folder, in the place of what was published there.
+
+    Returns the manifest. Other shards that are staged beside them stay.
 
     Raises InputError for shards that are missing or damaged, VerificationError for shards that do not fit together.
     """
     notes = [_require(path, folder) for path in note_paths]
     check_shards([OpenedShard.of(note, folder) for note in notes])
     manifest = Manifest.of(notes)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    _withdraw(folder, keep={file.name for file in manifest.files})
     for note in notes:
         files = note.files(folder)
         for path in (files.weights, files.description):
             os.replace(path, folder / path.name)
     manifest.write(folder / MANIFEST)
-    shutil.rmtree(folder / STAGING)
+    for path in note_paths:
+        path.unlink()
+    with suppress(OSError):  # it holds another job's shards
+        (folder / STAGING).rmdir()
     return manifest
+
+
+def _withdraw(folder: Path, *, keep: set[str]) -> None:
+    """Remove a published checkpoint's manifest, and the files that no new ones replace.
+
+    A damaged manifest names nothing that could be removed.
+    """
+    try:
+        old = read_manifest(folder / MANIFEST)
+    except InputError:
+        old = None
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for file in old.files if old else []:
+        # Its names may be a stranger's: only what lies beside it is removed.
+        if file.name not in keep and Path(file.name).name == file.name:
+            (folder / file.name).unlink(missing_ok=True)
 
 
 def report(folder: Path, manifest: Manifest, say: Callable[[str], object]) -> None:
