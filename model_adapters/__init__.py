@@ -1,8 +1,16 @@
-"""Each model's knowledge: how to load, shard and run it. One folder per model; importing this imports no torch."""
+"""Each model's knowledge: how to load, shard and run it. One folder per model; importing this imports no torch.
+
+A model is a folder beside this file, or a package with the same files that another distribution announces:
+
+    [project.entry-points."model_adapters.models"]
+    mymodel = "my_package.mymodel"
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -12,18 +20,20 @@ from quant_core.errors import ConfigurationError, nearest
 if TYPE_CHECKING:
     from model_adapters.adapter import ModelAdapter
 
+_ENTRY_POINTS = "model_adapters.models"
+
 
 def adapter_names() -> list[str]:
-    """Return the names of all models: the folders beside this file that have an adapter, in alphabetical order."""
-    return sorted(found.parent.name for found in Path(__file__).parent.glob("*/adapter.py"))
+    """Return the names of all models, in alphabetical order, without importing any."""
+    return sorted(_packages())
 
 
 def load_options(name: str) -> ModuleType:
-    """Import a model's `options` module, which has OPTIONS, DEFAULTS and DEVICE_TYPES and imports no torch.
+    """Import a model's `options` module, which has OPTIONS and DEFAULTS and imports no torch.
 
     Raises ConfigurationError naming the nearest model for an unknown name.
     """
-    return import_module(f"{__name__}.{_known(name)}.options")
+    return import_module(f"{_package(name)}.options")
 
 
 def load_adapter(name: str) -> ModelAdapter:
@@ -31,17 +41,25 @@ def load_adapter(name: str) -> ModelAdapter:
 
     Raises ConfigurationError naming the nearest model for an unknown name.
     """
-    return import_module(f"{__name__}.{_known(name)}.adapter").ADAPTER
+    return import_module(f"{_package(name)}.adapter").ADAPTER
 
 
-def _known(name: str) -> str:
-    names = adapter_names()
-    if name in names:
-        return name
-    close = nearest(name, names)
+@cache
+def _packages() -> dict[str, str]:
+    """Return each model's package by name; a folder here wins over a stranger's package of the same name."""
+    announced = {point.name: point.value for point in entry_points(group=_ENTRY_POINTS)}
+    folders = [found.parent.name for found in Path(__file__).parent.glob("*/adapter.py")]
+    return announced | {name: f"{__name__}.{name}" for name in folders}
+
+
+def _package(name: str) -> str:
+    packages = _packages()
+    if name in packages:
+        return packages[name]
+    close, names = nearest(name, packages), ", ".join(sorted(packages))
     raise ConfigurationError(
         f"no model is called '{name}'",
         where="model",
-        why=f"the models are {', '.join(names)}",
-        advice=f"{close} (nearest name)" if close else f"one of {', '.join(names)}",
+        why=f"the models are {names}",
+        advice=f"{close} (nearest name)" if close else f"one of {names}",
     )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
-import diffusers
 import torch
 from torch import Tensor
 
 from model_adapters.inputs import TransformerInputs
-from model_adapters.options import DeviceType, DtypeName, PipelineOptions
+from model_adapters.options import DtypeName, PipelineOptions
 from model_adapters.parallel.shard_plan import ShardPlan
-from model_adapters.pipeline.generation import generate
-from model_adapters.pipeline.step_index import step_index
 from quant_core.errors import ConfigurationError, nearest
 from quant_core.structure import ModelStructure
 
@@ -29,28 +29,37 @@ class Encode(Protocol):
 
 
 class Generate(Protocol):
-    """Run the pipeline once for a batch of encoded prompts, one image for each.
+    """Run the pipeline once for a batch of encoded prompts.
 
-    `generator` is one torch generator or one per prompt; `output_type` is diffusers' ("pil", "latent", "pt", "np").
-    Returns the images in the order of the prompts.
+    generators: one for each prompt, or one for all. decodes: whether anybody looks at the results; if not, denoising
+    is enough and nothing behind it runs. Returns the results (latents, if not decoded) in the order of the prompts.
     """
 
     def __call__(
-        self, pipeline: Any, embeddings: Embeddings, options: Any, generator: Any, output_type: str = "pil"
-    ) -> Any: ...
+        self, pipeline: Any, embeddings: Embeddings, options: Any, generators: Any, *, decodes: bool = True
+    ) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class ResultFormat:
+    """Say how a result of a generation (an image, a video) becomes a file: its suffix, and how it is written."""
+
+    suffix: str
+    save: Callable[[Any, Path], object]
 
 
 @dataclass(frozen=True)
 class ModelAdapter:
     """Describe one model: its classes, layouts, recipes and how to run it.
 
-    `transformer_class` and `pipeline_class` are names in diffusers; `shard_plans` are by layout, the default first;
-    `disabled_layers` maps a quantization type to the patterns of layers that its recipe keeps float.
+    `transformer_class` and `pipeline_class` are names in the module `library`; `shard_plans` are by layout, the default
+    first; `disabled_layers` maps a quantization type to the patterns of layers that its recipe keeps float.
+    `approximate` returns a context in which the pipeline may approximate steps; `step_index` returns the denoising step
+    that the current call of the pipeline's transformer belongs to, from 0.
     """
 
     name: str
     options: type[PipelineOptions]
-    device_types: Mapping[str, DeviceType]
     transformer_class: str
     pipeline_class: str
     default_dtype: DtypeName
@@ -59,16 +68,19 @@ class ModelAdapter:
     disabled_layers: Mapping[str, tuple[str, ...]]
     encode: Encode
     transformer_inputs: Callable[[Any, Any, torch.dtype], TransformerInputs]
-    generate: Generate = generate
-    step_index: Callable[[Any], int] = step_index
+    generate: Generate
+    step_index: Callable[[Any], int]
+    result: ResultFormat
+    approximate: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    library: str = "diffusers"
 
     def transformer_type(self) -> Any:
-        """Return diffusers' class of the transformer."""
-        return getattr(diffusers, self.transformer_class)
+        """Return the class of the transformer."""
+        return getattr(import_module(self.library), self.transformer_class)
 
     def pipeline_type(self) -> Any:
-        """Return diffusers' class of the pipeline."""
-        return getattr(diffusers, self.pipeline_class)
+        """Return the class of the pipeline."""
+        return getattr(import_module(self.library), self.pipeline_class)
 
     def dtype(self, options: PipelineOptions) -> torch.dtype:
         """Return the dtype to compute in: the chosen one, else the model's own."""

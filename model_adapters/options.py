@@ -5,7 +5,7 @@ Pure data without torch, so that a command line can be built from it at once. Fi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,14 +18,21 @@ class DeviceType(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    name: str = Field(min_length=1)
     tp_size: int = Field(ge=1, description="ranks that hold one copy of the model")
     cpu_offload: bool = Field(default=False, description="keep on the card only the part of the pipeline that runs")
 
 
 class PipelineOptions(BaseModel):
-    """Choose the prompts and how images are generated from them; each model adds the path to its weights."""
+    """Choose the prompts, and how much is generated from them; each model adds what it alone has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    # Every other option tells one calibration from another. These cannot change it, or are known by what they lead to:
+    # the model and the prompts by their content, the dtype by the one that is computed in.
+    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset(
+        {"path", "prompt_path", "prompt_type", "max_num_prompt", "info_file_save_path", "dtype"}
+    )
 
     path: str = Field(min_length=1, description="folder of the float pipeline (or its hub id, owner/name)")
     prompt_path: str = Field(default="./calib_prompts.txt", min_length=1, description="file with the prompts")
@@ -35,15 +42,22 @@ class PipelineOptions(BaseModel):
     info_file_save_path: str = Field(
         default="./image_info.json", min_length=1, description="where to write which image came from which prompt"
     )
-    width: int = Field(default=1024, gt=0, multiple_of=16, description="width of the images in pixels")
-    height: int = Field(default=1024, gt=0, multiple_of=16, description="height of the images in pixels")
     infer_steps: int = Field(default=50, ge=1, description="denoising steps per image")
     seed: int = Field(default=42, ge=0, lt=2**63, description="seed of the initial noise")
     batch_size: int = Field(default=1, ge=1, description="prompts per call of the pipeline")
     data_split_num: int = Field(default=1, ge=1, description="into how many parts the prompts are divided")
     data_split_id: int = Field(default=0, ge=0, description="which of these parts to use, counted from 0")
-    guidance_scale: float | None = Field(default=None, ge=0, description="guidance scale (default: the pipeline's own)")
     dtype: DtypeName | None = Field(default=None, description="dtype to compute in (default: the model's own)")
+
+    @property
+    def hardware(self) -> DeviceType | None:
+        """Return the hardware set-up that was chosen; None for a model that names none."""
+        return None
+
+    @property
+    def approximation(self) -> str | None:
+        """Return the name of the option that was set to approximate steps of images (never of a calibration)."""
+        return None
 
     @model_validator(mode="after")
     def _split_exists(self) -> PipelineOptions:
@@ -53,3 +67,11 @@ class PipelineOptions(BaseModel):
                 f"use 0 to {self.data_split_num - 1}"
             )
         return self
+
+
+class ImageOptions(PipelineOptions):
+    """Choose images of some size."""
+
+    width: int = Field(default=1024, gt=0, multiple_of=16, description="width of the images in pixels")
+    height: int = Field(default=1024, gt=0, multiple_of=16, description="height of the images in pixels")
+    guidance_scale: float | None = Field(default=None, ge=0, description="guidance scale (default: the pipeline's own)")

@@ -112,7 +112,7 @@ def tiny(kind: str, folder: Path) -> Subject:
         pipeline.transformer, capture_mode="timestep", step_source=lambda: adapter.step_index(pipeline)
     )
     generator, prompts = torch.Generator().manual_seed(0), [str(prompt) for prompt in PROMPTS[:TINY_PROMPTS]]
-    adapter.generate(pipeline, adapter.encode(pipeline, prompts, options), options, generator, output_type="latent")
+    adapter.generate(pipeline, adapter.encode(pipeline, prompts, options), options, generator, decodes=False)
     dumper.close()
     return Subject(f"tiny {kind}", adapter, pipeline.transformer, as_records(dumper.records), STATIC_SCHEMES[kind])
 

@@ -29,6 +29,12 @@ def pytest_runtest_setup() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what jobs remember of files out of the user's cache folder, here and in the processes of a test."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the layout of FLUX.1-dev, bfloat16; shared, so do not write into it."""

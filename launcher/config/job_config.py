@@ -6,7 +6,7 @@
     ranks          devices and how the ranks are laid out
     output         what is written where, and what a second run may reuse
 
-A model changes defaults but never the shape of the tree: `job_config_class("flux")` is `JobConfig` with the adapter's
+A model changes defaults but never the shape of the tree: `job_config_class(model)` is `JobConfig` with the adapter's
 pipeline options in place and the adapter's `DEFAULTS` as the defaults of the fields they name.
 """
 

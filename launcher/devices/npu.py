@@ -21,8 +21,8 @@ _EXEC_TIMEOUT_S = 600
 _EVENT_MARGIN_S = 30  # torch_npu demands HCCL_EVENT_TIMEOUT > HCCL_EXEC_TIMEOUT
 _GROUP_MARGIN_S = 30  # so that HCCL, which names the rank, speaks before torch's watchdog
 
-# Each communicator takes two buffers of this size from the card; HCCL's default is 200. The largest message of FLUX
-# at 1024 x 1024 is 4608 tokens x 6144 local features x 2 bytes = 57 MB.
+# Each communicator takes two buffers of this size from the card; HCCL's default is 200. The largest message of a model
+# of 12 billion parameters at 1024 x 1024 is 4608 tokens x 6144 local features x 2 bytes = 57 MB.
 _BUFFER_MB = 64
 
 

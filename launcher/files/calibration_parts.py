@@ -9,12 +9,11 @@ object once and refers to it afterwards, so the bytes depend on which objects ar
 many runs, is forgotten.
 
 Worked example: 24 prompts, killed in the 17th. The ranks of one copy find 16, 16, 15 and 16 parts, agree on 15, and
-run prompts 16 to 24. What it costs: the dump is written twice, a few hundred megabytes for an hour of FLUX.
+run prompts 16 to 24. What it costs: the dump is written twice, a few hundred megabytes for an hour of calibration.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Mapping
@@ -22,14 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from launcher.files.digests import digest_of_records, digest_of_tensor
 from quant_core.atomic_file import make_folder
 from quant_core.calibration.records import load_dump, save_dump
 from quant_core.errors import InputError
 
 FOLDER = ".calib_parts"
+# Where a header has the digest of the records that it belongs to.
+DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,16 @@ class CalibrationParts:
     def save(self, batch: int, records: list[Any]) -> Path:
         """Publish the records of one batch."""
         make_folder(self.folder)
-        return save_dump(self._path(batch), records, {"fingerprint": self.fingerprint, "batch": batch})
+        header = {"fingerprint": self.fingerprint, "batch": batch, DIGEST: digest_of_records(records)}
+        return save_dump(self._path(batch), records, header)
 
     def assemble(self, dump: Path, batches: int, header: Mapping[str, Any]) -> int:
         """Publish the whole dump from its parts and remove them; returns the number of records.
 
-        Raises InputError when a part is missing or damaged, or when no batch captured anything.
+        Raises InputError when a part is missing, damaged or another job's, or when no batch captured anything.
         """
         unique = _Unique()
-        records = [unique(entry) for batch in range(batches) for entry in load_dump(self._path(batch))["records"]]
+        records = [unique(entry) for batch in range(batches) for entry in self._read(batch)]
         if not records:
             raise InputError(
                 "nothing was captured",
@@ -70,7 +72,7 @@ class CalibrationParts:
                 why="the pipeline ran without calling the transformer",
                 advice="run it on at least one prompt and one step",
             )
-        save_dump(dump, records, header)
+        save_dump(dump, records, {**header, DIGEST: digest_of_records(records)})
         self.discard()
         return len(records)
 
@@ -82,26 +84,53 @@ class CalibrationParts:
         return self.folder / f"batch_{batch:05d}.pth"
 
     def _is_whole(self, batch: int) -> bool:
-        path = self._path(batch)
-        if not path.exists():
+        if not self._path(batch).exists():
             return False
         try:
-            header = load_dump(path)["header"]
+            self._read(batch)
         except InputError:
-            return False  # of another version, or damaged: the batch is run again
-        return header.get("fingerprint") == self.fingerprint and header.get("batch") == batch
+            return False  # of another job or version, or damaged: the batch is run again
+        return True
+
+    def _read(self, batch: int) -> list[Any]:
+        path = self._path(batch)
+        part = load_sound_dump(path)
+        header = part["header"]
+        if (header.get("fingerprint"), header.get("batch")) != (self.fingerprint, batch):
+            raise InputError(
+                "a finished batch is another job's",
+                where=str(path),
+                why="a job with other options wrote into the folder of this one",
+                advice="give each job its own --quant_dump_calib_folder, and run this one again",
+            )
+        return part["records"]
+
+
+def load_sound_dump(path: Path) -> dict[str, Any]:
+    """Load a dump, tensors mapped from the file, and check that its records are those that were saved.
+
+    Raises InputError when it is unreadable, of another format or version, incomplete, or damaged.
+    """
+    dump = load_dump(path)
+    if digest_of_records(dump["records"]) != dump["header"].get(DIGEST):
+        raise InputError(
+            "the calibration data was changed after it was saved",
+            where=str(path),
+            why="its records do not have the digest that stands in its header",
+            advice="remove the file and run the job again; and have the disk looked at",
+        )
+    return dump
 
 
 @dataclass
 class _Unique:
     """Rebuild plain data so that equal tensors and equal texts are one object each."""
 
-    _tensors: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    _tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            content = hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
-            return self._tensors.setdefault((value.dtype, tuple(value.shape), content), value)
+            return self._tensors.setdefault(digest_of_tensor(value), value)
         if isinstance(value, str):
             return sys.intern(value)
         if isinstance(value, dict):

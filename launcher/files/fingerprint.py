@@ -10,14 +10,15 @@ Worked example: a dump made from 24 prompts, a job with 32. The digests differ; 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+from launcher.files.digests import digest_of_text
+
+# Changes with what the fields mean.
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Fingerprint:
     def digest(self) -> str:
         """Return the sha256 over the fields in canonical JSON."""
         canonical = json.dumps({"schema": SCHEMA, **self.fields}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return digest_of_text(canonical)
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Return `field: theirs -> ours` for every field that differs from another job's fields."""
@@ -49,17 +50,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{name}"
         flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
     return flat
-
-
-def digest_of_text(text: str) -> str:
-    """Return the sha256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """Return the sha256 of a file's content, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -3,96 +3,101 @@
 A dump depends on the model, the prompts, how the pipeline runs and how the model is divided; a shard depends on all
 of that and on the quantization. Devices and versions count too: another kernel may move a last bit, and then ranks
 would no longer fit together.
+
+Everything in the configuration counts but what is named here (and by the model's options) as being outside: an option
+that nobody thought of separates two jobs that could have shared a dump, and never joins two that could not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from launcher.config.job_config import JobConfig
-from launcher.files.fingerprint import Fingerprint, digest_of_file, digest_of_text, flatten
+from launcher.files.digests import digest_of_file, digest_of_text
+from launcher.files.fingerprint import Fingerprint, flatten
 from launcher.ranks.mesh import Mesh
-from launcher.stages.model_session import ModelSession
+from model_adapters.adapter import ModelAdapter
 from model_adapters.pipeline.prompts import Batch
 from model_adapters.weights.model_folder import pipeline_folder, read_json
-from model_adapters.weights.transformer_folders import WHOLE, all_files, divided_folders, used_folders
+from model_adapters.weights.transformer_folders import pipeline_files
 
 _PACKAGES = ("torch", "diffusers", "transformers")
 # What a copy of the same model may say differently of itself.
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
-_PIPELINE_FIELDS = (
-    "width",
-    "height",
-    "infer_steps",
-    "seed",
-    "guidance_scale",
-    "batch_size",
-    "num_images_per_prompt",
-    "data_split_num",
-    "data_split_id",
-)
+# By section, the options that cannot change a tensor, or are known by what they lead to: the mesh, the shard plan, the
+# layers that stay float. Those of the section `pipeline` are the model's: `PipelineOptions.OUTSIDE_IDENTITY`.
+OUTSIDE_IDENTITY: Mapping[str, frozenset[str]] = {
+    "quantization": frozenset({"do_quant", "disable_names"}),
+    "ranks": frozenset({"device_id", "tp_size", "layout", "timeout_s", "hang_timeout"}),
+    "output": frozenset(
+        {"save_path", "do_save_img", "quant_weight_save_folder", "quant_dump_calib_folder"}
+        | {"calibrate", "resume", "fingerprint", "overwrite"}
+    ),
+}
 
 
 def model_fields(config: JobConfig) -> dict[str, Any]:
-    """Describe the float model by content: reads every weight of the transformer once, so ask on one rank only.
+    """Describe the float model by the content of every file that a job reads of it; ask on one rank only.
 
-    The other parts of the pipeline are described by their configurations and by the names and sizes of their files.
+    A job that asks for it describes the large files by size and time.
     """
     folder = pipeline_folder(config.pipeline.path)
-    files, used, transformers = all_files(folder), used_folders(folder), {folder / WHOLE, *divided_folders(folder)}
     describe = digest_of_file if config.output.fingerprint == "content" else _stat
-    return {
-        "config": {
-            str(path.relative_to(folder)): digest_of_text(repr(sorted(_stable(read_json(path)))))
-            for path in sorted(folder.glob("*/*config.json"))
-            if path.parent in used or path.parent not in transformers
-        },
-        "weights": {str(file.relative_to(folder)): describe(file) for file in files},
-        "other_files": digest_of_text(repr(list(_names_and_sizes(folder, leave_out=transformers)))),
-    }
+    return {str(path.relative_to(folder)): _describe(path, describe) for path in pipeline_files(folder)}
 
 
 def calibration_fingerprint(
-    session: ModelSession, mesh: Mesh, model: dict[str, Any], batches: Iterable[Batch]
+    config: JobConfig, adapter: ModelAdapter, mesh: Mesh, model: Mapping[str, Any], batches: Iterable[Batch]
 ) -> Fingerprint:
-    """Return what this job's dumps depend on; `model` is what `model_fields` returned."""
-    config, adapter = session.config, session.adapter
+    """Return what this job's dumps depend on.
+
+    model: what `model_fields` returned. batches: those of all copies of the model.
+    """
     plan = adapter.shard_plan(config.ranks.layout)
     requests = [asdict(request) for batch in batches for request in batch]
+    options = _options(config)
+    del options["quantization"]
     tree = {
-        "model": {"name": config.model, **model},
+        **options,
+        "files": model,
         "prompts": {"count": len(requests), "digest": digest_of_text(repr(requests))},
-        "pipeline": {name: getattr(config.pipeline, name) for name in _PIPELINE_FIELDS},
         "dtype": str(adapter.dtype(config.pipeline)),
         "layout": {"name": plan.name, "version": plan.version},
         "mesh": {"world": mesh.world, "tp_size": mesh.tp_size},
-        "device": config.ranks.device,
         "versions": {package: version(package) for package in _PACKAGES},
     }
     return Fingerprint(flatten(tree))
 
 
-def quantization_fingerprint(calibration: Fingerprint, session: ModelSession) -> Fingerprint:
-    """Return what this job's shards depend on."""
-    options = session.config.quantization.model_dump(mode="json", exclude={"do_quant", "disable_names"})
-    options["disable_names"] = list(session.disabled_layers)
+def quantization_fingerprint(
+    calibration: Fingerprint, config: JobConfig, disabled_layers: Sequence[str]
+) -> Fingerprint:
+    """Return what this job's shards depend on; disabled_layers: the patterns that were chosen or are the recipe's."""
+    options = {**_options(config)["quantization"], "disable_names": list(disabled_layers)}
     return Fingerprint({**calibration.fields, **flatten({"quantization": options})})
 
 
-def _stable(config: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(key, repr(value)) for key, value in config.items() if key not in _VOLATILE]
+def image_fingerprint(quantization: Fingerprint, config: JobConfig) -> Fingerprint:
+    """Return what the quantized model's images depend on: their steps may be approximated, those of a dump never."""
+    return Fingerprint({**quantization.fields, "approximation": config.pipeline.approximation})
+
+
+def _options(config: JobConfig) -> dict[str, Any]:
+    outside = {"pipeline": config.pipeline.OUTSIDE_IDENTITY, **OUTSIDE_IDENTITY}
+    return config.model_dump(mode="json", exclude={section: set(names) for section, names in outside.items()})
+
+
+def _describe(path: Path, describe: Any) -> str:
+    if path.name.endswith("config.json") or path.name == "model_index.json":
+        stable = [(key, repr(value)) for key, value in read_json(path).items() if key not in _VOLATILE]
+        return digest_of_text(repr(sorted(stable)))
+    return describe(path) if path.suffix == ".safetensors" else digest_of_file(path)
 
 
 def _stat(file: Path) -> str:
     status = file.stat()
     return f"{status.st_size} bytes, modified {status.st_mtime_ns}"
-
-
-def _names_and_sizes(folder: Path, *, leave_out: set[Path]) -> Iterable[tuple[str, int]]:
-    for path in sorted(folder.glob("*/*")):
-        if path.is_file() and path.parent not in leave_out:
-            yield str(path.relative_to(folder)), path.stat().st_size

@@ -75,10 +75,9 @@ class Manifest(BaseModel):
         """Publish the manifest."""
         write_text_atomically(path, self.model_dump_json(indent=2, exclude_none=True) + "\n")
 
-    def files_are_there(self, folder: Path) -> bool:
-        """Tell whether all files stand in the folder with the sizes noted."""
-        paths = [(folder / file.name, file.bytes) for file in self.files]
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+    def changed_files(self, folder: Path) -> list[str]:
+        """Return the names of the files that are missing in the folder or have another content than noted."""
+        return [file.name for file in self.files if not file.is_of(folder / file.name)]
 
 
 def read_manifest(path: Path) -> Manifest | None:

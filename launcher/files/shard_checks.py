@@ -6,16 +6,16 @@ tensor: shapes stand in the headers, equality in the digests that the ranks note
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from launcher.files.shard_note import ShardNote, layer_of
-from quant_core.errors import InputError, VerificationError
+from quant_core.checkpoint.entries import FA_QUANT_TYPE_KEY, MODEL_TYPE_KEY
+from quant_core.checkpoint.json_file import read_object
+from quant_core.checkpoint.tensor_parts import TensorFiles
+from quant_core.errors import VerificationError
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,8 @@ class OpenedShard:
     def of(cls, note: ShardNote, folder: Path) -> OpenedShard:
         """Read the headers of a shard's files; raises InputError when they cannot be read."""
         files = note.files(folder)
-        try:
-            with safe_open(files.weights, "pt") as opened:
-                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            description = json.loads(files.description.read_text(encoding="utf-8"))
-        except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(
-                "a shard cannot be read", where=str(files.weights), why=str(error), advice="quantize again"
-            ) from None
+        shapes = {name: info.shape for name, info in TensorFiles(files.weights).infos().items()}
+        description = read_object(files.description)
         return cls(note, shapes, description)
 
 
@@ -72,7 +66,7 @@ def _complete(shards: Sequence[OpenedShard]) -> Iterator[str]:
 
 def _described(shards: Sequence[OpenedShard]) -> Iterator[str]:
     for shard in shards:
-        listed = {name for name in shard.description if name not in ("model_quant_type", "fa_quant_type")}
+        listed = {name for name in shard.description if name not in (MODEL_TYPE_KEY, FA_QUANT_TYPE_KEY)}
         for name in sorted(listed ^ set(shard.shapes))[:3]:
             yield f"rank {shard.note.tp_rank}: '{name}' stands in only one of weights and description"
 

@@ -6,24 +6,21 @@ knew (how each layer is divided, the full shapes) and digests of the tensors tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
-from torch import Tensor
 
-from launcher.files.fingerprint import digest_of_file
-from launcher.files.run_folder import STAGING
-from launcher.stages.job import QuantJob
+from launcher.files.digests import digest_of_file, digest_of_tensor
+from launcher.files.fingerprint import Fingerprint
+from launcher.files.run_folder import STAGING, RunFolder
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.atomic_file import write_text_atomically
 from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.tensor_parts import TensorFiles
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard, Style
 from quant_core.session.quantize import QuantizedModel
@@ -44,6 +41,10 @@ class FileDigest(_Frozen):
     def of(cls, path: Path) -> FileDigest:
         """Read the file and describe it."""
         return cls(name=path.name, bytes=path.stat().st_size, sha256=digest_of_file(path))
+
+    def is_of(self, path: Path) -> bool:
+        """Tell whether a file is there with this content."""
+        return path.is_file() and path.stat().st_size == self.bytes and digest_of_file(path) == self.sha256
 
 
 class LayerShard(_Frozen):
@@ -93,24 +94,28 @@ class ShardNote(_Frozen):
     def is_whole(self, folder: Path) -> bool:
         """Tell whether both files are there with the noted content."""
         files = self.files(folder)
-        return all(
-            path.is_file() and path.stat().st_size == noted.bytes and digest_of_file(path) == noted.sha256
-            for path, noted in ((files.weights, self.weights), (files.description, self.description))
-        )
+        return self.weights.is_of(files.weights) and self.description.is_of(files.description)
 
 
-def write_note(job: QuantJob, result: QuantizedModel, part: TransformerPart | LoadedTransformer) -> None:
+def write_note(
+    folder: RunFolder,
+    fingerprint: Fingerprint,
+    result: QuantizedModel,
+    part: TransformerPart | LoadedTransformer,
+    *,
+    layout: str,
+    scales_are_global: bool,
+) -> None:
     """Describe the shard of a rank's part that was just staged, and publish the note beside it."""
-    files, mesh = job.folder.staged(), job.ranks.mesh
-    scales_are_global = job.config.quantization.scale_sync == "global"
+    files, mesh = folder.staged(), folder.mesh
     note = ShardNote(
-        fingerprint=job.quantization.digest,
-        fields=dict(job.quantization.fields),
+        fingerprint=fingerprint.digest,
+        fields=dict(fingerprint.fields),
         quant_type=result.quant_type,
         tp_rank=mesh.tp_rank,
         tp_size=mesh.tp_size,
         dp_size=mesh.dp_size,
-        layout=job.model.adapter.shard_plan(job.config.ranks.layout).name,
+        layout=layout,
         weights=FileDigest.of(files.weights),
         description=FileDigest.of(files.description),
         layers={name: LayerShard(style=s.style, blocks=s.blocks) for name, s in part.shards.items()},
@@ -119,7 +124,7 @@ def write_note(job: QuantJob, result: QuantizedModel, part: TransformerPart | Lo
         timesteps=result.timesteps,
         timestep_sep=result.timestep_sep,
     )
-    write_text_atomically(job.folder.note(), note.model_dump_json(indent=1) + "\n")
+    write_text_atomically(folder.note(), note.model_dump_json(indent=1) + "\n")
 
 
 def read_note(path: Path) -> ShardNote | None:
@@ -154,17 +159,14 @@ def layer_of(tensor_name: str, full_shapes: Mapping[str, object]) -> tuple[str, 
 def _equal_tensors(
     weights: Path, shards: Mapping[str, Shard], full_shapes: Mapping[str, object], scales_are_global: bool
 ) -> Iterator[tuple[str, str]]:
-    with safe_open(weights, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    for name, shape in shapes.items():
+    for name, info in TensorFiles(weights).infos().items():
         layer, tensor = layer_of(name, full_shapes)
         if f"{layer}.weight" not in full_shapes and name not in full_shapes:
             continue  # no part of the float model: attention scales, which are per local head
         shard = shards.get(layer)
-        if shard is None or _is_equal(shard, tensor, shape, scales_are_global):
+        if shard is None or _is_equal(shard, tensor, info.shape, scales_are_global):
             # Opened anew for each tensor: an open file keeps in memory whatever was read of it.
-            with safe_open(weights, "pt") as file:
-                yield name, _digest(file.get_tensor(name))
+            yield name, digest_of_tensor(TensorFiles(weights).read(name))
 
 
 def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global: bool) -> bool:
@@ -176,8 +178,3 @@ def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global
     if shard.size == 1 or shard.divides(tensor, len(shape)):
         return shard.size == 1
     return shard.split_dim == 0 or (scales_are_global and tensor not in ("bias", "quant_bias"))
-
-
-def _digest(tensor: Tensor) -> str:
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return hashlib.sha256(str((tensor.dtype, tuple(tensor.shape))).encode() + raw).hexdigest()

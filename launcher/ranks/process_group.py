@@ -25,7 +25,6 @@ from launcher.devices import npu
 from launcher.devices.choice import available_cores, choose_backend, choose_device_index, choose_threads, find_cards
 from launcher.devices.rank_variables import RankVariables, read_rank_variables
 from launcher.ranks.mesh import Mesh, choose_tp_size
-from model_adapters import load_options
 from quant_core.errors import DistributedError
 
 
@@ -116,13 +115,12 @@ def lay_out(config: JobConfig, launch: RankVariables) -> tuple[Mesh, str]:
     Raises:
         ConfigurationError: the world cannot be divided so.
     """
-    name: str | None = getattr(config.pipeline, "device_type", None)
-    known = load_options(config.model).DEVICE_TYPES
+    hardware = config.pipeline.hardware
     tp_size, reason = choose_tp_size(
         launch.world,
         requested=config.ranks.tp_size,
-        device_type=name,
-        device_type_tp=known[name].tp_size if name in known else None,
+        device_type=hardware and hardware.name,
+        device_type_tp=hardware and hardware.tp_size,
     )
     return Mesh(launch.world, launch.rank, tp_size), reason
 

@@ -1,18 +1,21 @@
 """CALIBRATE: run the float pipeline on this rank's prompts and dump what the transformer was called with.
 
-Whether finished dumps are used again is decided by all ranks together: one rank that skipped the pipeline alone
-would leave the others in the model's collectives for ever.
+What is used again is decided by the ranks of one copy together: one rank that skipped the pipeline alone would leave
+the others in the model's collectives for ever. The copies decide apart, but go through the same meetings: a copy
+whose dumps are finished runs no batch while another one goes on after its last.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-from launcher.failure.together import all_agree, gather_objects, run_together
-from launcher.files.calibration_parts import CalibrationParts
+from launcher.failure.together import gather_objects, run_together
+from launcher.files.calibration_parts import CalibrationParts, load_sound_dump
 from launcher.stages.encode import encode
-from launcher.stages.images import are_there, have_images, run_pipeline
-from launcher.stages.job import QuantJob
+from launcher.stages.images import Gallery, lacking, run_pipeline
+from launcher.stages.job import Job, Results
+from launcher.stages.quantize import reads_dump
 from quant_core.calibration.capture import DumperManager
 from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError
@@ -20,83 +23,104 @@ from quant_core.errors import InputError
 FLOAT_IMAGES = "calib_fp"
 
 
-def calibrate(job: QuantJob, *, is_read: bool) -> Path | None:
+class _Left(NamedTuple):
+    """What an earlier run left on a rank: its whole dump, or the first batches of it."""
+
+    has_dump: bool
+    batches: int
+
+
+def calibrate(job: Job, results: Results) -> Path | None:
     """Return this rank's dump: a finished one of the same job, or a new one.
 
-    None if nothing would read it (`is_read`) and the job says to dump only what is needed.
+    None if quantizing would not read it and the job says to dump only what is needed. Images of the float model are
+    made where they are wanted and not there.
     """
     job.watch.enter("calibrate")
-    if not is_read and job.config.output.calibrate == "needed":
-        return _skip(job)
-    path = job.folder.dump()
-    mine = run_together(job.ranks, "looking at the calibration data", lambda: _is_reusable(job, path))
-    if all_agree(job.ranks, mine, what="whether to calibrate"):
+    path = None if _is_needless(job) else _dump(job, results)
+    if job.config.output.do_save_img:
+        gallery = float_images(job, results)
+        if (batches := lacking(job, gallery)) is not None:
+            run_pipeline(job, "float images", batches=batches, gallery=gallery)
+    return path
+
+
+def _is_needless(job: Job) -> bool:
+    if reads_dump(job) or job.config.output.calibrate == "always":
+        return False
+    quant_type = job.config.quantization.quant_type
+    job.console.say(f"calibrate: skipped, {quant_type} reads no activations (--calibrate always dumps them anyway)")
+    return True
+
+
+def _dump(job: Job, results: Results) -> Path:
+    """Find this rank's dump, or make it if any copy lacks one of its."""
+    path = results.folder.dump()
+    parts = CalibrationParts.beside(path, results.calibration.digest)
+    mine = run_together(job.ranks, "looking at the calibration data", lambda: _left(job, results, path, parts))
+    everyone = gather_objects(job.ranks, mine, what="whether to calibrate")
+    if all(left.has_dump for left in everyone):
         job.console.say(f"calibrate: reusing {path}")
-        if job.config.output.do_save_img and not have_images(job, float_folder(job)):
-            run_pipeline(job, "float images", folder=float_folder(job))
         return path
     job.watch.enter("load")
     encode(job)
     run_together(job.ranks, "loading the model", lambda: job.model.pipeline)
     job.watch.enter("calibrate")
-    _run(job, path)
+    finished = _finished(job, everyone)
+    _run(job, results, parts, finished)
+    keeps = mine.has_dump and finished == len(job.batches)
+    records = run_together(
+        job.ranks,
+        "saving the calibration data",
+        lambda: None if keeps else parts.assemble(path, len(job.batches), _header(job, results)),
+    )
+    job.console.say(f"calibrate: reusing {path}" if records is None else f"calibrate: {records} records in {path}")
     return path
 
 
-def _run(job: QuantJob, path: Path) -> None:
-    """Run the batches that no earlier run finished, and assemble the dump."""
-    parts = CalibrationParts.beside(path, job.calibration.digest)
-    skip = _finished_by_all(job, parts)
-    if skip:
-        job.console.say(f"calibrate: {skip} of {len(job.batches)} batches were finished by an earlier run")
+def _left(job: Job, results: Results, path: Path, parts: CalibrationParts) -> _Left:
+    if job.config.output.resume == "never":
+        parts.discard()
+        return _Left(has_dump=False, batches=0)
+    return _Left(_is_reusable(job, results, path), parts.finished())
+
+
+def _finished(job: Job, everyone: list[_Left]) -> int:
+    """Return how many batches every rank of this copy has: they run the pipeline together, so they skip together."""
+    total = len(job.batches)
+    copy = [everyone[rank] for rank in job.ranks.mesh.tp_ranks]
+    if all(left.has_dump or left.batches == total for left in copy):
+        return total
+    return min(left.batches for left in copy)
+
+
+def _run(job: Job, results: Results, parts: CalibrationParts, finished: int) -> None:
+    """Run the batches that no earlier run finished, and keep each one's records."""
+    if finished:
+        job.console.say(f"calibrate: {finished} of {len(job.batches)} batches were finished by an earlier run")
     dumper = DumperManager(job.model.transformer.model, capture_mode="timestep", step_source=lambda: _current_step(job))
     run_pipeline(
         job,
         "calibrate",
-        folder=float_folder(job) if job.config.output.do_save_img else None,
-        skip=skip,
-        after_batch=lambda batch: parts.save(batch, dumper.take()),
+        batches=job.batches[finished:],
+        gallery=float_images(job, results) if job.config.output.do_save_img else None,
+        after_batch=lambda done: parts.save(finished + done - 1, dumper.take()),
     )
     dumper.close()
-    records = run_together(
-        job.ranks,
-        "saving the calibration data",
-        lambda: parts.assemble(path, len(job.batches), _header(job)),
-    )
-    job.console.say(f"calibrate: {records} records in {path}")
 
 
-def _current_step(job: QuantJob) -> int:
+def _current_step(job: Job) -> int:
     """Return the denoising step that the transformer is called for, and show it."""
     step = job.model.adapter.step_index(job.model.pipeline)
     job.watch.step("calibrate", step, job.config.pipeline.infer_steps)
     return step
 
 
-def _finished_by_all(job: QuantJob, parts: CalibrationParts) -> int:
-    """Return how many batches every rank of this copy has: they run the pipeline together, so they skip together."""
-    if job.config.output.resume == "never":
-        parts.discard()
-    mine = parts.finished()
-    while mine and job.config.output.do_save_img and not are_there(float_folder(job), job.batches[:mine]):
-        mine -= 1
-    counts = gather_objects(job.ranks, mine, what="looking at the finished batches")
-    return min(counts[rank] for rank in job.ranks.mesh.tp_ranks)
-
-
-def _skip(job: QuantJob) -> None:
-    """Dump nothing; images that are wanted are made all the same."""
-    quant_type = job.config.quantization.quant_type
-    job.console.say(f"calibrate: skipped, {quant_type} reads no activations (--calibrate always dumps them anyway)")
-    if job.config.output.do_save_img and not have_images(job, float_folder(job)):
-        run_pipeline(job, "float images", folder=float_folder(job))
-
-
-def _header(job: QuantJob) -> dict[str, object]:
+def _header(job: Job, results: Results) -> dict[str, object]:
     mesh = job.ranks.mesh
     return {
-        "fingerprint": job.calibration.digest,
-        "fields": dict(job.calibration.fields),
+        "fingerprint": results.calibration.digest,
+        "fields": dict(results.calibration.fields),
         "rank": mesh.rank,
         "tp_rank": mesh.tp_rank,
         "dp_rank": mesh.dp_rank,
@@ -104,13 +128,14 @@ def _header(job: QuantJob) -> dict[str, object]:
     }
 
 
-def _is_reusable(job: QuantJob, path: Path) -> bool:
-    """Tell whether the dump at `path` is this job's; raises InputError when it is another job's."""
-    if not path.exists() or job.config.output.resume == "never":
+def _is_reusable(job: Job, results: Results, path: Path) -> bool:
+    """Tell whether the dump at `path` is this job's; raises InputError when it is another job's, or damaged."""
+    if not path.exists():
         return False
     header = load_dump(path)["header"]
-    differences = job.calibration.differences(header.get("fields", {}))
+    differences = results.calibration.differences(header.get("fields", {}))
     if not differences and header.get("rank") == job.ranks.rank:
+        load_sound_dump(path)
         return True
     if job.config.output.overwrite:
         return False
@@ -122,6 +147,6 @@ def _is_reusable(job: QuantJob, path: Path) -> bool:
     )
 
 
-def float_folder(job: QuantJob) -> Path:
-    """Return where the float model's images go."""
-    return job.config.output.save_path / FLOAT_IMAGES
+def float_images(job: Job, results: Results) -> Gallery:
+    """Return where the float model's images go and what they depend on."""
+    return Gallery(job.config.output.save_path / FLOAT_IMAGES, results.calibration.digest)

@@ -1,83 +1,104 @@
-"""Run the pipeline on this rank's batches, and keep the images if they are wanted."""
+"""Run the pipeline on this rank's batches, and keep the images (or whatever the model makes) if they are wanted."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launcher.failure.together import all_agree, gather_objects
+from launcher.failure.together import gather_objects
+from launcher.files.image_record import record, shows
 from launcher.stages.encode import encode, prompts_of
 from launcher.stages.job import Job
 from model_adapters.pipeline.prompts import Batch, ImageRequest
-from model_adapters.pipeline.step_cache import step_cache
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
 from quant_core.errors import ConfigurationError
 
 Info = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """A folder of images that show one job, known by the digest of its fingerprint; None: always made anew."""
+
+    folder: Path
+    fingerprint: str | None = None
+
+
 def run_pipeline(
     job: Job,
     stage: str,
     *,
-    folder: Path | None = None,
-    skip: int = 0,
+    batches: Sequence[Batch] | None = None,
+    gallery: Gallery | None = None,
     may_approximate: bool = False,
-    after_batch: Callable[[int], object] = lambda batch: None,
+    after_batch: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Make this rank's images, and save them if `folder` says where.
+    """Make the images of some batches, all of this rank's by default, and keep them if there is a gallery.
 
-    All ranks of a tensor-parallel group compute the same images, and the first of them saves. Without a folder the
-    decoder does not run. The first `skip` batches were made by an earlier run. `after_batch` gets the batch's index;
-    after it the ranks of one copy may stop together. With --use_cache steps are approximated where they may be.
+    All ranks call it, each copy with batches of its own, or none; the ranks of one copy compute the same images, and
+    the first of them saves. Without a gallery the decoder does not run. `after_batch` gets the number of finished
+    batches; after it the ranks of one copy may stop together. Steps are approximated only if the options say so and
+    they `may_approximate`.
     """
+    todo = job.batches if batches is None else batches
     encode(job)
-    with step_cache(job.model.pipeline.transformer) if may_approximate and uses_cache(job) else nullcontext():
-        _run_batches(job, stage, folder, skip, after_batch)
+    lead = _lead(job, len(todo))
+    with job.model.approximating() if may_approximate else nullcontext():
+        _run_batches(job, stage, todo, gallery, after_batch)
+    gather_objects(job.ranks, None, what=f"the end of {stage}", timeout_s=lead * job.ranks.timeout_s)
 
 
-def uses_cache(job: Job) -> bool:
-    """Tell whether images are to be made with approximated steps; models without the option never are."""
-    return getattr(job.config.pipeline, "use_cache", False)
+def _lead(job: Job, batches: int) -> int:
+    """Return for how many batches one copy may have to wait for another, one at least.
+
+    A wait between two ranks is at most as long as one batch, so a copy that has less to do waits for a multiple.
+    """
+    counts = gather_objects(job.ranks, batches, what="counting the batches")
+    return max(counts) - min(counts) + 1
 
 
 # By whether the job quantizes and whether it saves images; one that does neither is refused.
-_CACHE_MEANS = {
+_APPROXIMATION_MEANS = {
     (False, True): "steps of the images are approximated from earlier ones",
     (True, False): "no effect, as calibration is never approximated and no image is saved",
     (True, True): "steps of the quantized images are approximated, those of calibration and its images never",
 }
 
 
-def explain_cache(job: Job) -> None:
-    """Say what --use_cache does in this job, if it was given."""
-    if uses_cache(job):
-        config = job.config
-        job.console.say(f"use_cache: {_CACHE_MEANS[config.quantization.do_quant, config.output.do_save_img]}")
+def explain_approximation(job: Job) -> None:
+    """Say what the option to approximate steps does in this job, if it was given."""
+    config = job.config
+    if option := config.pipeline.approximation:
+        meaning = _APPROXIMATION_MEANS[config.quantization.do_quant, config.output.do_save_img]
+        job.console.say(f"{option}: {meaning}")
 
 
-def _run_batches(job: Job, stage: str, folder: Path | None, skip: int, after_batch: Callable[[int], object]) -> None:
-    saves = folder is not None and job.ranks.mesh.tp_rank == 0
-    job.watch.progress(stage, skip, len(job.batches))
-    for done, batch in enumerate(job.batches[skip:], start=skip + 1):
+def _run_batches(
+    job: Job, stage: str, batches: Sequence[Batch], gallery: Gallery | None, after_batch: Callable[[int], object]
+) -> None:
+    saves = gallery is not None and _saves(job)
+    total, before = len(job.batches), len(job.batches) - len(batches)
+    job.watch.progress(stage, before, total)
+    for done, batch in enumerate(batches, start=1):
         images = job.model.adapter.generate(
             job.model.pipeline,
             job.model.embeddings_of(prompts_of(batch)),
             job.config.pipeline,
             [torch.Generator("cpu").manual_seed(job.config.pipeline.seed + request.number) for request in batch],
-            output_type="pil" if saves else "latent",
+            decodes=saves,
         )
-        if saves and folder is not None:
-            _save(images, batch, folder)
-        after_batch(done - 1)
-        job.watch.progress(stage, done, len(job.batches))
-        if done < len(job.batches):
+        if saves and gallery is not None:
+            _save(job, images, batch, gallery)
+        after_batch(done)
+        job.watch.progress(stage, before + done, total)
+        if done < len(batches):
             job.watch.safe_point(job.ranks.tp_control)
 
 
@@ -85,23 +106,31 @@ def make_float_images(job: Job) -> None:
     """Make the images of the float model without quantizing."""
     job.watch.enter("images")
     folder = job.config.output.save_path
-    run_pipeline(job, "images", folder=folder, may_approximate=True)
+    run_pipeline(job, "images", gallery=Gallery(folder), may_approximate=True)
     list_images(job, [folder])
 
 
-def have_images(job: Job, folder: Path) -> bool:
-    """Tell, on all ranks alike, whether every image of this job is in the folder already."""
-    return all_agree(job.ranks, are_there(folder, job.batches), what="whether to make images")
+def lacking(job: Job, gallery: Gallery) -> list[Batch] | None:
+    """Return those of this copy's batches of which an image is not there or shows another job.
+
+    None, on all ranks, when no copy lacks any: then nothing need be loaded.
+    """
+    mine = [index for index, batch in enumerate(job.batches) if not _is_shown(job, gallery, batch)]
+    found = gather_objects(job.ranks, mine if _saves(job) else [], what="looking at the images")
+    if not any(found):
+        return None
+    return [job.batches[index] for index in found[job.ranks.mesh.tp_ranks[0]]]
 
 
-def are_there(folder: Path, batches: Sequence[Batch]) -> bool:
-    """Tell whether the folder holds every image of some batches."""
-    return all(image_file(folder, request).is_file() for batch in batches for request in batch)
+def _is_shown(job: Job, gallery: Gallery, batch: Batch) -> bool:
+    fingerprint = gallery.fingerprint
+    images = [image_file(job, gallery.folder, request) for request in batch]
+    return fingerprint is not None and all(shows(image, fingerprint) for image in images)
 
 
 def list_images(job: Job, folders: Sequence[Path]) -> None:
     """Write which images in the folders came from which prompt, over all ranks, to the info file."""
-    mine = [_info(request, folders) for batch in job.batches for request in batch]
+    mine = [_info(job, request, folders) for batch in job.batches for request in batch]
     shares = gather_objects(job.ranks, mine, what="listing images")
     if job.ranks.rank == 0:
         everything = [info for share in shares[:: job.ranks.mesh.tp_size] for info in share]
@@ -110,8 +139,8 @@ def list_images(job: Job, folders: Sequence[Path]) -> None:
         job.console.say(f"images: {len(everything)} prompts listed in {path}")
 
 
-def _info(request: ImageRequest, folders: Sequence[Path]) -> Info:
-    files = [image_file(folder, request) for folder in folders]
+def _info(job: Job, request: ImageRequest, folders: Sequence[Path]) -> Info:
+    files = [image_file(job, folder, request) for folder in folders]
     return {
         "images": [str(file) for file in files if file.is_file()],
         "prompt": request.prompt,
@@ -119,15 +148,22 @@ def _info(request: ImageRequest, folders: Sequence[Path]) -> Info:
     }
 
 
-def image_file(folder: Path, request: ImageRequest) -> Path:
+def image_file(job: Job, folder: Path, request: ImageRequest) -> Path:
     """Return where an image goes."""
-    return folder / f"{request.file_stem}.png"
+    return folder / f"{request.file_stem}{job.model.adapter.result.suffix}"
 
 
-def _save(images: Sequence[Any], batch: Batch, folder: Path) -> None:
-    make_folder(folder)
+def _saves(job: Job) -> bool:
+    return job.ranks.mesh.tp_rank == 0
+
+
+def _save(job: Job, images: Sequence[Any], batch: Batch, gallery: Gallery) -> None:
+    make_folder(gallery.folder)
     for image, request in zip(images, batch):
-        write_atomically(image_file(folder, request), partial(image.save, format="PNG"))
+        path = image_file(job, gallery.folder, request)
+        write_atomically(path, partial(job.model.adapter.result.save, image))
+        if gallery.fingerprint is not None:
+            record(path, gallery.fingerprint)
 
 
 def check_save_path(job: Job) -> None:

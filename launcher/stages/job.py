@@ -1,4 +1,4 @@
-"""What all stages of one job share."""
+"""What the stages of one job share, and where a job that quantizes leaves its results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from model_adapters.pipeline.prompts import Batch
 
 @dataclass(frozen=True)
 class Job:
-    """Hold the configuration, the ranks, the model and this rank's share of the images.
-
-    `batches` are those of this rank's copy of the model. `folder` and the fingerprints are None when nothing is
-    quantized.
-    """
+    """Hold the configuration, the ranks, the model and the batches of this rank's copy of the model."""
 
     config: JobConfig
     ranks: Ranks
@@ -35,8 +31,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class QuantJob(Job):
-    """A job that quantizes: where its files lie, and what they depend on."""
+class Results:
+    """Name the files of a job that quantizes, and what its dumps and its shards depend on."""
 
     folder: RunFolder
     calibration: Fingerprint

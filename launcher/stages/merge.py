@@ -8,73 +8,110 @@ interruption leaves either the old checkpoint with its manifest, or no manifest 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
-from launcher.cli.command_line import MergeFiles
 from launcher.failure.together import run_together
-from launcher.files.manifest import Manifest
+from launcher.files.manifest import Manifest, read_manifest
 from launcher.files.run_folder import MANIFEST, STAGING, note_file, tp_suffix
 from launcher.files.shard_checks import OpenedShard, check_shards
 from launcher.files.shard_note import ShardNote, read_note
-from launcher.stages.job import QuantJob
+from launcher.stages.job import Job, Results
 from quant_core.atomic_file import write_text_atomically
 from quant_core.errors import InputError
 
 _NOTES = "quant_shard_note_*.json"
 
 
-def merge(job: QuantJob) -> None:
+def merge(job: Job, results: Results) -> None:
     """Publish the shards that all ranks staged; rank 0 works, the others learn how it went."""
     job.watch.enter("merge")
 
     def publish() -> Manifest | None:
         if job.ranks.rank != 0:
             return None
-        names = [job.folder.note(tp_rank) for tp_rank in range(job.ranks.mesh.tp_size)]
-        write_text_atomically(job.folder.job, job.config.to_yaml())
-        return publish_shards(job.folder.weights, names)
+        names = [results.folder.note(tp_rank) for tp_rank in range(job.ranks.mesh.tp_size)]
+        write_text_atomically(results.folder.job, job.config.to_yaml())
+        return publish_shards(results.folder.weights, names)
 
     manifest = run_together(job.ranks, "merging", publish)
     if manifest is not None:
-        report(job.folder.weights, manifest, job.console.say)
+        report(results.folder.weights, manifest, job.console.say)
 
 
-def merge_files(command: MergeFiles) -> None:
+class StagedShards(Protocol):
+    """Say which shards to publish: those staged in a folder, of the only quantization type there or of a chosen one."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def quant_type(self) -> str | None: ...
+
+
+def merge_files(command: StagedShards) -> None:
     """Publish the shards that an earlier run left staged in a folder."""
-    scheme = command.quant_type.removesuffix("_fa3") if command.quant_type else None
-    pattern = f"quant_shard_note_{scheme}*.json" if scheme else _NOTES
-    found = [note for path in sorted((command.folder / STAGING).glob(pattern)) if (note := read_note(path))]
-    types = sorted({note.quant_type.lower() for note in found if scheme in (None, note.quant_type.lower())})
-    if len(types) != 1:
+    folder, chosen = command.folder, command.quant_type
+    notes = [note for path in sorted((folder / STAGING).glob(_NOTES)) if (note := read_note(path))]
+    found = {note.quant_type.lower(): note for note in notes if chosen is None or _is_of_type(note, chosen)}
+    if len(found) != 1:
+        types = sorted(found)
         raise InputError(
             "there are no staged shards to merge" if not types else f"there are shards of {' and '.join(types)}",
-            where=str(command.folder / STAGING),
+            where=str(folder / STAGING),
             why="merging takes the shards of one job, which its ranks stage before they publish",
             advice="run the job (published shards need no merge)" if not types else "choose one with --quant_type",
         )
-    tp_size = next(note.tp_size for note in found if note.quant_type.lower() == types[0])
-    names = [note_file(command.folder / STAGING, types[0], tp_suffix(rank, tp_size)) for rank in range(tp_size)]
-    report(command.folder, publish_shards(command.folder, names), print)
+    [(quant_type, note)] = found.items()
+    ranks = range(note.tp_size)
+    names = [note_file(folder / STAGING, quant_type, tp_suffix(rank, note.tp_size)) for rank in ranks]
+    report(folder, publish_shards(folder, names), print)
+
+
+def _is_of_type(note: ShardNote, chosen: str) -> bool:
+    """Compare with the type of the checkpoint, and with that of the job: one checkpoint type serves several."""
+    return chosen in (note.quant_type.lower(), note.fields.get("quantization.quant_type"))
 
 
 def publish_shards(folder: Path, note_paths: list[Path]) -> Manifest:
-    """Check the noted shards and publish them in the folder; returns the manifest.
+    """Check the noted shards and publish them in the folder, in the place of what was published there.
+
+    Returns the manifest. Other shards that are staged beside them stay.
 
     Raises InputError for shards that are missing or damaged, VerificationError for shards that do not fit together.
     """
     notes = [_require(path, folder) for path in note_paths]
     check_shards([OpenedShard.of(note, folder) for note in notes])
     manifest = Manifest.of(notes)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    _withdraw(folder, keep={file.name for file in manifest.files})
     for note in notes:
         files = note.files(folder)
         for path in (files.weights, files.description):
             os.replace(path, folder / path.name)
     manifest.write(folder / MANIFEST)
-    shutil.rmtree(folder / STAGING)
+    for path in note_paths:
+        path.unlink()
+    with suppress(OSError):  # it holds another job's shards
+        (folder / STAGING).rmdir()
     return manifest
+
+
+def _withdraw(folder: Path, *, keep: set[str]) -> None:
+    """Remove a published checkpoint's manifest, and the files that no new ones replace.
+
+    A damaged manifest names nothing that could be removed.
+    """
+    try:
+        old = read_manifest(folder / MANIFEST)
+    except InputError:
+        old = None
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for file in old.files if old else []:
+        # Its names may be a stranger's: only what lies beside it is removed.
+        if file.name not in keep and Path(file.name).name == file.name:
+            (folder / file.name).unlink(missing_ok=True)
 
 
 def report(folder: Path, manifest: Manifest, say: Callable[[str], object]) -> None:

@@ -14,10 +14,9 @@ from launcher.ranks.process_group import Ranks
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
-from model_adapters.options import DeviceType
 from model_adapters.pipeline.offload import run_block_by_block
 from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
-from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline
+from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline, release_pipeline
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
 from quant_core.session.targets import target_layers
 from quant_core.smoothing.smooth import groups_to_smooth
@@ -46,10 +45,15 @@ class ModelSession:
         return self.adapter.disabled_layers[self.config.quantization.quant_type] if chosen is None else chosen
 
     @property
-    def device_type(self) -> DeviceType:
-        """Return what the chosen hardware set-up means; a model without any runs without offload."""
-        name = getattr(self.config.pipeline, "device_type", None)
-        return self.adapter.device_types[name] if name else DeviceType(tp_size=self.ranks.mesh.tp_size)
+    def layout(self) -> str:
+        """Return the name of the shard plan: the chosen one, else the model's first."""
+        return self.adapter.shard_plan(self.config.ranks.layout).name
+
+    @property
+    def offloads(self) -> bool:
+        """Tell whether the chosen hardware set-up keeps on the card only what runs."""
+        hardware = self.config.pipeline.hardware
+        return hardware is not None and hardware.cpu_offload
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later: folder, layout, weight files, layer patterns."""
@@ -69,7 +73,7 @@ class ModelSession:
     def transformer(self) -> LoadedTransformer:
         """Return this rank's part of the transformer, reading it from disk the first time."""
         if self._transformer is None:
-            self._transformer = load_part(self.describe(), "cpu" if self.device_type.cpu_offload else self.ranks.device)
+            self._transformer = load_part(self.describe(), "cpu" if self.offloads else self.ranks.device)
         return self._transformer
 
     def describe(self) -> TransformerPart:
@@ -96,14 +100,18 @@ class ModelSession:
                 self.transformer.model,
                 self.ranks.device,
                 self.adapter.dtype(options),
-                cpu_offload=self.device_type.cpu_offload,
+                cpu_offload=self.offloads,
                 with_text=False,
             )
         return self._pipeline
 
+    def approximating(self) -> AbstractContextManager[Any]:
+        """Return a context in which the pipeline may approximate steps, if the options say so."""
+        return nullcontext() if self.config.pipeline.approximation is None else self.adapter.approximate(self.pipeline)
+
     def computing(self) -> AbstractContextManager[None]:
         """Return a context in which the transformer alone runs on this rank's device, block by block if it offloads."""
-        if not self.device_type.cpu_offload:
+        if not self.offloads:
             return nullcontext()
         return run_block_by_block(self.transformer.model, self.ranks.device)
 
@@ -114,7 +122,7 @@ class ModelSession:
     def drop_pipeline(self) -> None:
         """Free the VAE and with it what the pipeline left on the device; the transformer stays."""
         if self._pipeline is not None:
-            self._pipeline.remove_all_hooks()
+            release_pipeline(self._pipeline)
             self._pipeline = None
             release_memory(self.ranks.device)
 

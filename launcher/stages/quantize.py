@@ -6,13 +6,13 @@ over them, and the first writes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.failure.together import all_agree, run_together
 from launcher.files.shard_note import read_note, write_note
-from launcher.stages.job import QuantJob
+from launcher.stages.job import Job, Results
 from launcher.stages.processors import processors, session_of
 from model_adapters.parallel.tensor_parallel import assert_collectives
 from model_adapters.weights.loading import LoadedTransformer
@@ -25,27 +25,32 @@ from quant_core.session.quantize import QuantizedModel, quant_model
 from quant_core.session.streaming import quantize_streaming, reads_activations
 
 
-def quantize(job: QuantJob, dump: Path | None) -> None:
+def quantize(job: Job, results: Results, dump: Path | None) -> None:
     """Stage this rank's shard, or leave a finished one of the same job where it is.
 
     dump: this rank's calibration data; a scheme that reads none needs neither it nor the model in memory.
     """
     job.watch.enter("quantize")
-    mine = run_together(job.ranks, "looking at the shards", lambda: _is_staged(job))
+    mine = run_together(job.ranks, "looking at the shards", lambda: _is_staged(job, results))
     if all_agree(job.ranks, mine, what="whether to quantize"):
-        job.console.say(f"quantize: reusing {job.folder.staged().weights}")
+        job.console.say(f"quantize: reusing {results.folder.staged().weights}")
         return
-    result, part = _in_memory(job, dump) if dump is not None and reads_dump(job) else _from_disk(job)
-    run_together(job.ranks, "noting what was staged", lambda: write_note(job, result, part) if _writes(job) else None)
+    result, part = _in_memory(job, results, dump) if dump is not None and reads_dump(job) else _from_disk(job, results)
+    run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part))
     job.console.say(f"quantize: {len(result.layers)} layers as {result.quant_type}")
 
 
-def reads_dump(job: QuantJob) -> bool:
+def reads_dump(job: Job) -> bool:
     """Tell whether the result of this job depends on activations."""
-    return reads_activations(session_config(job, []))
+    return reads_activations(_session(job, []))
 
 
-def _in_memory(job: QuantJob, dump: Path) -> tuple[QuantizedModel, LoadedTransformer]:
+def quant_type(job: Job) -> str:
+    """Return the type of the checkpoint that this job publishes, which its files are named after."""
+    return _session(job, []).scheme.quant_type.lower()
+
+
+def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, LoadedTransformer]:
     """Quantize this rank's part of the model by replaying the calibration data."""
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
     records = run_together(job.ranks, "reading the calibration data", lambda: load_dump(dump)["records"])
@@ -53,7 +58,7 @@ def _in_memory(job: QuantJob, dump: Path) -> tuple[QuantizedModel, LoadedTransfo
     with job.model.computing():
         result = quant_model(
             loaded.model,
-            session_config(job, records),
+            _session(job, records, *_saves(job, results)),
             structure=job.model.adapter.structure,
             parallel=_parallel(job, loaded.shards),
             progress=lambda stage, done, total: _progress(job, stage, done, total),
@@ -62,14 +67,14 @@ def _in_memory(job: QuantJob, dump: Path) -> tuple[QuantizedModel, LoadedTransfo
     return result, loaded
 
 
-def _from_disk(job: QuantJob) -> tuple[QuantizedModel, TransformerPart]:
+def _from_disk(job: Job, results: Results) -> tuple[QuantizedModel, TransformerPart]:
     """Quantize this rank's part of the model layer by layer, without holding it."""
     job.model.drop()
     part = run_together(job.ranks, "looking at the model", job.model.describe)
     result = quantize_streaming(
         part.model,
         part.read,
-        session_config(job, []),
+        _session(job, [], *_saves(job, results)),
         parallel=_parallel(job, part.shards),
         device=job.ranks.device,
         progress=lambda stage, done, total: _progress(job, stage, done, total),
@@ -77,50 +82,66 @@ def _from_disk(job: QuantJob) -> tuple[QuantizedModel, TransformerPart]:
     return result, part
 
 
-def _progress(job: QuantJob, stage: str, done: int, total: int) -> None:
+def _progress(job: Job, stage: str, done: int, total: int) -> None:
     """Show how far the quantizer is; between two records the ranks of one copy may stop together."""
     job.watch.progress(f"quantize: {stage}", done, total)
     job.watch.safe_point(job.ranks.tp_control)
 
 
-def session_config(job: QuantJob, records: list[Any]) -> SessionConfig:
-    """Say in the quantizer's words what the job asks for; only the first copy of the model saves."""
+def _session(job: Job, records: list[Any], *saves: SaveProcessorConfig) -> SessionConfig:
+    """Say in the quantizer's words what the job asks for."""
     options = job.config.quantization
-    saves = [_save(job)] if _writes(job) else []
     return session_of([*processors(options, job.model.disabled_layers), *saves], options, records)
 
 
-def _save(job: QuantJob) -> SaveProcessorConfig:
-    files = job.folder.staged()
-    return SaveProcessorConfig(
+def _saves(job: Job, results: Results) -> Iterator[SaveProcessorConfig]:
+    """Say where the shard is staged; only the first copy of the model writes one."""
+    if not _writes(job):
+        return
+    files = results.folder.staged()
+    yield SaveProcessorConfig(
         output_path=str(files.weights.parent),
         safetensors_name=files.weights.name,
         json_name=files.description.name,
         metadata={
             "format": "pt",
-            "fingerprint": job.quantization.digest,
-            "layout": job.model.adapter.shard_plan(job.config.ranks.layout).name,
+            "fingerprint": results.quantization.digest,
+            "layout": job.model.layout,
             "tp_rank": str(job.ranks.mesh.tp_rank),
             "tp_size": str(job.ranks.mesh.tp_size),
         },
     )
 
 
-def _writes(job: QuantJob) -> bool:
+def _note(job: Job, results: Results, result: QuantizedModel, part: TransformerPart | LoadedTransformer) -> None:
+    if _writes(job):
+        write_note(
+            results.folder,
+            results.quantization,
+            result,
+            part,
+            layout=job.model.layout,
+            scales_are_global=job.config.quantization.scale_sync == "global",
+        )
+
+
+def _writes(job: Job) -> bool:
     return job.ranks.mesh.dp_rank == 0
 
 
-def _is_staged(job: QuantJob) -> bool:
+def _is_staged(job: Job, results: Results) -> bool:
     """Tell whether this rank's shard of this very job is complete already; ranks that write none say yes."""
     if not _writes(job):
         return True
     if job.config.output.resume == "never":
         return False
-    note = read_note(job.folder.note())
-    return note is not None and note.fingerprint == job.quantization.digest and note.is_whole(job.folder.weights)
+    note = read_note(results.folder.note())
+    return (
+        note is not None and note.fingerprint == results.quantization.digest and note.is_whole(results.folder.weights)
+    )
 
 
-def _parallel(job: QuantJob, shards: Mapping[str, Shard]) -> Parallel:
+def _parallel(job: Job, shards: Mapping[str, Shard]) -> Parallel:
     mesh = job.ranks.mesh
     return Parallel(
         shards=shards,

@@ -6,10 +6,13 @@ from typing import Any
 
 from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.flux.inputs import transformer_inputs
-from model_adapters.flux.options import DEVICE_TYPES, FluxOptions
+from model_adapters.flux.options import FluxOptions
 from model_adapters.flux.recipes import DISABLED_LAYERS
 from model_adapters.flux.shard_plan import SHARD_PLANS
 from model_adapters.flux.structure import STRUCTURE
+from model_adapters.pipeline.generation import PNG, generate
+from model_adapters.pipeline.step_cache import step_cache
+from model_adapters.pipeline.step_index import step_index
 
 # Tokens of T5 that FLUX.1-dev was trained with; a shorter limit would move the ranges of the text stream.
 _MAX_SEQUENCE_LENGTH = 512
@@ -26,7 +29,6 @@ def encode(pipeline: Any, prompts: list[str], options: FluxOptions) -> Embedding
 ADAPTER = ModelAdapter(
     name="flux",
     options=FluxOptions,
-    device_types=DEVICE_TYPES,
     transformer_class="FluxTransformer2DModel",
     pipeline_class="FluxPipeline",
     default_dtype="bfloat16",
@@ -34,5 +36,9 @@ ADAPTER = ModelAdapter(
     structure=STRUCTURE,
     disabled_layers=DISABLED_LAYERS,
     encode=encode,
+    generate=generate,
+    approximate=step_cache,
+    step_index=step_index,
+    result=PNG,
     transformer_inputs=transformer_inputs,
 )

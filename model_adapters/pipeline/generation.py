@@ -1,4 +1,4 @@
-"""Run a pipeline on encoded prompts, with the arguments that the pipelines of diffusers share."""
+"""Run a pipeline of images on encoded prompts, with the arguments that those of diffusers share."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from model_adapters.options import PipelineOptions
+from model_adapters.adapter import ResultFormat
+from model_adapters.options import ImageOptions
+
+PNG = ResultFormat(".png", lambda image, path: image.save(path, format="PNG"))
 
 
 def generate(
     pipeline: Any,
     embeddings: Mapping[str, Tensor],
-    options: PipelineOptions,
-    generator: Any,
-    output_type: str = "pil",
+    options: ImageOptions,
+    generators: Any,
+    *,
+    decodes: bool = True,
 ) -> Any:
     """Run the pipeline once for a batch of encoded prompts; guidance that nobody chose is the pipeline's own."""
     guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
@@ -24,7 +28,7 @@ def generate(
         width=options.width,
         height=options.height,
         num_inference_steps=options.infer_steps,
-        generator=generator,
-        output_type=output_type,
+        generator=generators,
+        output_type="pil" if decodes else "latent",
         **guidance,
     ).images

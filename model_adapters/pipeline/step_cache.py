@@ -19,8 +19,9 @@ _THRESHOLD = 0.05
 
 
 @contextmanager
-def step_cache(transformer: Any, threshold: float = _THRESHOLD) -> Iterator[None]:
-    """Skip blocks in steps that change less than `threshold`, inside this context."""
+def step_cache(pipeline: Any, threshold: float = _THRESHOLD) -> Iterator[None]:
+    """Skip blocks of the pipeline's transformer in steps that change less than `threshold`, inside this context."""
+    transformer = pipeline.transformer
     transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     try:
         yield

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from model_adapters.adapter import Embeddings, ModelAdapter
+from model_adapters.pipeline.generation import PNG, generate
+from model_adapters.pipeline.step_index import step_index
 from model_adapters.sd3.inputs import transformer_inputs
-from model_adapters.sd3.options import DEVICE_TYPES, SD3Options
+from model_adapters.sd3.options import SD3Options
 from model_adapters.sd3.recipes import DISABLED_LAYERS
 from model_adapters.sd3.shard_plan import SHARD_PLANS
 from model_adapters.sd3.structure import STRUCTURE
@@ -28,7 +30,6 @@ def encode(pipeline: Any, prompts: list[str], options: SD3Options) -> Embeddings
 ADAPTER = ModelAdapter(
     name="sd3",
     options=SD3Options,
-    device_types=DEVICE_TYPES,
     transformer_class="SD3Transformer2DModel",
     pipeline_class="StableDiffusion3Pipeline",
     default_dtype="float16",
@@ -36,5 +37,8 @@ ADAPTER = ModelAdapter(
     structure=STRUCTURE,
     disabled_layers=DISABLED_LAYERS,
     encode=encode,
+    generate=generate,
+    step_index=step_index,
+    result=PNG,
     transformer_inputs=transformer_inputs,
 )

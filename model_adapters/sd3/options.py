@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pydantic import AliasChoices, Field
 
-from model_adapters.options import DeviceType, PipelineOptions
-
-# No named hardware set-ups: one copy of the model goes over all ranks unless the job says otherwise.
-DEVICE_TYPES: dict[str, DeviceType] = {}
+from model_adapters.options import ImageOptions
 
 DEFAULTS: dict[str, object] = {"quant_type": "w8a8", "save_path": "./results"}
 
 
-class SD3Options(PipelineOptions):
+class SD3Options(ImageOptions):
     """Choose an SD3 or SD3.5 pipeline, its prompts and its images."""
 
     path: str = Field(

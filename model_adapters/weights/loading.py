@@ -14,14 +14,14 @@ from torch import nn
 
 from model_adapters.adapter import ModelAdapter
 from model_adapters.options import PipelineOptions
-from model_adapters.weights.model_folder import check_class, pipeline_folder, read_json
+from model_adapters.weights.model_folder import PARTS_NAME, check_class, pipeline_folder, read_json
 from model_adapters.weights.transformer_folders import used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer, place
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard
 
-# How the names of those parts of a pipeline begin that only encode prompts.
-_TEXT = ("text_encoder", "tokenizer")
+# How the names of those parts of a pipeline begin that only encode prompts, and of those that only decode latents.
+_TEXT, _DECODERS = ("text_encoder", "tokenizer"), ("vae",)
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,13 @@ def load_pipeline(
     when the folder is not whole.
     """
     given = {"transformer": transformer}
-    pipeline = _assemble(adapter, options, dtype, given if with_text else {**_without_text(options), **given})
+    pipeline = _assemble(adapter, options, dtype, given if with_text else {**_without(_TEXT, options), **given})
     return _place(pipeline, device, cpu_offload)
+
+
+def release_pipeline(pipeline: Any) -> None:
+    """Take off what CPU offload hung on the parts, so that the transformer can run without the pipeline."""
+    pipeline.remove_all_hooks()
 
 
 def load_text_encoders(
@@ -103,17 +108,17 @@ def load_text_encoders(
     """
     # Some encoders ask for the transformer's widths, which a model without weights knows too.
     empty = build_empty(adapter, used_folders(pipeline_folder(options.path))[0])
-    pipeline = _assemble(adapter, options, dtype, {"transformer": empty, "vae": None})
+    pipeline = _assemble(adapter, options, dtype, {**_without(_DECODERS, options), "transformer": empty})
     for name, part in pipeline.components.items():
         if name.startswith(_TEXT) and isinstance(part, nn.Module):
             part.to(device)
     return pipeline
 
 
-def _without_text(options: PipelineOptions) -> dict[str, None]:
-    """Return None for every part of the pipeline that only encodes prompts."""
-    index = read_json(pipeline_folder(options.path) / "model_index.json")
-    return dict.fromkeys(name for name in index if name.startswith(_TEXT))
+def _without(parts: tuple[str, ...], options: PipelineOptions) -> dict[str, None]:
+    """Return None for every part of the pipeline whose name begins so, which loads the pipeline without it."""
+    index = read_json(pipeline_folder(options.path) / PARTS_NAME)
+    return dict.fromkeys(name for name in index if name.startswith(parts))
 
 
 def _assemble(
@@ -121,7 +126,7 @@ def _assemble(
 ) -> Any:
     """Load all parts of a pipeline but those that are given (or None, to go without), on the host, frozen."""
     folder = pipeline_folder(options.path)
-    index = folder / "model_index.json"
+    index = folder / PARTS_NAME
     check_class(index, read_json(index), adapter.pipeline_class)
     try:
         return _freeze(_from_folder(adapter, folder, dtype, given))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from quant_core.errors import InputError
+from quant_core.checkpoint.json_file import read_object
+from quant_core.checkpoint.tensor_parts import damaged, open_safetensors, read_index
+from quant_core.errors import InputError, VerificationError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CONFIG_NAME = "config.json"
+# Which parts a pipeline has, and of which classes.
+PARTS_NAME = "model_index.json"
 INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
+
+# How to come by a sound copy of a file that somebody published.
+_ADVICE = "copy or download it again, and compare its size and checksum"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -46,15 +53,9 @@ def is_hub_id(path: str) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; raises InputError when it is missing, unreadable or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _incomplete(path) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(content, dict):
-        raise _unreadable(path, f"it holds a {type(content).__name__} where an object belongs")
-    return content
+    if not path.exists():
+        raise _incomplete(path)
+    return read_object(path, advice=_ADVICE)
 
 
 def check_class(path: Path, config: dict[str, Any], expected: str) -> None:
@@ -91,27 +92,24 @@ def weight_files(folder: Path) -> list[Path]:
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
     """Open a safetensors file for reading slices; raises InputError when it is truncated, corrupt or unreadable."""
+    file = open_safetensors(path, advice=_ADVICE)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path.name} cannot be read",
-            where=str(path),
-            why=f"{error} (a truncated copy or another kind of file)",
-            advice="copy or download the file again and compare its size and checksum",
-        ) from error
+        raise damaged(path, str(error), _ADVICE) from error
 
 
 def _indexed_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise _unreadable(index, "its weight_map is not an object from tensor names to file names")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
+    try:
+        files = sorted(read_index(index))
+    except VerificationError as error:  # there it is a bad result, here it is bad input
+        raise InputError(
+            f"{INDEX_NAME} names no weight files", where=str(index), why=error.why, advice=_ADVICE
+        ) from None
     for file in files:
-        # A name with a folder in it could reach any file of the machine.
-        if file.parent != folder or not file.is_file():
+        if not file.is_file():
             raise _incomplete(file, f"{INDEX_NAME} names it")
     return files
 
@@ -137,13 +135,4 @@ def _incomplete(path: Path, reason: str = "a diffusers pipeline folder has it") 
         where=str(path),
         why=reason,
         advice="give the folder that holds model_index.json, and check that its copy is complete",
-    )
-
-
-def _unreadable(path: Path, reason: object) -> InputError:
-    return InputError(
-        f"{path.name} cannot be read",
-        where=str(path),
-        why=str(reason),
-        advice="copy or download the file again",
     )

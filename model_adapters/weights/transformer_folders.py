@@ -11,7 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from model_adapters.parallel.shard_plan import ShardPlan
-from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, weight_files
+from model_adapters.weights.model_folder import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    PARTS_NAME,
+    WEIGHTS_NAME,
+    read_json,
+    weight_files,
+)
 from quant_core.errors import ConfigurationError
 
 WHOLE = "transformer"
@@ -66,8 +73,19 @@ def files_of(folder: Path, *, is_divided: bool) -> list[Path]:
     return weight_files(folder)
 
 
-def all_files(root: Path) -> list[Path]:
-    """Return every weight file that some rank of a job on this pipeline reads."""
+def pipeline_files(root: Path) -> list[Path]:
+    """Return every file that some rank of a job on this pipeline may read: of the transformer and of all other parts.
+
+    A folder that holds nothing but a transformer has no index of parts. Raises InputError when the index is damaged or
+    weights of the transformer are missing.
+    """
     folders = used_folders(root)
     is_divided = folders != [root / WHOLE]
-    return [file for folder in folders for file in files_of(folder, is_divided=is_divided)]
+    own = [path for folder in folders for path in (folder / CONFIG_NAME, *files_of(folder, is_divided=is_divided))]
+    index = root / PARTS_NAME
+    if not index.exists():
+        return own
+    # A part that the pipeline goes without is [null, null]; options of the pipeline itself are no parts.
+    named = [name for name, kind in read_json(index).items() if isinstance(kind, list) and any(kind)]
+    others = [path for name in named if name != WHOLE for path in sorted((root / name).rglob("*")) if path.is_file()]
+    return [index, *own, *others]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model_adapters.adapter import ModelAdapter
 from model_adapters.parallel.tensor_parallel import make_local
-from model_adapters.weights.model_folder import check_class, open_weights, pipeline_folder, read_json
+from model_adapters.weights.model_folder import CONFIG_NAME, check_class, open_weights, pipeline_folder, read_json
 from model_adapters.weights.transformer_folders import files_of, folder_of_rank
 from quant_core.checkpoint.tensor_file import DTYPES
 from quant_core.errors import InputError
@@ -96,7 +96,7 @@ def build_empty(adapter: ModelAdapter, folder: Path) -> nn.Module:
 
     Raises InputError when the file is missing, unreadable, or describes another class or no possible model.
     """
-    config_path = folder / "config.json"
+    config_path = folder / CONFIG_NAME
     config = read_json(config_path)
     check_class(config_path, config, adapter.transformer_class)
     transformer_type = adapter.transformer_type()  # outside: a failing import of diffusers is not the folder's fault

@@ -124,6 +124,7 @@ class DumperManager:
         )
 
     def _intern(self, tensor: Tensor) -> Tensor:
-        host = tensor.detach().to("cpu", copy=True).contiguous()
+        # Said outright: one element that stands for many (a step of batch 1) counts as contiguous, and has no stride.
+        host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         digest = hashlib.sha256(host.reshape(-1).view(torch.uint8).numpy().data).digest()
         return self._interned.setdefault((host.dtype, tuple(host.shape), digest), host)

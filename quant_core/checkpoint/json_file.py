@@ -9,8 +9,8 @@ from typing import Any
 from quant_core.errors import InputError
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, keys in their order.
+def read_object(path: Path, *, advice: str = "quantize again, or copy it again") -> dict[str, Any]:
+    """Return the JSON object in a file, keys in their order; advice: how to come by a sound file.
 
     Raises InputError when it is missing, unreadable, cut short, no object, or has a key twice (JSON would silently
     keep the last).
@@ -20,9 +20,9 @@ def read_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError("no such file", where=str(path), advice="check the folder's name, or quantize first") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, str(error)) from None
+        raise _unreadable(path, str(error), advice) from None
     if not isinstance(found, dict):
-        raise _unreadable(path, f"it holds a {type(found).__name__}, not an object")
+        raise _unreadable(path, f"it holds a {type(found).__name__}, not an object", advice)
     return found
 
 
@@ -35,10 +35,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _unreadable(path: Path, why: str) -> InputError:
+def _unreadable(path: Path, why: str, advice: str) -> InputError:
     return InputError(
-        "the file cannot be read as a JSON object",
+        f"{path.name} cannot be read as a JSON object",
         where=str(path),
         why=why,
-        advice="it is truncated or of another kind: quantize again, or copy it again",
+        advice=f"it is truncated or of another kind: {advice}",
     )

@@ -44,6 +44,9 @@ _DTYPES = {
 }
 
 
+_ADVICE = "quantize again, or copy it again"
+
+
 class TensorInfo(NamedTuple):
     """What a file's header says of a tensor."""
 
@@ -97,8 +100,10 @@ class TensorFiles:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._parts = _named_parts(path) if path.name.endswith(".index.json") else {path: None}
-        self._open = {file: _opened(file) for file in self._parts}
+        self._parts: Mapping[Path, set[str] | None] = (
+            read_index(path) if path.name.endswith(".index.json") else {path: None}
+        )
+        self._open = {file: open_safetensors(file) for file in self._parts}
         self._home = self._one_home()
 
     @property
@@ -119,7 +124,7 @@ class TensorFiles:
         try:
             return self._open[file].get_tensor(name).clone()
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise _damaged(file, f"tensor {name}: {error}") from None
+            raise damaged(file, f"tensor {name}: {error}") from None
 
     def _info(self, name: str) -> TensorInfo:
         view = self._open[self._home[name]].get_slice(name)
@@ -143,23 +148,25 @@ class TensorFiles:
         return home
 
 
-def _named_parts(path: Path) -> dict[Path, set[str] | None]:
-    """Return the part files that an index names, beside it, each with the tensors it is said to hold."""
+def read_index(path: Path) -> dict[Path, set[str]]:
+    """Return the part files that an index names, beside it, each with the tensors it is said to hold.
+
+    Raises InputError when it is unreadable and VerificationError when it names anything but its neighbours.
+    """
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _mixed(path, "it has no weight_map")
-    parts: dict[Path, set[str] | None] = {}
+    parts: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         # An index may be a stranger's: it may name its neighbours only.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise _mixed(path, f"'{name}' lies in {file!r}, which is no safetensors file beside it")
-        promised = parts.setdefault(path.parent / file, set())
-        assert promised is not None, "made in this loop"
-        promised.add(name)
+        parts.setdefault(path.parent / file, set()).add(name)
     return parts
 
 
-def _opened(file: Path) -> Any:
+def open_safetensors(file: Path, *, advice: str = _ADVICE) -> Any:
+    """Open a safetensors file; raises InputError, with the advice, when it is missing, damaged or no file."""
     if not file.exists():
         raise InputError("no such file", where=str(file), advice="check the folder's name, or quantize first")
     if not file.is_file():
@@ -167,7 +174,7 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise _damaged(file, str(error)) from None
+        raise damaged(file, str(error), advice) from None
 
 
 def _write_one(file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -204,12 +211,13 @@ def _other_forms(path: Path, files: list[Path]) -> list[Path]:
     return [p for p in path.parent.iterdir() if (p == path or part.fullmatch(p.name)) and p not in files]
 
 
-def _damaged(file: Path, why: str) -> InputError:
+def damaged(file: Path, why: str, advice: str = _ADVICE) -> InputError:
+    """Return the error that says that a file is no sound safetensors file; advice: how to come by one."""
     return InputError(
-        "the file cannot be read as safetensors",
+        f"{file.name} cannot be read as safetensors",
         where=str(file),
         why=why,
-        advice="it is truncated or damaged: quantize again, or copy it again",
+        advice=f"it is truncated or damaged: {advice}",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.files.calibration_parts import CalibrationParts
+from launcher.files.calibration_parts import CalibrationParts, load_sound_dump
 from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError
 
@@ -83,4 +83,36 @@ def test_a_part_that_is_missing_at_the_end_is_an_error_and_no_dump_appears(tmp_p
     parts.save(0, records(0))
     with pytest.raises(InputError, match="no such file"):
         parts.assemble(dump, 2, HEADER)
+    assert not dump.exists()
+
+
+def flip_a_byte_of_a_tensor(path: Path) -> None:
+    """Change one bit of the embeddings, which are 1.0 in batch 1: the file stays readable."""
+    content = path.read_bytes()
+    place = content.index(torch.full((4, 8), 1.0).numpy().tobytes())
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    load_dump(path)
+
+
+def test_a_changed_byte_in_a_dump_is_noticed(tmp_path: Path) -> None:
+    dump = dump_in_runs(tmp_path, range(BATCHES))
+    assert len(load_sound_dump(dump)["records"]) == BATCHES * STEPS
+    flip_a_byte_of_a_tensor(dump)
+    with pytest.raises(InputError, match="changed after it was saved"):
+        load_sound_dump(dump)
+
+
+def test_a_batch_with_a_changed_byte_is_run_again(tmp_path: Path) -> None:
+    parts = CalibrationParts.beside(tmp_path / "calib_data.pth", "mine")
+    saved = [parts.save(batch, records(batch)) for batch in range(BATCHES)]
+    flip_a_byte_of_a_tensor(saved[1])
+    assert parts.finished() == 1
+
+
+def test_batches_of_another_job_are_not_assembled(tmp_path: Path) -> None:
+    dump = tmp_path / "calib_data.pth"
+    for batch in range(BATCHES):
+        CalibrationParts.beside(dump, "another" if batch == 1 else "mine").save(batch, records(batch))
+    with pytest.raises(InputError, match="is another job's"):
+        CalibrationParts.beside(dump, "mine").assemble(dump, BATCHES, HEADER)
     assert not dump.exists()

@@ -27,10 +27,10 @@ STYLES = {"up": Style.COL, "down": Style.ROW}
 SCHEME = "w8a8_dynamic"
 
 
-def stage(folder: Path, rank: int) -> None:
+def stage(folder: Path, rank: int, scheme: str = SCHEME) -> None:
     """Write one rank's shard as the quantize stage would."""
     (folder / STAGING).mkdir(parents=True, exist_ok=True)
-    tensors, description = {}, {"model_quant_type": "W8A8_DYNAMIC"}
+    tensors, description = {}, {"model_quant_type": scheme.upper()}
     for name, shape in FULL.items():
         layer, _, kind = name.rpartition(".")
         whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
@@ -38,23 +38,23 @@ def stage(folder: Path, rank: int) -> None:
         if part is not None:
             tensors[name] = part
             description[name] = "FLOAT"
-    files = shard_files(folder / STAGING, SCHEME, f"_{rank}")
+    files = shard_files(folder / STAGING, scheme, f"_{rank}")
     save_file(tensors, files.weights)
     files.description.write_text(json.dumps(description))
-    write_note(folder, rank, equal={"norm.weight": "digest"})
+    write_note(folder, rank, scheme, equal={"norm.weight": "digest"})
 
 
-def write_note(folder: Path, rank: int, **changed: object) -> None:
+def write_note(folder: Path, rank: int, scheme: str = SCHEME, **changed: object) -> None:
     """Note what is staged now, with some fields changed."""
-    files = shard_files(folder / STAGING, SCHEME, f"_{rank}")
+    files = shard_files(folder / STAGING, scheme, f"_{rank}")
     fields = {
-        "fingerprint": "f" * 64, "fields": {}, "quant_type": "W8A8_DYNAMIC", "tp_rank": rank, "tp_size": 2,
+        "fingerprint": "f" * 64, "fields": {}, "quant_type": scheme.upper(), "tp_rank": rank, "tp_size": 2,
         "dp_size": 1, "layout": "mindie",
         "weights": FileDigest.of(files.weights), "description": FileDigest.of(files.description),
         "layers": {name: LayerShard(style=style) for name, style in STYLES.items()}, "full_shapes": FULL, "equal": {},
     }  # fmt: skip
     note = ShardNote.model_validate({**fields, **changed})
-    note_file(folder / STAGING, SCHEME, f"_{rank}").write_text(note.model_dump_json())
+    note_file(folder / STAGING, scheme, f"_{rank}").write_text(note.model_dump_json())
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def notes(folder: Path) -> list[Path]:
-    return [note_file(folder / STAGING, SCHEME, f"_{rank}") for rank in (0, 1)]
+def notes(folder: Path, scheme: str = SCHEME) -> list[Path]:
+    return [note_file(folder / STAGING, scheme, f"_{rank}") for rank in (0, 1)]
 
 
 def rewrite(folder: Path, rank: int, change: Callable[[dict], object], **note: object) -> None:
@@ -86,7 +86,7 @@ def test_whole_shards_are_published_with_the_manifest_last(folder):
         for rank in (0, 1)
         for kind, ending in (("weight", "safetensors"), ("description", "json"))
     ]
-    assert manifest.files_are_there(folder)
+    assert manifest.changed_files(folder) == []
     assert (folder / MANIFEST).is_file()
     assert not (folder / STAGING).exists()
 
@@ -102,7 +102,7 @@ def test_an_interrupted_publication_is_finished_by_the_next(folder):
     """The first file has its final name, the rest does not, and there is no manifest: as after a power cut."""
     files = shard_files(folder / STAGING, SCHEME, "_0")
     files.weights.rename(folder / files.weights.name)
-    assert publish_shards(folder, notes(folder)).files_are_there(folder)
+    assert publish_shards(folder, notes(folder)).changed_files(folder) == []
 
 
 WRONG = {
@@ -189,6 +189,49 @@ def test_two_schemes_staged_in_one_folder_must_be_told_apart(folder):
         path.write_text(note.model_copy(update={"quant_type": "W8A8"}).model_dump_json())
     with pytest.raises(InputError, match="shards of w8a8 and w8a8_dynamic"):
         merge_files(MergeFiles(folder=folder))
+
+
+def test_shards_of_another_scheme_stay_staged(folder):
+    staged = folder / STAGING / "quant_shard_note_w8a8_0.json"
+    shutil.copy(notes(folder)[0], staged)
+    publish_shards(folder, notes(folder))
+    assert list((folder / STAGING).iterdir()) == [staged]
+
+
+def test_a_flipped_byte_in_a_published_file_is_named(folder):
+    manifest = publish_shards(folder, notes(folder))
+    weights = shard_files(folder, SCHEME, "_1").weights
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert manifest.changed_files(folder) == [weights.name]
+
+
+def test_what_replaces_a_checkpoint_of_other_shards_leaves_none_of_its_files(folder):
+    publish_shards(folder, notes(folder))
+    stranger = folder / "README.md"
+    stranger.touch()
+    for rank in (0, 1):
+        stage(folder, rank, scheme="w8a8")
+    manifest = publish_shards(folder, notes(folder, scheme="w8a8"))
+    assert {path.name for path in folder.iterdir()} == {
+        *(file.name for file in manifest.files),
+        MANIFEST,
+        stranger.name,
+    }
+
+
+def test_a_manifest_that_names_files_elsewhere_removes_none(folder):
+    publish_shards(folder, notes(folder))
+    outside = folder.with_name("outside.txt")
+    outside.touch()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][0]["name"] = f"../{outside.name}"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for rank in (0, 1):
+        stage(folder, rank)
+    publish_shards(folder, notes(folder))
+    assert outside.exists()
 
 
 def test_a_layer_called_linear_is_not_taken_for_a_smoothed_one():

@@ -45,9 +45,7 @@ def test_one_image_for_each_prompt_in_the_size_that_was_asked_for(running):
 
 def test_generation_is_that_of_diffusers_own_pipeline(running):
     adapter, options, pipeline = running
-    ours = adapter.generate(
-        pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), output_type="latent"
-    )
+    ours = adapter.generate(pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), decodes=False)
     theirs = adapter.pipeline_type().from_pretrained(options.path, torch_dtype=torch.float32)
     size = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": STEPS}
     expected = theirs("a cat", **size, generator=generator(), output_type="latent").images
@@ -57,14 +55,12 @@ def test_generation_is_that_of_diffusers_own_pipeline(running):
 def test_a_chosen_guidance_scale_reaches_the_model(running):
     adapter, options, pipeline = running
     default = adapter.generate(
-        pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), output_type="latent"
+        pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), decodes=False
     )
     stronger = options.model_copy(update={"guidance_scale": 9.0})
     assert not torch.equal(
         default,
-        adapter.generate(
-            pipeline, adapter.encode(pipeline, ["a cat"], options), stronger, generator(), output_type="latent"
-        ),
+        adapter.generate(pipeline, adapter.encode(pipeline, ["a cat"], options), stronger, generator(), decodes=False),
     )
 
 
@@ -73,9 +69,7 @@ def test_every_transformer_call_knows_its_step_and_a_second_image_begins_at_zero
     steps: list[int] = []
     hook = pipeline.transformer.register_forward_pre_hook(lambda *_: steps.append(adapter.step_index(pipeline)))
     for _ in range(2):
-        adapter.generate(
-            pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), output_type="latent"
-        )
+        adapter.generate(pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), decodes=False)
     hook.remove()
     assert steps == [*range(STEPS), *range(STEPS)]
 

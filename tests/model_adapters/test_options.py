@@ -77,13 +77,14 @@ def test_the_path_is_required():
         FluxOptions.model_validate({})
 
 
-def test_device_types_name_cards_and_offload():
-    assert dict(load_options("flux").DEVICE_TYPES) == {
-        "A2-64g": DeviceType(tp_size=1),
-        "A2-32g-single": DeviceType(tp_size=1, cpu_offload=True),
-        "A2-32g-dual": DeviceType(tp_size=2),
-    }
-    assert load_options("sd3").DEVICE_TYPES == {}
+@pytest.mark.parametrize(
+    ("device_type", "tp_size", "cpu_offload"),
+    [("A2-64g", 1, False), ("A2-32g-single", 1, True), ("A2-32g-dual", 2, False)],
+)
+def test_device_types_name_cards_and_offload(device_type, tp_size, cpu_offload):
+    options = FluxOptions.model_validate({"path": "m", "device_type": device_type})
+    assert options.hardware == DeviceType(name=device_type, tp_size=tp_size, cpu_offload=cpu_offload)
+    assert SD3Options(path="m").hardware is None
 
 
 def test_model_specific_defaults_are_those_of_the_published_tables():

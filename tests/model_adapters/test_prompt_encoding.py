@@ -42,7 +42,7 @@ def test_the_transformer_is_called_with_what_the_pipeline_itself_would_have_enco
     embeddings = encode_prompts(adapter, options, [PROMPTS], "cpu", dtype)[PROMPTS]
     loaded = load_transformer(adapter, options.path, dtype=dtype, device="cpu")
     lean = load_pipeline(adapter, options, loaded.model, "cpu", dtype, with_text=False)
-    run = lambda generator: adapter.generate(lean, embeddings, options, generator, "latent")  # noqa: E731
+    run = lambda generator: adapter.generate(lean, embeddings, options, generator, decodes=False)  # noqa: E731
     records = captured(lean, run)
 
     assert len(records) == len(expected) == STEPS

@@ -182,6 +182,14 @@ def test_two_dumpers_share_nothing():
     assert (len(first.records), len(second.records)) == (1, 0)
 
 
+def test_one_number_expanded_to_a_batch_of_one_is_captured():
+    model = Model()
+    dumper = DumperManager(model)
+    step = torch.tensor(5.0).expand(1)  # as pipelines hand the time of a step to the transformer; its stride is 0
+    model(torch.ones(1, 3), step)
+    assert torch.equal(dumper.records[0][1], step)
+
+
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigurationError, match="no capture mode 'step'"):
         DumperManager(Model(), "step")  # type: ignore[arg-type]

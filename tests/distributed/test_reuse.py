@@ -1,0 +1,157 @@
+"""What an earlier run left is used again if it is this job's, byte for byte, and otherwise made anew or refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.config.job_config import job_config
+from launcher.files.run_folder import MANIFEST
+from launcher.run import run
+from quant_core.calibration.records import load_dump
+from quant_core.errors import InputError
+from scripts.make_tiny_pipeline import write_prompts
+from tests.distributed.test_main_job import torchrun
+from tests.support.consumer import check_manifest
+
+
+class Place:
+    """Folders of jobs on one tiny pipeline, in one process."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root, self.model = root, model
+        self.prompts = root / "prompts.txt"
+        self.prompts.write_text("a red bus\na cat\n")
+        self.prompts.chmod(0o640)
+
+    def run(self, *, weights: str = "weights", images: str = "images", **sections: dict[str, Any]) -> None:
+        """Run a job whose files go below the root."""
+        pipeline = {"path": str(self.model), "prompt_path": str(self.prompts), "width": 64, "height": 64}
+        pipeline |= {"infer_steps": 2, "info_file_save_path": str(self.root / "info.json")}
+        output = {"quant_weight_save_folder": self.root / weights, "quant_dump_calib_folder": self.root / "dumps"}
+        output |= {"save_path": self.root / images, "do_save_img": True}
+        tree = {
+            "pipeline": pipeline | sections.get("pipeline", {}),
+            "quantization": {"do_quant": True, **sections.get("quantization", {})},
+            "ranks": {"device": "cpu"},
+            "output": output | sections.get("output", {}),
+        }
+        run(job_config("flux", tree))
+
+    def images(self, kind: str, folder: str = "images") -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (self.root / folder / kind).glob("*.png")}
+
+    def published(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (self.root / "weights").glob("quant_model_*")}
+
+    @property
+    def dump(self) -> Path:
+        return self.root / "dumps" / "calib_data.pth"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, tiny_flux_folder: Path) -> Place:
+    """A finished job: per-step scales, images of both models."""
+    place = Place(tmp_path_factory.mktemp("first"), tiny_flux_folder)
+    place.run()
+    return place
+
+
+@pytest.fixture
+def place(first: Place, tmp_path: Path) -> Place:
+    """A copy of the finished job's files, times and all."""
+    root = Path(shutil.copytree(first.root, tmp_path / "copy"))
+    return Place(root, first.model)
+
+
+def flip(path: Path, place: int = -1) -> None:
+    """Change one bit."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """Return when each file was written; the logs and the status are written anew by every run."""
+    names = ("quant_*", "*.pth", "*.png", "*.png.json")
+    return {path: path.stat().st_mtime_ns for name in names for path in folder.rglob(name)}
+
+
+def test_the_same_job_again_changes_no_file(place: Place):
+    before = times(place.root)
+    place.run()
+    assert times(place.root) == before
+
+
+def test_images_of_another_scheme_are_not_shown_as_this_ones(place: Place):
+    before = place.images("calib_quant"), times(place.root / "images" / "calib_fp")
+    other = {"quant_type": "w8a8_dynamic", "anti_method": "m4"}
+    place.run(weights="other", quantization=other)
+    place.run(weights="other", images="fresh", quantization=other)
+    assert place.images("calib_quant") != before[0]
+    assert place.images("calib_quant") == place.images("calib_quant", "fresh")
+    assert times(place.root / "images" / "calib_fp") == before[1], "the float model's are the same job's"
+
+
+def test_images_of_another_seed_are_all_made_again(place: Place):
+    before = place.images("calib_fp"), place.images("calib_quant")
+    place.run(pipeline={"seed": 99}, output={"overwrite": True})
+    for kind, old in zip(("calib_fp", "calib_quant"), before):
+        new = place.images(kind)
+        assert new.keys() == old.keys()
+        assert all(new[name] != old[name] for name in new)
+
+
+def test_an_image_that_was_changed_is_made_again_and_no_other(place: Place):
+    changed, kept = sorted((place.root / "images" / "calib_quant").glob("*.png"))
+    expected, before = changed.read_bytes(), kept.stat().st_mtime_ns
+    flip(changed)
+    place.run()
+    assert changed.read_bytes() == expected
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_a_changed_byte_in_a_published_file_is_noticed_and_the_file_made_again(place: Place, capsys):
+    expected = place.published()
+    weights = next((place.root / "weights").glob("*.safetensors"))
+    flip(weights)
+    place.run()
+    assert f"as it was changed since: {weights.name}" in capsys.readouterr().out
+    assert place.published() == expected
+
+
+def test_a_changed_byte_in_a_dump_is_refused(place: Place):
+    tensor = load_dump(place.dump, mmap=False)["records"][0]["kwargs"]["hidden_states"]
+    raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    flip(place.dump, place.dump.read_bytes().index(raw))
+    with pytest.raises(InputError, match="changed after it was saved"):
+        place.run(weights="other", quantization={"quant_type": "w8a8"})
+    assert not list((place.root / "other").glob("*.safetensors"))
+
+
+def test_another_scheme_in_place_of_the_first_leaves_none_of_its_files(place: Place):
+    place.run(quantization={"quant_type": "w8a8_dynamic"}, output={"overwrite": True})
+    named = {file["name"] for file in check_manifest(place.root / "weights")["files"]}
+    assert {path.name for path in (place.root / "weights").glob("quant_model_*")} == named
+
+
+@pytest.mark.distributed
+def test_a_finished_copy_keeps_its_dump_while_another_calibrates(tiny_flux_folder: Path, tmp_path: Path):
+    prompts = write_prompts(tmp_path / "prompts.txt")
+    words = (2, "flux", tiny_flux_folder, prompts, tmp_path, "--tp_size", "1", "--quant_type", "w8a8")
+    torchrun(*words)
+    dumps = [tmp_path / "dumps" / f"calib_data_rank{rank}.pth" for rank in (0, 1)]
+    contents = [dump.read_bytes() for dump in dumps]
+    kept = dumps[0].stat().st_mtime_ns
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "weights").glob("quant_model_*")}
+    # The second copy was ended before it had a dump.
+    dumps[1].unlink()
+    (tmp_path / "weights" / MANIFEST).unlink()
+    torchrun(*words)
+    assert dumps[0].stat().st_mtime_ns == kept
+    assert [dump.read_bytes() for dump in dumps] == contents
+    assert {path.name: path.read_bytes() for path in (tmp_path / "weights").glob("quant_model_*")} == expected
