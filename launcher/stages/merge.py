@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.cli.command_line import MergeFiles
 from launcher.failure.together import run_together
 from launcher.files.manifest import Manifest
 from launcher.files.run_folder import MANIFEST, STAGING, note_file, tp_suffix
@@ -41,22 +40,22 @@ def merge(job: QuantJob) -> None:
         report(job.folder.weights, manifest, job.console.say)
 
 
-def merge_files(command: MergeFiles) -> None:
+def merge_files(folder: Path, quant_type: str | None = None) -> None:
     """Publish the shards that an earlier run left staged in a folder."""
-    scheme = command.quant_type.removesuffix("_fa3") if command.quant_type else None
+    scheme = quant_type.removesuffix("_fa3") if quant_type else None
     pattern = f"quant_shard_note_{scheme}*.json" if scheme else _NOTES
-    found = [note for path in sorted((command.folder / STAGING).glob(pattern)) if (note := read_note(path))]
+    found = [note for path in sorted((folder / STAGING).glob(pattern)) if (note := read_note(path))]
     types = sorted({note.quant_type.lower() for note in found if scheme in (None, note.quant_type.lower())})
     if len(types) != 1:
         raise InputError(
             "there are no staged shards to merge" if not types else f"there are shards of {' and '.join(types)}",
-            where=str(command.folder / STAGING),
+            where=str(folder / STAGING),
             why="merging takes the shards of one job, which its ranks stage before they publish",
             advice="run the job (published shards need no merge)" if not types else "choose one with --quant_type",
         )
     tp_size = next(note.tp_size for note in found if note.quant_type.lower() == types[0])
-    names = [note_file(command.folder / STAGING, types[0], tp_suffix(rank, tp_size)) for rank in range(tp_size)]
-    report(command.folder, publish_shards(command.folder, names), print)
+    names = [note_file(folder / STAGING, types[0], tp_suffix(rank, tp_size)) for rank in range(tp_size)]
+    report(folder, publish_shards(folder, names), print)
 
 
 def publish_shards(folder: Path, note_paths: list[Path]) -> Manifest:
