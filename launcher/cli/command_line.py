@@ -17,7 +17,7 @@ from launcher.cli.commands import Command, commands
 from launcher.cli.flag_parser import CONFIG, PROGRAM, flag_parser, typed_values
 from launcher.config.config_errors import Origin, validated
 from launcher.config.option_flags import Flag, flags_of
-from launcher.config.resolve import parse_yaml
+from launcher.config.yaml_text import parse_yaml
 from quant_core.errors import ConfigurationError, nearest
 
 

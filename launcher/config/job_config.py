@@ -11,13 +11,12 @@ Nothing here depends on a model or checks one option against another: see `resol
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
+from launcher.config.yaml_text import commented_yaml
 from model_adapters.options import PipelineOptions
 from quant_core.session.config import ActMethod, Exponent
 
@@ -120,19 +119,4 @@ class JobConfig(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as commented YAML, which `--config` accepts."""
-        return "".join(_yaml_lines(self, indent=""))
-
-
-def _yaml_lines(section: BaseModel, indent: str) -> Iterator[str]:
-    import yaml  # here, because --help does not need it and must be quick
-
-    plain = section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield f"{indent}{name}:\n"
-            yield from _yaml_lines(value, indent + "  ")
-            continue
-        if field.description:
-            yield f"{indent}# {field.description}\n"
-        yield textwrap.indent(yaml.safe_dump({name: plain[name]}, allow_unicode=True), indent)
+        return commented_yaml(self)

@@ -15,8 +15,8 @@ from pydantic import Field, create_model, model_validator
 from launcher.config.config_errors import Origin, together, validated
 from launcher.config.job_config import JobConfig, Output, Quantization, RankOptions, Section
 from launcher.config.job_rules import RULES
+from launcher.config.yaml_text import parse_yaml
 from model_adapters import load_options
-from quant_core.errors import ConfigurationError
 
 
 def job_config(model: str, tree: Mapping[str, Any], origin: Origin | None = None) -> JobConfig:
@@ -72,29 +72,3 @@ def _with_defaults(section: type[Section], defaults: Mapping[str, object]) -> ty
         if name in defaults
     }
     return create_model(section.__name__, __base__=section, __doc__=section.__doc__, **changed)
-
-
-def parse_yaml(text: str, *, where: str = "--config") -> dict[str, Any]:
-    """Read YAML text as a tree of options; the empty text is the empty tree, and an empty section is left out.
-
-    Raises:
-        ConfigurationError: it is not YAML, or no mapping.
-    """
-    import yaml  # here, because --help does not need it and must be quick
-
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(
-            "the configuration is not YAML", where=where, why=" ".join(str(error).split()), advice="correct that line"
-        ) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigurationError(
-            f"the configuration is a {type(tree).__name__}, not a mapping",
-            where=where,
-            why="it holds the sections model, pipeline, quantization, ranks, output",
-            advice="start from the configuration that a run stores beside its output",
-        )
-    return {str(key): value for key, value in tree.items() if value is not None}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from launcher.cli.command_line import parse
 from launcher.cli.commands import commands
-from launcher.config.job_config import JobConfig
 from quant_core.errors import ConfigurationError
+
+if TYPE_CHECKING:  # the help of all commands needs the options of none
+    from launcher.config.job_config import JobConfig
 
 _COUNT = ("--nproc_per_node", "--nproc-per-node")
 
