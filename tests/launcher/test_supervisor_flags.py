@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from launcher.start.agent import agent_arguments
 from launcher.start.supervisor_flags import asks_for_ranks, job_on_ranks, split_at_command
 from quant_core.errors import ConfigurationError
 
@@ -32,3 +35,13 @@ def test_a_command_that_works_on_files_is_refused_on_several_ranks() -> None:
     with pytest.raises(ConfigurationError, match="merge does not run on several ranks") as caught:
         job_on_ranks(["merge", "folder"])
     assert "leave out" in caught.value.advice
+
+
+@pytest.mark.parametrize(("variable", "flags", "seconds"), [(None, [], 300), ("100", [], 100), ("100", ["7"], 7)])
+def test_how_long_ranks_may_save_is_said_by_the_flag_or_the_variable_of_torchrun(
+    variable: str | None, flags: list[str], seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable:
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variable)
+    words = ["--nproc_per_node", "2", *(f"--shutdown_timeout={value}" for value in flags)]
+    assert agent_arguments(words, ["-m", "launcher"], tmp_path).shutdown_timeout == seconds
