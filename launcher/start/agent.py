@@ -26,7 +26,7 @@ from quant_core.errors import ConfigurationError, DistributedError
 
 # Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
 _RENDEZVOUS = ("nnodes", "rdzv", "master", "node_rank", "standalone")
-# torchrun is told to pass Slurm's warning on, and to let ranks finish a batch of images after SIGTERM (30 s by default),
+# torchrun is told to pass Slurm's warning on, and to let ranks finish a batch of images after SIGTERM (30 s if not),
 # unless the user says otherwise, by a flag or by torchrun's own variable.
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _PATIENCE, _PATIENCE_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"

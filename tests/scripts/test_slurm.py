@@ -150,6 +150,7 @@ def test_a_job_of_several_hosts_that_is_asked_to_stop_ends_with_the_status_that_
     cluster.call("scancel", "--batch", "--signal=TERM", job.number)
     wait_until(lambda: "queued again" in job.log, "the script asks for another start", timeout_s=30)
     cluster.call("scancel", job.number)
+    cluster.wait_for_end(job.number)
 
 
 @pytest.mark.slow
