@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launcher.cli.command_line import Command, MergeFiles, parse
-from launcher.config.job_config import JobConfig
-from launcher.devices import npu
+from launcher.cli.command_line import parse
 from launcher.failure import stop
 from launcher.failure.exit_codes import exit_code
 from launcher.start.supervisor_flags import asks_for_ranks
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
     except ExplainedError as error:
         _end(error, quiet=rank != "0")
     try:
-        _execute(command)
+        command.run()
     except (Exception, KeyboardInterrupt) as error:
         from launcher.failure.failures import explained
 
@@ -58,38 +56,6 @@ def _leave_on_signals(rank: str) -> None:
     for number in stop.GRACEFUL:
         signal.signal(number, leave)
     stop.hear_interrupts()
-
-
-def _execute(command: Command) -> None:
-    if not isinstance(command, MergeFiles) and command.config.ranks.device == "npu":
-        npu.load()  # not later: the thread that watches asks torch for its accelerator, and half of one ends the run
-    else:
-        npu.hide()
-    if isinstance(command, MergeFiles):
-        from launcher.stages.merge import merge_files
-
-        merge_files(command)
-    else:
-        _run_job(command.config)
-
-
-def _run_job(config: JobConfig) -> None:
-    """Run a job under watch; returns only when it is done."""
-    from launcher.journal.logs import quiet_libraries
-    from model_adapters.weights.offline import stay_offline
-
-    stay_offline(config.pipeline.path)
-    quiet_libraries()
-    from launcher.failure.watch import Watch
-
-    watch = Watch(config)
-    watch.start()
-    try:
-        from launcher.run import run
-
-        run(config, watch)
-    except (Exception, KeyboardInterrupt) as error:
-        watch.fail(error)
 
 
 def _end(error: BaseException, *, quiet: bool) -> NoReturn:

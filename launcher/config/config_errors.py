@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from launcher.config.option_flags import Flag, flags_of
 from quant_core.errors import ConfigurationError, nearest
+
+Options = TypeVar("Options", bound=BaseModel)
 
 
 class ConfigurationErrors(ConfigurationError):
@@ -49,11 +51,17 @@ class Origin:
         return f"{option}, or {'.'.join(path)} in {self.config}"
 
 
-def explain(error: ValidationError, options: type[BaseModel], origin: Origin | None = None) -> ConfigurationError:
-    """Return the problems of a ValidationError of `options` as one error."""
-    flags = flags_of(options)
-    reader = _Reader(options, flags, origin or Origin())
-    return together(reader.read(entry) for entry in error.errors(include_url=False))
+def validated(options: type[Options], tree: Mapping[str, Any], origin: Origin | None = None) -> Options:
+    """Return the tree as an instance of `options`.
+
+    Raises:
+        ConfigurationError: naming every wrong option, `origin` saying where each came from.
+    """
+    try:
+        return options.model_validate(tree)
+    except ValidationError as error:
+        reader = _Reader(options, flags_of(options), origin or Origin())
+        raise together(reader.read(entry) for entry in error.errors(include_url=False)) from None
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class _Reader:
             f"{flag.option} is missing",
             where=self.origin.where(flag.path, flag.option),
             why=f"it has no default: {flag.field.description}",
-            advice=f"add {flag.option} {flag.metavar}",
+            advice=f"add {flag.usage}",
         )
 
     def _unknown_key(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
@@ -162,5 +170,5 @@ def _advice(flag: Flag, value: object) -> str:
         close = nearest(str(value), flag.choices)
         return f"{close} (nearest choice)" if close else f"one of {', '.join(flag.choices)}"
     if flag.field.is_required():
-        return f"{flag.option} {flag.metavar}: {flag.field.description}"
+        return f"{flag.usage}: {flag.field.description}"
     return f"{flag.field.description}; leave the flag out for the default, {flag.field.get_default()}"

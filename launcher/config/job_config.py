@@ -6,30 +6,21 @@
     ranks          devices and how the ranks are laid out
     output         what is written where, and what a second run may reuse
 
-A model changes defaults but never the shape of the tree: `job_config_class(model)` is `JobConfig` with the adapter's
-pipeline options in place and the adapter's `DEFAULTS` as the defaults of the fields they name.
+Nothing here depends on a model or checks one option against another: see `resolve` and `job_rules`.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
-from launcher.config.config_errors import Origin, explain, together
-from launcher.config.job_rules import RULES
-from model_adapters import load_options
+from launcher.config.yaml_text import commented_yaml
 from model_adapters.options import PipelineOptions
-from quant_core.errors import ConfigurationError
-from quant_core.session.config import ActMethod
+from quant_core.session.config import ActMethod, Exponent
 
 QuantType = Literal["w8a8", "w8a8_timestep", "w8a8_dynamic", "w8a8_dynamic_fa3"]
-# The unit interval: the exponents of the smoothing formulas.
-Exponent = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -118,7 +109,7 @@ class Output(Section):
 
 
 class JobConfig(Section):
-    """Describe one run completely. Build it with `job_config`, `JobConfig.from_yaml` or the command line."""
+    """Describe one run completely. Build it with `resolve.job_config` or the command line, which check it."""
 
     model: str
     pipeline: SerializeAsAny[PipelineOptions]
@@ -126,100 +117,6 @@ class JobConfig(Section):
     ranks: RankOptions = RankOptions()
     output: Output = Output()
 
-    @model_validator(mode="after")
-    def _options_fit_each_other(self) -> JobConfig:
-        if problems := [problem for rule in RULES for problem in rule(self)]:
-            raise together(problems)
-        return self
-
     def to_yaml(self) -> str:
         """Return the resolved configuration as commented YAML, which `--config` accepts."""
-        return "".join(_yaml_lines(self, indent=""))
-
-    @staticmethod
-    def from_yaml(text: str) -> JobConfig:
-        """Build a configuration from YAML text that names its model.
-
-        Raises:
-            ConfigurationError: the text is no YAML mapping, or its options are wrong.
-        """
-        tree = parse_yaml(text)
-        return job_config(str(tree.get("model", "")), tree)
-
-
-def job_config(model: str, tree: Mapping[str, Any], origin: Origin | None = None) -> JobConfig:
-    """Build the configuration of a job of `model` from a tree of options, filling in the defaults.
-
-    Raises:
-        ConfigurationError: naming every wrong option, `origin` saying where each came from.
-    """
-    options = job_config_class(model)
-    try:
-        return options.model_validate({"pipeline": {}, **tree, "model": model})
-    except ValidationError as error:
-        raise explain(error, options, origin) from None
-
-
-@cache
-def job_config_class(model: str) -> type[JobConfig]:
-    """Return `JobConfig` with the pipeline options and defaults of one adapter.
-
-    Raises:
-        ConfigurationError: no adapter has that name.
-    """
-    adapter = load_options(model)
-    fields: dict[str, Any] = {"model": (str, model), "pipeline": (adapter.OPTIONS, ...)}
-    for name, section in (("quantization", Quantization), ("ranks", RankOptions), ("output", Output)):
-        of_model = _with_defaults(section, adapter.DEFAULTS)
-        fields[name] = (of_model, Field(default_factory=of_model))
-    return create_model("JobConfig", __base__=JobConfig, **fields)
-
-
-def _with_defaults(section: type[Section], defaults: Mapping[str, object]) -> type[Section]:
-    changed: dict[str, Any] = {
-        name: (field.rebuild_annotation(), Field(defaults[name], validate_default=True, description=field.description))
-        for name, field in section.model_fields.items()
-        if name in defaults
-    }
-    return create_model(section.__name__, __base__=section, __doc__=section.__doc__, **changed)
-
-
-def parse_yaml(text: str, *, where: str = "--config") -> dict[str, Any]:
-    """Read YAML text as a tree of options; the empty text is the empty tree, and an empty section is left out.
-
-    Raises:
-        ConfigurationError: it is not YAML, or no mapping.
-    """
-    import yaml  # here, because --help does not need it and must be quick
-
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(
-            "the configuration is not YAML", where=where, why=" ".join(str(error).split()), advice="correct that line"
-        ) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigurationError(
-            f"the configuration is a {type(tree).__name__}, not a mapping",
-            where=where,
-            why="it holds the sections model, pipeline, quantization, ranks, output",
-            advice="start from the configuration that a run stores beside its output",
-        )
-    return {str(key): value for key, value in tree.items() if value is not None}
-
-
-def _yaml_lines(section: BaseModel, indent: str) -> Iterator[str]:
-    import yaml
-
-    plain = section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield f"{indent}{name}:\n"
-            yield from _yaml_lines(value, indent + "  ")
-            continue
-        if field.description:
-            yield f"{indent}# {field.description}\n"
-        yield textwrap.indent(yaml.safe_dump({name: plain[name]}, allow_unicode=True), indent)
+        return commented_yaml(self)

@@ -7,14 +7,11 @@ nothing to object to yields nothing. A new rule is a function and a line in `RUL
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+from launcher.config.job_config import JobConfig
 from quant_core.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    from launcher.config.job_config import JobConfig
-
-Rule = Callable[["JobConfig"], Iterator[ConfigurationError]]
+Rule = Callable[[JobConfig], Iterator[ConfigurationError]]
 
 
 def has_something_to_do(job: JobConfig) -> Iterator[ConfigurationError]:

@@ -14,6 +14,14 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 @dataclass(frozen=True)
+class Positional:
+    """Mark a field, `Annotated[Path, POSITIONAL]`, whose value may be typed without its flag: `merge FOLDER`."""
+
+
+POSITIONAL = Positional()
+
+
+@dataclass(frozen=True)
 class Flag:
     """Join a field of the options with its place in the tree and its name on the command line.
 
@@ -38,6 +46,22 @@ class Flag:
     def is_switch(self) -> bool:
         """Whether the flag stands alone, without a value."""
         return self.kinds == [bool]
+
+    @property
+    def is_positional(self) -> bool:
+        """Whether the value may also stand alone, without the flag."""
+        return POSITIONAL in self.field.metadata
+
+    @property
+    def word(self) -> str:
+        """What stands in the help for the value of a positional one: `FOLDER`."""
+        return self.path[-1].upper()
+
+    @property
+    def usage(self) -> str:
+        """How its value is typed: `--width N`, or `FOLDER, or --folder PATH`."""
+        typed = f"{self.option} {self.metavar}"
+        return f"{self.word}, or {typed}" if self.is_positional else typed
 
     @property
     def is_list(self) -> bool:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from launcher.failure.together import run_together
 from launcher.files.manifest import Manifest, read_manifest
@@ -41,21 +40,10 @@ def merge(job: Job, results: Results) -> None:
         report(results.folder.weights, manifest, job.console.say)
 
 
-class StagedShards(Protocol):
-    """Say which shards to publish: those staged in a folder, of the only quantization type there or of a chosen one."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def quant_type(self) -> str | None: ...
-
-
-def merge_files(command: StagedShards) -> None:
-    """Publish the shards that an earlier run left staged in a folder."""
-    folder, chosen = command.folder, command.quant_type
+def merge_files(folder: Path, quant_type: str | None = None) -> None:
+    """Publish the shards that an earlier run left staged in a folder, of the only type there or of a chosen one."""
     notes = [note for path in sorted((folder / STAGING).glob(_NOTES)) if (note := read_note(path))]
-    found = {note.quant_type.lower(): note for note in notes if chosen is None or _is_of_type(note, chosen)}
+    found = {note.quant_type.lower(): note for note in notes if quant_type is None or _is_of_type(note, quant_type)}
     if len(found) != 1:
         types = sorted(found)
         raise InputError(
@@ -64,9 +52,8 @@ def merge_files(command: StagedShards) -> None:
             why="merging takes the shards of one job, which its ranks stage before they publish",
             advice="run the job (published shards need no merge)" if not types else "choose one with --quant_type",
         )
-    [(quant_type, note)] = found.items()
-    ranks = range(note.tp_size)
-    names = [note_file(folder / STAGING, quant_type, tp_suffix(rank, note.tp_size)) for rank in ranks]
+    [(scheme, note)] = found.items()
+    names = [note_file(folder / STAGING, scheme, tp_suffix(rank, note.tp_size)) for rank in range(note.tp_size)]
     report(folder, publish_shards(folder, names), print)
 
 

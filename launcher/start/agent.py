@@ -6,6 +6,7 @@ a traceback to it; and after an interrupt it waits for its ranks again, however 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -25,9 +26,10 @@ from quant_core.errors import ConfigurationError, DistributedError
 
 # Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
 _RENDEZVOUS = ("nnodes", "rdzv", "master", "node_rank", "standalone")
-# What torchrun is told unless the user says otherwise: pass Slurm's warning on, and let ranks finish a batch of images
-# after SIGTERM (30 s by default). Options that this torch does not know yet are left out.
-_DEFAULTS = {"--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout": "300"}
+# torchrun is told to pass Slurm's warning on, and to let ranks finish a batch of images after SIGTERM (30 s if not),
+# unless the user says otherwise, by a flag or by torchrun's own variable.
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+_PATIENCE, _PATIENCE_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"
 # How often signals are looked for: sooner than a person can ask why nothing happens.
 _LOOK_S = 0.1
 # How long the agent may take to leave once it has no ranks.
@@ -38,7 +40,9 @@ def agent_arguments(flags: Sequence[str], worker: Sequence[str], reports: Path) 
     """Return torchrun's arguments: the user's flags, what they leave open, and what each rank runs."""
     parser = torchrun.get_args_parser()
     names = [flag.split("=", 1)[0].replace("_", "-") for flag in flags]
-    added = [f"{name}={value}" for name, value in _DEFAULTS.items() if name not in names and _knows(parser, name)]
+    defaults = {"--signals-to-handle": _SIGNALS, "--shutdown-timeout": os.environ.get(_PATIENCE, _PATIENCE_S)}
+    # Options that this torch does not know yet are left out.
+    added = [f"{name}={value}" for name, value in defaults.items() if name not in names and _knows(parser, name)]
     if not any(name.lstrip("-").replace("-", "_").startswith(_RENDEZVOUS) for name in names):
         added.append("--standalone")
     if "--log-dir" not in names:

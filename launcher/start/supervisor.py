@@ -24,14 +24,14 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from launcher.cli.command_line import Command, RunJob, parse
+from launcher.config.job_config import JobConfig
 from launcher.failure.error_file import pass_on, read_error_files
 from launcher.failure.exit_codes import EXIT_CODES, ExitCode
 from launcher.failure.failures import Failure
 from launcher.failure.stop import GRACEFUL, Stopped, stopped_on
 from launcher.journal.status import account_folder, format_time, read_status, write_ended
 from launcher.start.agent import agent_arguments, end_children, heard, run_agent
-from launcher.start.supervisor_flags import split_at_command
+from launcher.start.supervisor_flags import job_on_ranks, split_at_command
 from quant_core.errors import DistributedError, ExplainedError
 
 _UNTOLD = ("it could not write down why, only end with the status of that kind", "read its output above")
@@ -44,7 +44,7 @@ def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
     Raises ConfigurationError before any rank is started when the command makes no sense.
     """
     flags, command_words = split_at_command(words)
-    command = parse(command_words)
+    job = job_on_ranks(command_words)
     logging.disable(logging.CRITICAL)  # the agent's account of its workers repeats what they say
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="launcher_") as folder:
@@ -52,7 +52,7 @@ def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
         reports = Path(arguments.log_dir)
 
         def leave(signal_name: str) -> NoReturn:  # from a thread, so this is the only way out
-            status = _close(_end_on_signal(signal_name, reports, command, started), command, started)
+            status = _close(_end_on_signal(signal_name, reports, job, started), job, started)
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(status)
 
@@ -63,12 +63,12 @@ def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
         except ChildFailedError as error:
             failure = _first_failure(error, reports)
         except SignalException as error:
-            failure = _end_on_signal(error.sigval.name, reports, command, started)
+            failure = _end_on_signal(error.sigval.name, reports, job, started)
         except DistributedError as error:
             failure = _told(reports) or _say(error)
         finally:
             end_children()
-    return _close(failure, command, started)
+    return _close(failure, job, started)
 
 
 def _first_failure(error: ChildFailedError, reports: Path) -> Failure:
@@ -108,11 +108,11 @@ def _left_on(exitcode: int) -> str | None:
     return by_status.get(exitcode) or next((each.name for each in GRACEFUL if each == -exitcode), None)
 
 
-def _end_on_signal(name: str, reports: Path, command: Command, started: float) -> Failure | None:
+def _end_on_signal(name: str, reports: Path, job: JobConfig, started: float) -> Failure | None:
     """Return how the ranks ended after this process got a signal; None when they had finished by then."""
     if told := _told(reports):
         return told
-    status = read_status(account_folder(command.config)) if isinstance(command, RunJob) else None
+    status = read_status(account_folder(job))
     if status is not None and status["state"] == "published" and status["updated"] >= format_time(started):
         return None
     return _say(stopped_on(name, "starting"))
@@ -129,10 +129,9 @@ def _say(error: ExplainedError, rank: int = 0) -> Failure:
     return Failure.of(error, rank)
 
 
-def _close(failure: Failure | None, command: Command, started: float) -> ExitCode:
+def _close(failure: Failure | None, job: JobConfig, started: float) -> ExitCode:
     if failure is None:
         return ExitCode.PUBLISHED
-    if isinstance(command, RunJob):
-        write_ended(account_folder(command.config), started, failure)
+    write_ended(account_folder(job), started, failure)
     pass_on(failure)
     return failure.exit_code

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from launcher.cli.command_line import FILE_COMMANDS
-from model_adapters import adapter_names
+from launcher.cli.command_line import parse
+from launcher.cli.commands import commands
+from quant_core.errors import ConfigurationError
+
+if TYPE_CHECKING:  # the help of all commands needs the options of none
+    from launcher.config.job_config import JobConfig
 
 _COUNT = ("--nproc_per_node", "--nproc-per-node")
 
 
 def split_at_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words in front of the first command, and the rest."""
-    commands = {*adapter_names(), *FILE_COMMANDS}
-    index = next((i for i, word in enumerate(words) if word in commands), len(words))
+    known = commands()
+    index = next((i for i, word in enumerate(words) if word in known), len(words))
     return list(words[:index]), list(words[index:])
 
 
 def asks_for_ranks(words: Sequence[str]) -> bool:
     """Tell whether the number of processes stands in front of the command."""
     return any(word.split("=", 1)[0] in _COUNT for word in split_at_command(words)[0])
+
+
+def job_on_ranks(command_words: Sequence[str]) -> JobConfig:
+    """Return what the ranks are to run.
+
+    Raises:
+        ConfigurationError: the command makes no sense, or it is one that works on files.
+    """
+    asked = parse(command_words)
+    if not asked.command.on_ranks:
+        raise ConfigurationError(
+            f"{asked.command.name} does not run on several ranks",
+            where="--nproc_per_node",
+            why="it works on files, in one process",
+            advice=f"leave out what stands in front of {asked.command.name}",
+        )
+    return asked.options

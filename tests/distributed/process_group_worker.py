@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.cli.command_line import RunJob, parse
+from launcher.cli.command_line import parse
 from launcher.failure.exit_codes import exit_code
 from launcher.failure.together import all_agree, barrier, gather_objects, run_together
 from launcher.ranks.process_group import Ranks, join, leave
@@ -98,9 +98,7 @@ def late_rank(ranks: Ranks) -> dict[str, Any]:
 
 def main(folder: Path, words: list[str]) -> None:
     """Join, check, write, and leave; with ABSENT_RANK=last a rank stays away, and nobody can leave in order."""
-    command = parse(words)
-    assert isinstance(command, RunJob)
-    ranks = join(command.config)
+    ranks = join(parse(words).options)
     report: dict[str, Any] = {
         "rank": ranks.rank,
         "local_rank": ranks.local_rank,

@@ -13,11 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher.cli.command_line import MergeFiles, parse
+from launcher.cli.command_line import parse
 from launcher.failure.error_file import read_error_files
 from launcher.files.run_folder import MANIFEST, STAGING
 from launcher.run import run
-from launcher.stages.merge import merge_files
 from quant_core.calibration.records import save_dump
 from quant_core.errors import ConfigurationError, EnvironmentFailure, ExplainedError, InputError
 from tests.support.torchrun import run_torchrun
@@ -225,14 +224,14 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
 
 
 def refuse(job: Job) -> ExplainedError:
-    """Run the job in this process and return its error."""
+    """Run the command in this process and return its error; a job without its watch, which would end the process."""
 
     def execute() -> None:
-        command = parse(job.words)
-        if isinstance(command, MergeFiles):
-            merge_files(command)
+        asked = parse(job.words)
+        if asked.command.on_ranks:
+            run(asked.options)
         else:
-            run(command.config)
+            asked.run()
 
     with pytest.raises(ExplainedError) as caught:
         execute()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.config.job_config import job_config
+from launcher.config.resolve import job_config
 from launcher.run import run
 from model_adapters import load_adapter
 from model_adapters.weights.transformer_part import build_empty

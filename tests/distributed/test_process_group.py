@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.cli.command_line import RunJob, parse
+from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
 from launcher.devices.rank_variables import RankVariables
 from launcher.failure.together import all_agree, barrier, gather_objects, run_together
@@ -179,9 +179,7 @@ def test_ranks_that_never_come_are_an_error_within_the_timeout(tmp_path: Path) -
 
 
 def config_of(*words: str) -> JobConfig:
-    command = parse(words)
-    assert isinstance(command, RunJob)
-    return command.config
+    return parse(words).options
 
 
 def test_a_single_process_needs_no_group_and_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:

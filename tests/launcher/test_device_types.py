@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.config.job_config import job_config
+from launcher.config.resolve import job_config
 from launcher.run import run
 from tests.support.golden_cases import Written, differing
 

@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from launcher.config.config_errors import ConfigurationErrors
-from launcher.config.job_config import JobConfig, Output, Quantization, RankOptions, job_config, job_config_class
+from launcher.config.job_config import JobConfig, Output, Quantization, RankOptions
 from launcher.config.option_flags import flags_of
+from launcher.config.resolve import job_config, job_config_class, job_from_yaml
 from model_adapters import adapter_names, load_options
 from quant_core.errors import ConfigurationError
 
@@ -101,7 +102,7 @@ def test_every_option_says_what_it_is_for(model: str) -> None:
 @pytest.mark.parametrize("model", ["flux", "sd3"])
 def test_yaml_brings_the_same_configuration_back(model: str) -> None:
     job = a_job(model, quantization={"disable_names": ["a.*", "b"], "quant_type": "w8a8"}, ranks={"tp_size": 2})
-    again = JobConfig.from_yaml(job.to_yaml())
+    again = job_from_yaml(job.to_yaml())
     assert again == job
     assert again.to_yaml() == job.to_yaml()
 
@@ -188,9 +189,9 @@ def test_several_problems_survive_pickling() -> None:
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
 def test_text_that_is_no_mapping_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="the configuration is"):
-        JobConfig.from_yaml(text)
+        job_from_yaml(text)
 
 
 def test_yaml_cannot_run_code() -> None:
     with pytest.raises(ConfigurationError, match="not YAML"):
-        JobConfig.from_yaml("model: !!python/object/apply:os.getcwd []")
+        job_from_yaml("model: !!python/object/apply:os.getcwd []")

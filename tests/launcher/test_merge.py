@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher.cli.command_line import MergeFiles
 from launcher.files.run_folder import MANIFEST, STAGING, note_file, shard_files
 from launcher.files.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
 from launcher.stages.merge import merge_files, publish_shards
@@ -92,10 +91,10 @@ def test_whole_shards_are_published_with_the_manifest_last(folder):
 
 
 def test_the_merge_command_publishes_what_a_run_left_staged(folder, capsys):
-    merge_files(MergeFiles(folder=folder))
+    merge_files(folder)
     assert "4 files and quant_manifest.json" in capsys.readouterr().out
     with pytest.raises(InputError, match="no staged shards"):
-        merge_files(MergeFiles(folder=folder))
+        merge_files(folder)
 
 
 def test_an_interrupted_publication_is_finished_by_the_next(folder):
@@ -188,7 +187,7 @@ def test_two_schemes_staged_in_one_folder_must_be_told_apart(folder):
         assert note is not None
         path.write_text(note.model_copy(update={"quant_type": "W8A8"}).model_dump_json())
     with pytest.raises(InputError, match="shards of w8a8 and w8a8_dynamic"):
-        merge_files(MergeFiles(folder=folder))
+        merge_files(folder)
 
 
 def test_shards_of_another_scheme_stay_staged(folder):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.failure.exit_codes import ExitCode
 from tests.support.job_templates import SCRIPTS
 
 FOLDER = SCRIPTS / "kubernetes"
@@ -19,6 +20,8 @@ CUSTOM_RESOURCES = Path(__file__).resolve().parents[1] / "data" / "custom_resour
 # The oldest release in which podFailurePolicy is stable, and so the oldest that the manifests promise.
 KUBERNETES = "1.31"
 SHORT = {"metadata": {"name": "x"}}
+# What a second start meets again.
+FINAL = {ExitCode.CONFIGURATION, ExitCode.ENVIRONMENT, ExitCode.INPUT, ExitCode.VERIFICATION}
 
 
 def documents() -> list[dict[str, Any]]:
@@ -100,7 +103,8 @@ def test_custom_resources_fit_their_schemas(document: dict[str, Any]) -> None:
 @CUSTOM
 def test_a_misspelt_field_anywhere_in_a_custom_resource_is_found(document: dict[str, Any]) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="pip install jsonschema")
-    fields = {"replicas", "minAvailable", "event", "numProcPerNode", "maxRestarts", "runtimeRef", "resourcesPerNode"}
+    fields = {"replicas", "minAvailable", "event", "exitCode", "onJobFailureReasons"}
+    fields |= {"numProcPerNode", "maxRestarts", "runtimeRef", "resourcesPerNode"}
     found = [field for field in sorted(fields) if list(holders_of(field, document))]
     assert found
     for field in found:
@@ -125,7 +129,6 @@ def test_a_pod_has_shared_memory_with_a_limit_and_time_to_save(document: dict[st
         environ = {entry["name"]: entry["value"] for entry in container["env"]}
         assert int(environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
         assert environ["TORCHELASTIC_ERROR_FILE"] == container["terminationMessagePath"]
-        assert environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
         (memory,) = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
         assert memory["medium"] == "Memory"
         assert memory["sizeLimit"]
@@ -142,6 +145,36 @@ def test_ranks_of_a_pod_are_as_many_as_its_cards(document: dict[str, Any]) -> No
     assert not cards or cards == ranks
 
 
+def exit_codes(action: str, document: dict[str, Any]) -> set[int]:
+    """Return the exit codes that a manifest answers with an action."""
+    rules = [rule for job in job_specs(document) for rule in job.get("podFailurePolicy", {}).get("rules", [])]
+    of_pods = {
+        code for rule in rules if rule["action"] == action for code in rule.get("onExitCodes", {"values": []})["values"]
+    }
+    policies = [policy for policy in document["spec"].get("policies", []) if policy["action"] == action]
+    return of_pods | {policy["exitCode"] for policy in policies if "exitCode" in policy}
+
+
+@WITH_PODS
+def test_a_failure_that_would_come_again_ends_the_job_at_once(document: dict[str, Any]) -> None:
+    assert exit_codes("FailJob", document) | exit_codes("TerminateJob", document) == FINAL
+    for runtime in holders_of("failurePolicy", document):
+        (rule,) = runtime["failurePolicy"]["rules"]  # else Trainer would start all again whatever the pods' policy says
+        assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+def test_a_pod_that_was_asked_to_stop_is_replaced_and_not_counted() -> None:
+    (job,) = [document for document in documents() if identity(document) == "batch/v1 Job"]
+    assert exit_codes("Ignore", job) == {ExitCode.PREEMPTED}
+
+
+def test_volcano_looks_at_the_exit_code_before_the_event() -> None:
+    """The first policy that fits counts, and a pod that ends with an exit code is a failed pod too."""
+    (gang,) = [document for document in documents() if "tasks" in document["spec"]]
+    is_code = ["exitCode" in policy for policy in gang["spec"]["policies"]]
+    assert is_code == sorted(is_code, reverse=True)
+
+
 def test_all_pods_of_a_gang_are_needed() -> None:
     for document in documents():
         if "tasks" in document["spec"]:
@@ -152,11 +185,11 @@ def test_all_pods_of_a_gang_are_needed() -> None:
 def test_the_script_of_a_pod_is_sound_shell_and_hands_over_its_signals(script: str) -> None:
     commands = [line for line in script.splitlines() if not line.strip().startswith("#")]
     assert commands[0].startswith("unset RANK WORLD_SIZE")
-    assert any(line.startswith("exec python -m torch.distributed.run ") for line in commands)
+    assert any(line.startswith("exec python -m launcher --n") for line in commands)
     program = shutil.which("shellcheck")
     if program is None:
         pytest.skip("shellcheck is not installed (apt-get install shellcheck)")
-    # SC1091: the environment of CANN is in the image, not here. SC2154: Volcano sets the variables of its plugins.
+    # SC1091: the environment of CANN is in the image, not here. SC2154: Volcano and Trainer set variables of their own.
     words = [program, "--shell=bash", "--exclude=SC1091,SC2154", "-"]
     done = subprocess.run(words, input=script, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -30,11 +30,11 @@ def test_shellcheck_finds_nothing(template: Path) -> None:
 
 
 @TEMPLATES
-def test_a_job_is_warned_before_torchrun_gives_up_on_its_ranks(template: Path) -> None:
+def test_a_job_is_warned_before_the_launcher_gives_up_on_its_ranks(template: Path) -> None:
     text = template.read_text()
     warning = int(text.split("#SBATCH --signal=B:TERM@")[1].split()[0])
     patience = int(text.split("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")[1].split()[0])
-    assert patience < warning, "torchrun must end the ranks that are not ready before Slurm ends everything"
+    assert patience < warning, "ranks that are not ready must be ended before Slurm ends everything"
 
 
 @TEMPLATES
@@ -131,7 +131,7 @@ def test_a_warned_job_is_requeued_and_ends_with_the_bytes_of_an_undisturbed_one(
 def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, tiny_flux_folder: Path, tmp_path: Path) -> None:
     job = start_one_node(cluster, tmp_path, tiny_flux_folder)
     wait_until(
-        lambda: f"{job.number}.0" in cluster.call("squeue", "--steps", "--noheader"), "srun has started torchrun"
+        lambda: f"{job.number}.0" in cluster.call("squeue", "--steps", "--noheader"), "srun has started the launcher"
     )
     cluster.call("scancel", job.number)
     ended = cluster.wait_for_end(job.number)
@@ -141,10 +141,24 @@ def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, tiny_flux_folder
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_job_that_fails_without_a_warning_is_not_started_again(
+def test_a_job_of_several_hosts_that_is_asked_to_stop_ends_with_the_status_that_queues_it_again(
+    cluster: SlurmCluster, tiny_flux_folder: Path, tmp_path: Path
+) -> None:
+    """Hosts end one after the other, and Slurm ends a step when its first host has ended."""
+    job = QueuedJob(cluster, SEVERAL_NODES, tmp_path / "two", tiny_flux_folder, ranks="1", **{"--nodes": "2"})
+    wait_until(lambda: has_begun(job), "calibration has begun", timeout_s=60)
+    cluster.call("scancel", "--batch", "--signal=TERM", job.number)
+    wait_until(lambda: "queued again" in job.log, "the script asks for another start", timeout_s=30)
+    cluster.call("scancel", job.number)
+    cluster.wait_for_end(job.number)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_job_that_fails_with_any_other_status_is_not_started_again(
     cluster: SlurmCluster, tiny_flux_folder: Path, tmp_path: Path
 ) -> None:
     job = QueuedJob(cluster, ONE_NODE, tmp_path / "wrong", tiny_flux_folder, ranks="2", job="(flux --pth x)")
     ended = cluster.wait_for_end(job.number)
-    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
+    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "0", "2:0")
     assert "no flag is called '--pth'" in job.log

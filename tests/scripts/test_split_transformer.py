@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.config.job_config import job_config
+from launcher.config.resolve import job_config
 from launcher.files.identity import model_fields
 from model_adapters import load_adapter
 from model_adapters.weights.loading import load_transformer

@@ -1,0 +1,58 @@
+"""Fields become flags, and a marked field a word that may stand alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from pydantic import BaseModel, Field
+
+from launcher.cli.commands import Command
+from launcher.cli.flag_parser import flag_parser, typed_values
+from launcher.config.option_flags import POSITIONAL, flags_of
+from quant_core.errors import ConfigurationError
+
+
+class Comparison(BaseModel):
+    """What a command that compares two folders might take."""
+
+    first: Annotated[Path, POSITIONAL] = Field(description="one folder")
+    second: Annotated[Path | None, POSITIONAL] = Field(default=None, description="the other folder")
+    json_lines: bool = Field(default=False, description="print JSON")
+    names: tuple[str, ...] = Field(default=(), description="layers to compare")
+
+
+def typed(*words: str) -> dict[str, object]:
+    flags = flags_of(Comparison)
+    parser = flag_parser(Command("compare", "Compare.", "nowhere"), Comparison, flags)
+    return typed_values(parser, words, flags)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("a", "b", "--json_lines"),
+        ("--json_lines", "a", "b"),
+        ("a", "--json_lines", "b"),
+        ("--second", "b", "--json_lines", "a"),
+        ("--json_lines", "--second=b", "--first", "a"),
+    ],
+)
+def test_words_are_given_to_the_positional_fields_in_order_wherever_they_stand(words: tuple[str, ...]) -> None:
+    assert typed(*words) == {"first": "a", "second": "b", "json_lines": True}
+
+
+def test_what_is_not_typed_has_no_value() -> None:
+    assert typed() == {}
+    assert typed("a") == {"first": "a"}
+
+
+def test_a_value_cannot_be_typed_with_its_flag_and_without() -> None:
+    with pytest.raises(ConfigurationError, match="FIRST and --first are two names of one option"):
+        typed("a", "--first", "b")
+
+
+def test_a_word_too_many_belongs_to_nothing() -> None:
+    with pytest.raises(ConfigurationError, match="'c' belongs to no flag"):
+        typed("a", "b", "c")
