@@ -30,17 +30,22 @@ import transformers
 from torch import nn
 
 from model_adapters import load_adapter, load_options
-from quant_core import DumperManager, M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, quant_model
-from quant_core.calibration.records import Record, as_records
-from quant_core.ranges import ESTIMATORS
-from quant_core.session.config import (
+from quant_core import (
+    DumperManager,
+    M3ProcessorConfig,
+    M4ProcessorConfig,
+    M6Config,
+    M6ProcessorConfig,
     SessionConfig,
-    SmoothingConfig,
     W8A8DynamicProcessorConfig,
     W8A8ProcessorConfig,
     W8A8QuantConfig,
     W8A8TimeStepProcessorConfig,
+    quant_model,
 )
+from quant_core.calibration.records import Record, as_records
+from quant_core.ranges import ESTIMATORS
+from quant_core.smoothing.method import SmoothingConfig
 from scripts.make_tiny_pipeline import PROMPTS, make_tiny_pipeline
 from scripts.sqnr import Quality, measure
 from tests.support.golden_cases import GoldenCase

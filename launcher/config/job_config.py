@@ -25,7 +25,7 @@ from launcher.config.job_rules import RULES
 from model_adapters import load_options
 from model_adapters.options import PipelineOptions
 from quant_core.errors import ConfigurationError
-from quant_core.session.config import ActMethod
+from quant_core.schemes.scheme import ActMethod
 
 QuantType = Literal["w8a8", "w8a8_timestep", "w8a8_dynamic", "w8a8_dynamic_fa3"]
 # The unit interval: the exponents of the smoothing formulas.

@@ -8,20 +8,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.config.job_config import Quantization
-from quant_core.errors import ConfigurationError
-from quant_core.session.config import (
+from quant_core import (
     FA3ProcessorConfig,
     M3ProcessorConfig,
     M4ProcessorConfig,
     M6Config,
     M6ProcessorConfig,
-    ProcessorConfig,
     SessionConfig,
     W8A8DynamicProcessorConfig,
     W8A8ProcessorConfig,
     W8A8QuantConfig,
     W8A8TimeStepProcessorConfig,
 )
+from quant_core.errors import ConfigurationError
+from quant_core.processor import ProcessorConfig
 
 # What a quantization type of the command line means as processors: the scheme, and whether attention is quantized.
 _SCHEMES: dict[str, Callable[[Quantization, dict[str, Any]], list[ProcessorConfig]]] = {

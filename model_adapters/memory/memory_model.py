@@ -135,7 +135,7 @@ def _quantize(weight: Tensor, numerics: Numerics) -> object:
 
 def _quantized_bytes(model: nn.Module, targets: list[str], numerics: Numerics, quant_type: str, steps: int) -> int:
     """Return the bytes of all tensors of the shard, without the file's header and smoothing's factors."""
-    layers = describe_layers(model, targets, SCHEMES["W8A8_DYNAMIC"], numerics)
+    layers = describe_layers(model, targets, SCHEMES["w8a8_dynamic"], numerics)
     total = size({entry.name: entry.tensor for entry in entries(model, "", buffers=True, extra={})})
     if quant_type.startswith("w8a8_dynamic"):
         return total

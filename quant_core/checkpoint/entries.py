@@ -18,6 +18,8 @@ from quant_core.checkpoint.tensor_parts import GB, write_tensors
 from quant_core.layers.calibrated import CalibratedLinear
 
 FLOAT = "FLOAT"
+# The type of an attention's scales, and of an attention in the description's header.
+FA_QUANT = "FAQuant"
 MODEL_TYPE_KEY = "model_quant_type"
 FA_QUANT_TYPE_KEY = "fa_quant_type"
 # In the header of the tensors: the first static step of a per-step scheme, which the description has no place for.

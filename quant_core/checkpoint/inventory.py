@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from quant_core.attention.head_scales import FA_QUANT
 from quant_core.checkpoint.contract import (
     ATTENTION_RULES,
     LAYER_RULES,
@@ -24,7 +23,7 @@ from quant_core.checkpoint.contract import (
     bind_axes,
     in_words,
 )
-from quant_core.checkpoint.entries import FA_QUANT_TYPE_KEY, FLOAT, MODEL_TYPE_KEY
+from quant_core.checkpoint.entries import FA_QUANT, FA_QUANT_TYPE_KEY, FLOAT, MODEL_TYPE_KEY
 from quant_core.checkpoint.tensor_parts import TensorInfo
 from quant_core.errors import VerificationError, nearest
 

@@ -6,8 +6,6 @@ collective that hangs on it keeps working (spec: running on many ranks, failing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,28 +13,9 @@ from torch.nn import functional as F
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.scales import fake_quantize_tokens
 from quant_core.calibration.finite import check_weight
-from quant_core.calibration.observers import InputObserver
 from quant_core.layers.rescaling import Rescaling
 from quant_core.parallel.groups import Group, reduce_over
-
-
-@dataclass
-class QuantizedLayer:
-    """Hold what quantization knows of one linear layer.
-
-    codes_OI: int8, on the host; weight_scale_O1 and bias_O in the model's dtype; mul_scale_I multiplies the input of a
-    smoothed layer; observer watches the input of a static one; per_token: calibrate behind inputs quantized token by
-    token, as the dynamic scheme's runtime does; tensors: what the checkpoint holds, once known.
-    """
-
-    name: str
-    codes_OI: Tensor
-    weight_scale_O1: Tensor
-    bias_O: Tensor | None = None
-    mul_scale_I: Tensor | None = None
-    observer: InputObserver | None = None
-    per_token: bool = False
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+from quant_core.schemes.quantized_layer import QuantizedLayer
 
 
 class CalibratedLinear(nn.Linear):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quant_core.schemes import w8a8, w8a8_dynamic, w8a8_timestep
 from quant_core.schemes.scheme import Scheme
 
+# By the name that a session and a command line know them by.
 SCHEMES: dict[str, Scheme] = {
-    scheme.quant_type: scheme for scheme in (w8a8.SCHEME, w8a8_timestep.SCHEME, w8a8_dynamic.SCHEME)
+    scheme.name: scheme for scheme in (w8a8.SCHEME, w8a8_timestep.SCHEME, w8a8_dynamic.SCHEME)
 }

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from quant_core.schemes.scheme import Scheme, SchemeConfig, weight_tensors
 
-from quant_core.arithmetic.numerics import Numerics
-from quant_core.arithmetic.scales import pack_deq_scale
-from quant_core.layers.calibrated import QuantizedLayer
-from quant_core.schemes.scheme import Scheme, weight_tensors
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.arithmetic.numerics import Numerics
+    from quant_core.schemes.quantized_layer import QuantizedLayer
+
+
+class W8A8ProcessorConfig(SchemeConfig):
+    """Quantize with one static activation range per layer."""
+
+    key: ClassVar[str] = "w8a8"
 
 
 def layer_tensors(layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics) -> dict[str, Tensor]:
@@ -22,6 +30,8 @@ def static_row(layer: QuantizedLayer, step: int | None, numerics: Numerics) -> d
 
     `y = (q_x @ codes.T + quant_bias) * deq_scale` (spec: static activations).
     """
+    from quant_core.arithmetic.scales import pack_deq_scale
+
     if layer.observer is None:
         raise AssertionError(f"{layer.name} was quantized without an observer")
     dtype = layer.weight_scale_O1.dtype
@@ -37,4 +47,4 @@ def static_row(layer: QuantizedLayer, step: int | None, numerics: Numerics) -> d
     }
 
 
-SCHEME = Scheme("W8A8", observes_input=True, per_step=False, layer_tensors=layer_tensors)
+SCHEME = Scheme(W8A8ProcessorConfig, "W8A8", observes_input=True, per_step=False, layer_tensors=layer_tensors)

@@ -11,7 +11,7 @@ from quant_core.errors import ConfigurationError, InputError
 from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.layers.deployed import DeployedLinear, separator
 from quant_core.parallel.groups import reduce_over
-from quant_core.session.config import W8A8TimeStepProcessorConfig
+from quant_core.schemes.w8a8_timestep import W8A8TimeStepProcessorConfig
 from quant_core.session.session import Session
 
 

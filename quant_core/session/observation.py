@@ -10,10 +10,10 @@ from torch import Tensor
 
 from quant_core.calibration.observers import InputObserver, SyncRange
 from quant_core.errors import InputError
-from quant_core.layers.calibrated import QuantizedLayer
 from quant_core.parallel.groups import Group, reduce_many, reduce_over
 from quant_core.ranges import ESTIMATORS
 from quant_core.ranges.channel_importance import channel_importance
+from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.session.session import Session
 
 

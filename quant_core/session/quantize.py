@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quant_core.attention.head_scales import FA_QUANT
 from quant_core.attention.session import reduce_attentions
 from quant_core.attention.watch import watch_attentions
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.checkpoint.entries import (
+    FA_QUANT,
     FA_QUANT_TYPE_KEY,
     TIMESTEP_SEP_KEY,
     CheckpointFiles,
@@ -29,9 +29,10 @@ from quant_core.checkpoint.entries import (
     weight_file_name,
     write_checkpoint,
 )
-from quant_core.layers.calibrated import QuantizedLayer, quantize_linear
+from quant_core.layers.calibrated import quantize_linear
 from quant_core.layers.deployed import deploy
 from quant_core.parallel.groups import Parallel
+from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.session.checks import check_float, check_numerics, check_records, first_static_step
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.observation import input_observer, reduce_ranges

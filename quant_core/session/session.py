@@ -40,7 +40,7 @@ class Session:
     @cached_property
     def scheme(self) -> Scheme:
         """The quantization scheme."""
-        return SCHEMES[self.config.scheme.quant_type]
+        return SCHEMES[self.config.scheme.key]
 
     @cached_property
     def targets(self) -> list[str]:

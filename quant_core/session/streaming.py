@@ -26,9 +26,10 @@ from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.entries import description_text, entries
 from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import ConfigurationError
-from quant_core.layers.calibrated import CalibratedLinear, QuantizedLayer
+from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.parallel.groups import Group, Parallel, reduce_over
 from quant_core.schemes import SCHEMES
+from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Scheme
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
@@ -43,7 +44,7 @@ ReadTensor = Callable[[str], Tensor]
 
 def reads_activations(config: SessionConfig) -> bool:
     """Tell whether a session needs calibration data: static ranges, smoothing and attention scales do."""
-    observes = SCHEMES[config.scheme.quant_type].observes_input
+    observes = SCHEMES[config.scheme.key].observes_input
     return observes or config.smoothing is not None or config.fa3 is not None
 
 
@@ -72,7 +73,7 @@ def quantize_streaming(
             why="every tensor goes straight to its place in one file",
             advice="drop part_file_size, or quantize with quant_model",
         )
-    parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.quant_type]
+    parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.key]
     layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
     if config.save is None:
         return QuantizedModel(scheme.quant_type, layers, None)

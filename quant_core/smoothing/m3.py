@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quant_core.arithmetic.numerics import Numerics
-from quant_core.session.config import M3ProcessorConfig
 from quant_core.smoothing.measured_group import MeasuredGroup
-from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.method import SmoothingConfig, SmoothingMethod
 from quant_core.smoothing.statistics import FirstCall, Tokens, TokenSample
 
 _GRID = [step / 20 for step in range(20)]
 _LEAST_FACTOR = 1e-4
+
+
+class M3ProcessorConfig(SmoothingConfig):
+    """Suppress outliers with a searched power of the mean activation."""
+
+    key: ClassVar[str] = "m3"
 
 
 def factor(group: MeasuredGroup, config: M3ProcessorConfig) -> Tensor:
@@ -47,4 +54,4 @@ def _tokens(config: M3ProcessorConfig, numerics: Numerics, channels: int) -> Tok
     return FirstCall() if numerics.carries_range else TokenSample(channels)
 
 
-METHOD = SmoothingMethod(M3ProcessorConfig.key, _tokens, factor)
+METHOD = SmoothingMethod(M3ProcessorConfig, _tokens, factor)

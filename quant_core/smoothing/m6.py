@@ -8,21 +8,36 @@ searched (reference: both; spec: outlier suppression).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.scales import LEVELS, QMAX, QMIN
-from quant_core.session.config import M6ProcessorConfig
+from quant_core.processor import StrictModel
 from quant_core.smoothing.balance import balance
 from quant_core.smoothing.measured_group import MeasuredGroup
-from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.method import Exponent, SmoothingConfig, SmoothingMethod
 from quant_core.smoothing.statistics import AllCalls, NoTokens, Tokens, TokenSample
 
 _GRID = [step / 20 for step in range(21)]
+
+
+class M6Config(StrictModel):
+    """Exponents of activations and weights; one that is left out is searched."""
+
+    alpha: Exponent | None = None
+    beta: Exponent | None = None
+
+
+class M6ProcessorConfig(SmoothingConfig):
+    """Suppress outliers with independent exponents for activations and weights."""
+
+    key: ClassVar[str] = "m6"
+    cfg: M6Config = Field(default_factory=M6Config)
 
 
 class Exponents(NamedTuple):
@@ -105,4 +120,4 @@ def _tokens(config: M6ProcessorConfig, numerics: Numerics, channels: int) -> Tok
     return AllCalls() if numerics.carries_range else TokenSample(channels)
 
 
-METHOD = SmoothingMethod(M6ProcessorConfig.key, _tokens, factor)
+METHOD = SmoothingMethod(M6ProcessorConfig, _tokens, factor)

@@ -27,12 +27,11 @@ from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.errors import InputError
 from quant_core.layers.rescaling import Rescaling
 from quant_core.parallel.groups import Parallel, reduce_many, reduce_over
-from quant_core.session.config import SmoothingConfig
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import absorb, check_fusible
 from quant_core.smoothing.groups import LinearGroup, ResolvedGroups, resolve
 from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
-from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.method import SmoothingConfig, SmoothingMethod
 from quant_core.smoothing.statistics import InputStatistics
 from quant_core.structure import ModelStructure
 

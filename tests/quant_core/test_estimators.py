@@ -13,6 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from quant_core import (
+    SessionConfig,
+    W8A8DynamicProcessorConfig,
+    W8A8DynamicQuantConfig,
+    W8A8ProcessorConfig,
+    W8A8QuantConfig,
+)
 from quant_core.arithmetic.numerics import NUMERICS
 from quant_core.arithmetic.scales import asymmetric_offset, asymmetric_scale, dequantize, quantize
 from quant_core.parallel.groups import Parallel
@@ -24,13 +31,6 @@ from quant_core.ranges.mix import mix_range
 from quant_core.ranges.mse import mse_range
 from quant_core.ranges.percentile import SHARE, percentile_range
 from quant_core.ranges.value_histogram import BINS, bin_edges, count_values, distribution
-from quant_core.session.config import (
-    SessionConfig,
-    W8A8DynamicProcessorConfig,
-    W8A8DynamicQuantConfig,
-    W8A8ProcessorConfig,
-    W8A8QuantConfig,
-)
 
 NAMES = sorted(ESTIMATORS["float32"])
 COMBINE = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}

@@ -28,13 +28,14 @@ from quant_core import (
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.layers.rescaling import Rescaling
-from quant_core.session.config import ProcessorConfig, SmoothingConfig
+from quant_core.processor import ProcessorConfig
 from quant_core.session.quantize import QuantizedModel
 from quant_core.session.targets import target_layers
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import modulate
 from quant_core.smoothing.m6 import exponents
 from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
+from quant_core.smoothing.method import SmoothingConfig
 from quant_core.smoothing.smooth import groups_to_smooth
 from quant_core.smoothing.statistics import SAMPLE_SIZE, AllCalls, InputStatistics, NoTokens, TokenSample
 from quant_core.structure import Modulation
