@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quant_core.atomic_file import make_folder
 from quant_core.calibration.records import load_dump, save_dump
 from quant_core.errors import InputError
+from quant_core.tensor_bytes import raw_bytes
 
 FOLDER = ".calib_parts"
 
@@ -100,7 +100,7 @@ class _Unique:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            content = hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
+            content = hashlib.sha256(raw_bytes(value)).digest()
             return self._tensors.setdefault((value.dtype, tuple(value.shape), content), value)
         if isinstance(value, str):
             return sys.intern(value)

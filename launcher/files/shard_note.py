@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from torch import Tensor
@@ -27,6 +26,7 @@ from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard, Style
 from quant_core.session.quantize import QuantizedModel
+from quant_core.tensor_bytes import raw_bytes
 
 
 class _Frozen(BaseModel):
@@ -179,5 +179,4 @@ def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global
 
 
 def _digest(tensor: Tensor) -> str:
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return hashlib.sha256(str((tensor.dtype, tuple(tensor.shape))).encode() + raw).hexdigest()
+    return hashlib.sha256(str((tensor.dtype, tuple(tensor.shape))).encode() + raw_bytes(tensor)).hexdigest()

@@ -51,7 +51,7 @@ class HeadRange:
 
     def scale(self, numerics: Numerics) -> Tensor:
         """Return the symmetric scales (R, 1) in the range's dtype."""
-        compute = self.low_R.dtype if numerics.carries_range else torch.float32
+        compute = self.low_R.dtype if numerics.is_reference else torch.float32
         amax_R = torch.maximum(-self.low_R, self.high_R).to(compute)
         return symmetric_scale(amax_R.clamp(min=0)).to(self.low_R.dtype).unsqueeze(1)
 

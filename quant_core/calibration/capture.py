@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from quant_core.calibration.finite import check_captured
 from quant_core.calibration.records import save_dump
 from quant_core.calibration.timestep import TimestepManager
 from quant_core.errors import ConfigurationError, InputError
+from quant_core.tensor_bytes import raw_bytes
 
 
 class DumperManager:
@@ -125,5 +125,5 @@ class DumperManager:
 
     def _intern(self, tensor: Tensor) -> Tensor:
         host = tensor.detach().to("cpu", copy=True).contiguous()
-        digest = hashlib.sha256(host.reshape(-1).view(torch.uint8).numpy().data).digest()
+        digest = hashlib.sha256(raw_bytes(host)).digest()
         return self._interned.setdefault((host.dtype, tuple(host.shape), digest), host)

@@ -25,7 +25,7 @@ from quant_core.checkpoint.contract import (
 )
 from quant_core.checkpoint.entries import FA_QUANT, FA_QUANT_TYPE_KEY, FLOAT, MODEL_TYPE_KEY
 from quant_core.checkpoint.tensor_parts import TensorInfo
-from quant_core.errors import VerificationError, nearest
+from quant_core.errors import VerificationError, suggestion
 
 _MUL_SCALE = ".div.mul_scale"
 _INNER = ".linear"
@@ -84,9 +84,7 @@ def _quant_type(description: Mapping[str, Any], where: Path) -> str:
     found = description.get(MODEL_TYPE_KEY)
     if isinstance(found, str) and found in LAYER_RULES:
         return found
-    known = ", ".join(LAYER_RULES)
-    close = nearest(found, LAYER_RULES) if isinstance(found, str) else None
-    raise broken(f"{MODEL_TYPE_KEY} is {found!r}", where, f"one of {known}" + (f"; nearest {close}" if close else ""))
+    raise broken(f"{MODEL_TYPE_KEY} is {found!r}", where, f"it has to be {suggestion(str(found), LAYER_RULES)}")
 
 
 def _check_one_to_one(types: Mapping[str, Any], infos: Mapping[str, TensorInfo], where: Path) -> None:

@@ -22,7 +22,7 @@ from quant_core.checkpoint.entries import TIMESTEP_SEP_KEY, CheckpointFiles
 from quant_core.checkpoint.inventory import Inventory, StoredGroup, broken, take_inventory
 from quant_core.checkpoint.json_file import read_object
 from quant_core.checkpoint.tensor_parts import TensorFiles, TensorInfo, index_path
-from quant_core.errors import ConfigurationError, nearest
+from quant_core.errors import ConfigurationError, suggestion
 from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer, separator
 
 
@@ -86,11 +86,10 @@ class Checkpoint:
     def _layer(self, name: str) -> StoredGroup:
         layers = self.inventory.layers
         if name not in layers:
-            close = nearest(name, layers)
             raise ConfigurationError(
                 f"the checkpoint has no quantized layer '{name}'",
                 where=f"{self.files.description} ({len(layers)} quantized layers)",
-                advice=f"{close} (nearest name)" if close else "name one of `inventory.layers`",
+                advice=suggestion(name, layers, "name one of `inventory.layers`"),
             )
         return layers[name]
 

@@ -29,7 +29,7 @@ def check_float(model: nn.Module) -> None:
 
 def check_numerics(session: Session) -> None:
     """Check that a running mean is taken over one sequence. Raises ConfigurationError under data parallelism."""
-    if session.numerics.carries_range and session.parallel.dp_group is not None:
+    if session.numerics.is_reference and session.parallel.dp_group is not None:
         raise ConfigurationError(
             "numerics='reference' cannot share records over data-parallel ranks",
             where="numerics",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
 from quant_core.attention.session import FA3ProcessorConfig
-from quant_core.errors import ConfigurationError, nearest
+from quant_core.errors import ConfigurationError, suggestion
 from quant_core.processor import ProcessorConfig, StrictModel
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import SchemeConfig
@@ -124,9 +124,6 @@ class SessionConfig(StrictModel):
 
 def _check_key(key: str, processor: ProcessorConfig) -> None:
     if key not in _PROCESSORS:
-        close = nearest(key, _PROCESSORS)
-        raise ValueError(
-            f"unknown processor '{key}'" + (f": did you mean '{close}'?" if close else f"; known: {list(_PROCESSORS)}")
-        )
+        raise ValueError(f"no processor is called '{key}': try {suggestion(key, _PROCESSORS)}")
     if key != processor.key:
         raise ValueError(f"'{key}' holds a {type(processor).__name__}, which belongs under '{processor.key}'")

@@ -20,7 +20,7 @@ from quant_core.session.session import Session
 def input_observer(session: Session, layer: QuantizedLayer) -> InputObserver | None:
     """Return what watches the layer's input during the replay, or None when nothing needs to."""
     # The reference tool calibrates attention behind static layers, whatever the scheme (spec: to the last bit).
-    if not (session.scheme.observes_input or (session.attentions and session.numerics.carries_range)):
+    if not (session.scheme.observes_input or (session.attentions and session.numerics.is_reference)):
         return None
     estimator = ESTIMATORS[session.numerics.name][session.config.scheme.cfg.act_method]
     importance_I = None

@@ -77,7 +77,7 @@ def quant_model(
     check_numerics(session)
     check_records(session)
     timestep_sep = first_static_step(session)
-    _place(model, config)
+    _move_to_device(model, config)
     smoothing = _smooth(session)
     layers = _quantize_weights(session, smoothing)
     _observe(session, layers)
@@ -89,7 +89,7 @@ def quant_model(
     return QuantizedModel(session.scheme.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
 
 
-def _place(model: nn.Module, config: SessionConfig) -> None:
+def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
     if config.device is not None:
         index = f":{config.dev_id}" if config.dev_id is not None and config.device != "cpu" else ""
         model.to(f"{config.device}{index}")
@@ -149,7 +149,7 @@ def _save(session: Session, timestep_sep: int | None) -> CheckpointFiles | None:
         return None
     extra = {name: attention.entries() for name, attention in session.attentions.items()}
     return write_checkpoint(
-        list(entries(session.model, quant_type, buffers=session.numerics.writes_buffers, extra=extra)),
+        list(entries(session.model, quant_type, buffers=not session.numerics.is_reference, extra=extra)),
         checkpoint_files(save, quant_type),
         quant_type,
         header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},

@@ -77,7 +77,7 @@ def quantize_streaming(
     layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
     if config.save is None:
         return QuantizedModel(scheme.quant_type, layers, None)
-    described = list(entries(model, scheme.quant_type, buffers=numerics.writes_buffers, extra={}))
+    described = list(entries(model, scheme.quant_type, buffers=not numerics.is_reference, extra={}))
     kept_float = {entry.name: entry.tensor.dtype for entry in described if _owner(entry.name) not in layers}
     stream = _LayerStream(read, scheme, numerics, torch.device(device))
 

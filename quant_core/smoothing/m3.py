@@ -51,7 +51,7 @@ def _loss(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
 
 
 def _tokens(config: M3ProcessorConfig, numerics: Numerics, channels: int) -> Tokens:
-    return FirstCall() if numerics.carries_range else TokenSample(channels)
+    return FirstCall() if numerics.is_reference else TokenSample(channels)
 
 
 METHOD = SmoothingMethod(M3ProcessorConfig, _tokens, factor)

@@ -57,9 +57,9 @@ def exponents(group: MeasuredGroup, config: M6ProcessorConfig) -> Exponents:
     alpha, beta = config.cfg.alpha, config.cfg.beta
     if alpha is not None and beta is not None:
         return Exponents(alpha, beta)
-    if alpha is not None and not group.numerics.carries_range:
+    if alpha is not None and not group.numerics.is_reference:
         return _best(group, [Exponents(alpha, beta) for beta in _GRID])
-    if beta is not None and not group.numerics.carries_range:
+    if beta is not None and not group.numerics.is_reference:
         return _best(group, [Exponents(alpha, beta) for alpha in _GRID])
     first = _best(group, [Exponents(alpha, 1 - alpha) for alpha in _GRID])
     return _best(group, [first, *(Exponents(first.alpha, beta) for beta in _GRID)])
@@ -96,7 +96,7 @@ def _squares(group: MeasuredGroup, factor_I: Tensor, ends: Tensor) -> Tensor:
 
 
 def _unbounded_factor(group: MeasuredGroup, candidate: Exponents) -> Tensor:
-    if group.numerics.carries_range:
+    if group.numerics.is_reference:
         return group.amax_I.pow(candidate.alpha) * group.wmax_I.pow(-candidate.beta)
     # A channel that never carries anything would divide by zero; the factor in use is bounded in the same way.
     return balance(group, *candidate)
@@ -117,7 +117,7 @@ def _quantized_weight(w_OI: Tensor) -> Tensor:
 def _tokens(config: M6ProcessorConfig, numerics: Numerics, channels: int) -> Tokens:
     if config.cfg.alpha is not None and config.cfg.beta is not None:
         return NoTokens()
-    return AllCalls() if numerics.carries_range else TokenSample(channels)
+    return AllCalls() if numerics.is_reference else TokenSample(channels)
 
 
 METHOD = SmoothingMethod(M6ProcessorConfig, _tokens, factor)
