@@ -6,7 +6,7 @@ Importing this package imports nothing heavy, so that a command line built on it
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quant_core.attention.session import FA3ProcessorConfig as FA3ProcessorConfig
@@ -43,10 +43,7 @@ _HOME = {
     "get_rank": "parallel.rank_files",
     "get_rank_suffix_file": "parallel.rank_files",
     "W8A8QuantConfig": "schemes.scheme",
-    "W8A8ProcessorConfig": "schemes.w8a8",
-    "W8A8DynamicProcessorConfig": "schemes.w8a8_dynamic",
     "W8A8DynamicQuantConfig": "schemes.w8a8_dynamic",
-    "W8A8TimeStepProcessorConfig": "schemes.w8a8_timestep",
     "W8A8TimeStepQuantConfig": "schemes.w8a8_timestep",
     "SaveProcessorConfig": "session.config",
     "SessionConfig": "session.config",
@@ -57,10 +54,20 @@ _HOME = {
     "M6ProcessorConfig": "smoothing.m6",
 }
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"quant_core.{_HOME[name]}"), name)
+    found = _scheme_configs()
+    if name == "__all__":
+        return sorted({*_HOME, *found})
+    if name not in found:
         raise AttributeError(f"module 'quant_core' has no attribute '{name}'")
-    return getattr(import_module(f"quant_core.{_HOME[name]}"), name)
+    return found[name]
+
+
+def _scheme_configs() -> dict[str, Any]:
+    """Return the configuration of each scheme in the table, by its class's name."""
+    from quant_core.schemes import SCHEMES
+
+    return {scheme.config.__name__: scheme.config for scheme in SCHEMES.values()}

@@ -19,7 +19,7 @@ rounds to 42. One code in thirteen changes like that (spec: two numerics).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,18 +31,9 @@ from quant_core.arithmetic.scales import (
     asymmetric_scale,
     dequantize,
     quantize,
-    symmetric_scale,
 )
 
 _INT32 = torch.iinfo(torch.int32)
-
-
-class QuantizedWeight(NamedTuple):
-    """Hold a weight's int8 codes (O, I), its scale (O, 1) and what the codes stand for (O, I), in the model's dtype."""
-
-    codes: Tensor
-    scale: Tensor
-    fake: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,21 +46,6 @@ class Numerics:
     def is_reference(self) -> bool:
         """Whether the tensors have to equal the reference tool's."""
         return self.name == "reference"
-
-    def quantize_weight(self, w_OI: Tensor, amax_O1: Tensor, dtype: torch.dtype) -> QuantizedWeight:
-        """Quantize a weight symmetrically per row.
-
-        w_OI: in any precision; amax_O1: absolute maximum of each row, over all shards if they share scales;
-        dtype: the model's.
-        """
-        compute = dtype if self.is_reference else torch.float32
-        scale_O1 = symmetric_scale(amax_O1.to(compute)).to(dtype)
-        if not self.is_reference:
-            scale_O1 = _reaching(scale_O1, amax_O1)
-        points_OI = quantize(w_OI.to(compute), scale_O1.to(compute))
-        codes_OI = points_OI.clamp(min=-QMAX)
-        fake_OI = dequantize(points_OI if self.is_reference else codes_OI, scale_O1.to(compute))
-        return QuantizedWeight(codes_OI.to(torch.int8), scale_O1, fake_OI.to(dtype))
 
     def split_factor(self, factor_I: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return what a smoothing factor multiplies weight columns with, and `mul_scale` in `dtype`, which undoes it.
@@ -128,16 +104,6 @@ class Numerics:
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype if self.is_reference else torch.float32
-
-
-def _reaching(scale: Tensor, amax: Tensor) -> Tensor:
-    """Return the stored scale, one unit larger where rounding left amax more than half a step behind the last code.
-
-    Only a subnormal can round that far: in float16 the scale of a row whose absmax is below 0.001.
-    """
-    unit = torch.finfo(scale.dtype).smallest_normal * torch.finfo(scale.dtype).eps
-    falls_short = scale.to(torch.float32) * (QMAX + 0.5) < amax.to(torch.float32)
-    return torch.where(falls_short, scale + unit, scale)
 
 
 NUMERICS = {"float32": Numerics("float32"), "reference": Numerics("reference")}

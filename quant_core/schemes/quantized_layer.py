@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from quant_core.calibration.observers import InputObserver
+from quant_core.schemes.scheme import Scheme
 
 
 @dataclass
@@ -14,15 +15,14 @@ class QuantizedLayer:
     """Hold what quantization knows of one linear layer.
 
     codes_OI: int8, on the host; weight_scale_O1 and bias_O in the model's dtype; mul_scale_I multiplies the input of a
-    smoothed layer; observer watches the input of a static one; per_token: calibrate behind inputs quantized token by
-    token, as the dynamic scheme's runtime does; tensors: what the checkpoint holds, once known.
+    smoothed layer; observer watches the input of a static one; tensors: what the checkpoint holds, once known.
     """
 
     name: str
+    scheme: Scheme
     codes_OI: Tensor
     weight_scale_O1: Tensor
     bias_O: Tensor | None = None
     mul_scale_I: Tensor | None = None
     observer: InputObserver | None = None
-    per_token: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from quant_core.schemes.scheme import Scheme, SchemeConfig, weight_tensors
+from quant_core.schemes.scheme import Call, Inputs, Scheme, SchemeConfig, weight_tensors
+from quant_core.schemes.tensor_rules import STATIC_RULES, WEIGHT_RULES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quant_core.arithmetic.numerics import Numerics
+    from quant_core.arithmetic.runtime import Tensors
     from quant_core.schemes.quantized_layer import QuantizedLayer
 
 
@@ -22,7 +24,7 @@ class W8A8ProcessorConfig(SchemeConfig):
 
 def layer_tensors(layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics) -> dict[str, Tensor]:
     """Return the static tensors: input_scale, input_offset (1,), quant_bias, deq_scale (O,)."""
-    return weight_tensors(layer) | static_row(layer, None, numerics)
+    return weight_tensors(layer, steps, numerics) | static_row(layer, None, numerics)
 
 
 def static_row(layer: QuantizedLayer, step: int | None, numerics: Numerics) -> dict[str, Tensor]:
@@ -47,4 +49,18 @@ def static_row(layer: QuantizedLayer, step: int | None, numerics: Numerics) -> d
     }
 
 
-SCHEME = Scheme(W8A8ProcessorConfig, "W8A8", observes_input=True, per_step=False, layer_tensors=layer_tensors)
+def output(x: Tensor, tensors: Tensors, call: Call) -> Tensor:
+    """Return the integer product of the input's codes, dequantized."""
+    from quant_core.arithmetic.runtime import static_output
+
+    return static_output(x, tensors)
+
+
+SCHEME = Scheme(
+    config=W8A8ProcessorConfig,
+    summary="one static activation range per layer",
+    inputs=Inputs.RANGE,
+    rules={**WEIGHT_RULES, **STATIC_RULES},
+    layer_tensors=layer_tensors,
+    output=output,
+)

@@ -15,6 +15,7 @@ from quant_core.attention.session import FA3ProcessorConfig
 from quant_core.errors import ConfigurationError, suggestion
 from quant_core.processor import ProcessorConfig, StrictModel
 from quant_core.schemes import SCHEMES
+from quant_core.schemes.option_rules import option_problems, schemes_that
 from quant_core.schemes.scheme import SchemeConfig
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.method import SmoothingConfig
@@ -72,33 +73,29 @@ class SessionConfig(StrictModel):
             if len(keys) > 1:
                 raise ValueError(f"{' and '.join(keys)} are each a {kind}: a session has one, so drop all but one")
         if not any(isinstance(processor, SchemeConfig) for processor in self.processor_cfg_map.values()):
-            raise ValueError("no quantization scheme: add one of w8a8, w8a8_timestep, w8a8_dynamic")
-        if self.fa3 and self.scheme.key != "w8a8_dynamic":
+            raise ValueError(f"no quantization scheme: add {schemes_that(lambda scheme: True)}")
+        if self.fa3 and not SCHEMES[self.scheme.key].with_attention:
+            those = schemes_that(lambda scheme: scheme.with_attention)
             raise ConfigurationError(
-                f"fa3 goes with w8a8_dynamic only, not with {self.scheme.key}",
+                f"fa3 goes with {those} only, not with {self.scheme.key}",
                 where="processor_cfg_map",
                 why="a runtime that quantizes attention quantizes the linear layers around it token by token",
-                advice="replace the scheme by w8a8_dynamic, or drop fa3",
+                advice=f"replace the scheme by {those}, or drop fa3",
             )
         return self
 
     @model_validator(mode="after")
-    def _estimator_is_used(self) -> SessionConfig:
+    def _options_fit(self) -> SessionConfig:
+        multiplies = self.smoothing is not None and not self.smoothing.fused
         method = self.scheme.cfg.act_method
-        if method != "minmax" and self.numerics == "reference":
-            raise ConfigurationError(
-                f"act_method '{method}' is no estimator of numerics='reference'",
-                where="act_method, numerics",
-                why="what the reference tool computes for it is not public; only minmax can be equal to the last bit",
-                advice="numerics='float32', or act_method='minmax'",
-            )
-        if method != "minmax" and self.scheme.key == "w8a8_dynamic":
-            raise ConfigurationError(
-                f"act_method '{method}' has no meaning for {self.scheme.key}",
-                where="act_method",
-                why="its runtime measures each token; no activation range is estimated",
-                advice="drop act_method, or use w8a8 or w8a8_timestep",
-            )
+        for problem in option_problems(
+            self.scheme.key,
+            SCHEMES[self.scheme.key],
+            act_method=method,
+            numerics=self.numerics,
+            multiplies_input=multiplies,
+        ):
+            raise problem
         return self
 
     @property

@@ -84,7 +84,7 @@ def quant_model(
     for layer in layers.values():
         layer.tensors = session.scheme.layer_tensors(layer, session.steps, session.numerics)
     files = _save(session, timestep_sep)
-    deploy(model, session.scheme.quant_type, timestep_sep=timestep_sep)
+    deploy(model, timestep_sep=timestep_sep)
     timesteps = len(session.steps) if session.scheme.per_step else None
     return QuantizedModel(session.scheme.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
 
@@ -106,6 +106,7 @@ def _smooth(session: Session) -> Smoothing:
         structure=session.structure,
         targets=session.targets,
         numerics=session.numerics,
+        codec=session.scheme.codec,
         parallel=session.parallel,
         progress=session.progress,
     )
@@ -119,10 +120,10 @@ def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, Quant
         layers[name] = layer = quantize_linear(
             name,
             linear,
+            session.scheme,
             session.numerics,
             scale_group=session.parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
-            per_token=not session.scheme.observes_input,
         )
         layer.observer = input_observer(session, layer)
     return layers
@@ -149,7 +150,7 @@ def _save(session: Session, timestep_sep: int | None) -> CheckpointFiles | None:
         return None
     extra = {name: attention.entries() for name, attention in session.attentions.items()}
     return write_checkpoint(
-        list(entries(session.model, quant_type, buffers=not session.numerics.is_reference, extra=extra)),
+        list(entries(session.model, buffers=not session.numerics.is_reference, extra=extra)),
         checkpoint_files(save, quant_type),
         quant_type,
         header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},

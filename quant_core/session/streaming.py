@@ -77,7 +77,7 @@ def quantize_streaming(
     layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
     if config.save is None:
         return QuantizedModel(scheme.quant_type, layers, None)
-    described = list(entries(model, scheme.quant_type, buffers=not numerics.is_reference, extra={}))
+    described = list(entries(model, buffers=not numerics.is_reference, extra={}))
     kept_float = {entry.name: entry.tensor.dtype for entry in described if _owner(entry.name) not in layers}
     stream = _LayerStream(read, scheme, numerics, torch.device(device))
 
@@ -104,7 +104,7 @@ def describe_layers(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), "target_layers returns linears"
         codes_OI = torch.empty_like(linear.weight, dtype=torch.int8)
-        layer = QuantizedLayer(name, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
+        layer = QuantizedLayer(name, scheme, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
         layer.tensors = scheme.layer_tensors(layer, [None], numerics)
         linear.__class__ = CalibratedLinear
         linear.layer = layers[name] = layer  # type: ignore[assignment]
@@ -122,19 +122,21 @@ class _LayerStream:
 
     def quantize(self, described: QuantizedLayer, group: Group | None, file: TensorFile) -> None:
         """Read, quantize and write the layer, a block of rows at a time; group: ranks that share its row maxima."""
-        name, dtype = described.name, described.weight_scale_O1.dtype
+        name, dtype, codec = described.name, described.weight_scale_O1.dtype, self.scheme.codec
         # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
         w_OI = self.read(f"{name}.weight").to(self.device, dtype)
         bias_O = None if described.bias_O is None else self.read(f"{name}.bias").to(dtype)
         blocks = w_OI.split(max(1, BLOCK_NUMEL // w_OI.shape[1]))
-        amax_O1 = torch.cat([block.abs().amax(dim=1, keepdim=True) for block in blocks])
+        amax_O1 = torch.cat([codec.row_maxima(block) for block in blocks])
         check_weight(name, amax_O1)
         amax_O1 = reduce_over(group, "max", amax_O1)
         first = 0
         for block in blocks:
             rows = slice(first, first + len(block))
-            weight = self.numerics.quantize_weight(block, amax_O1[rows], dtype)
-            part = QuantizedLayer(name, weight.codes, weight.scale, None if bias_O is None else bias_O[rows])
+            weight = codec.encode(block, amax_O1[rows], dtype, self.numerics)
+            part = QuantizedLayer(
+                name, self.scheme, weight.codes, weight.scale, None if bias_O is None else bias_O[rows]
+            )
             for tensor_name, tensor in self.scheme.layer_tensors(part, [None], self.numerics).items():
                 file.write_rows(f"{name}.{tensor_name}", tensor, first)
             first = rows.stop

@@ -43,8 +43,8 @@ def _loss(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
     for _, x_NI, weights in group.samples():
         for w_OI in weights:
             scaled_OI = w_OI * factor_I
-            amax_O1 = scaled_OI.abs().amax(1, keepdim=True)
-            fake_OI = group.numerics.quantize_weight(scaled_OI, amax_O1, scaled_OI.dtype).fake / factor_I
+            weight = group.codec.encode(scaled_OI, group.codec.row_maxima(scaled_OI), scaled_OI.dtype, group.numerics)
+            fake_OI = weight.fake / factor_I
             difference = F.linear(x_NI, w_OI).to(torch.float32) - F.linear(x_NI, fake_OI).to(torch.float32)
             loss += difference.square().mean() * len(x_NI)
     return loss

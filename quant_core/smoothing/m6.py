@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant_core.arithmetic.numerics import Numerics
-from quant_core.arithmetic.scales import LEVELS, QMAX, QMIN
+from quant_core.arithmetic.scales import LEVELS, QMIN
 from quant_core.processor import StrictModel
 from quant_core.smoothing.balance import balance
 from quant_core.smoothing.measured_group import MeasuredGroup
@@ -90,7 +90,7 @@ def _squares(group: MeasuredGroup, factor_I: Tensor, ends: Tensor) -> Tensor:
         x_quantized_NI = _quantized_activation(x_NI / factor_I, *ends[index])
         for w_OI in weights:
             exact = F.linear(x_NI, w_OI).to(torch.float32)
-            product = F.linear(x_quantized_NI, _quantized_weight(w_OI * factor_I)).to(torch.float32)
+            product = F.linear(x_quantized_NI, group.codec.round_trip(w_OI * factor_I)).to(torch.float32)
             sums += torch.stack(((product - exact).square().sum(), exact.square().sum()))
     return sums
 
@@ -107,11 +107,6 @@ def _quantized_activation(x_NI: Tensor, below: Tensor, above: Tensor) -> Tensor:
     scale = (above + below) / LEVELS
     offset = torch.round(below / scale) + QMIN
     return (torch.round(x_NI / scale + offset) - offset) * scale
-
-
-def _quantized_weight(w_OI: Tensor) -> Tensor:
-    scale_O1 = w_OI.abs().amax(1, keepdim=True) / QMAX
-    return torch.round(w_OI / scale_O1).clamp(-QMAX, QMAX) * scale_O1
 
 
 def _tokens(config: M6ProcessorConfig, numerics: Numerics, channels: int) -> Tokens:

@@ -22,6 +22,7 @@ from quant_core import (
 )
 from quant_core.arithmetic.numerics import NUMERICS
 from quant_core.arithmetic.scales import asymmetric_offset, asymmetric_scale, dequantize, quantize
+from quant_core.arithmetic.weight_codec import INT8_ROWS
 from quant_core.parallel.groups import Parallel
 from quant_core.ranges import ESTIMATORS, RangeEstimator
 from quant_core.ranges.channel_importance import LEVELS, channel_importance
@@ -205,7 +206,7 @@ def output_error(x: Tensor, linear: nn.Linear, ends: tuple[Tensor, Tensor]) -> f
 
 def test_mse_looks_at_the_layers_output_and_not_at_its_input():
     x, linear = outlier_layer()
-    weight = NUMERICS["float32"].quantize_weight(linear.weight.data, linear.weight.data.abs().amax(1, True), x.dtype)
+    weight = INT8_ROWS.encode(linear.weight.data, linear.weight.data.abs().amax(1, True), x.dtype, NUMERICS["float32"])
     importance_I = channel_importance("layer", weight.codes, weight.scale, Parallel())
     blind, seeing = estimate("mse", [x]).range(), estimate("mse", [x], importance_I).range()
     # The outlier is 30 times as large: clipping it near the others' extremes makes steps many times finer.

@@ -12,10 +12,8 @@ from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import ConfigurationError, VerificationError
 from tests.support.golden_cases import GOLDEN, GoldenCase
-from tests.support.small_model import STEPS, SmallModel, session
+from tests.support.small_model import SCHEMES, STEPS, SmallModel, session
 from tests.support.stored import add_attention, add_smoothing, both, damaged, written
-
-SCHEMES = ["w8a8", "w8a8_timestep", "w8a8_dynamic"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
