@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from quant_core.schemes import w8a8, w8a8_dynamic, w8a8_timestep
+from quant_core.schemes import w8a8, w8a8_dynamic, w8a8_timestep, w8a16
 from quant_core.schemes.scheme import Scheme
 
 _ROWS = (
     w8a8.SCHEME,
     w8a8_timestep.SCHEME,
     w8a8_dynamic.SCHEME,
+    w8a16.SCHEME,
 )
 
 # By the name that a session and a command line know them by, and by the type in a description.
