@@ -16,7 +16,7 @@ class OptionNames(NamedTuple):
     scheme: str = "processor_cfg_map"
     act_method: str = "act_method"
     numerics: str = "numerics"
-    fused: str = "fused"
+    fused: str = "fused=True"
     smoothing: str = "the outlier suppression"
 
 

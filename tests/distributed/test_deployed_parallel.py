@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant_core import quant_model
-from tests.distributed.deployed_worker import LAYOUTS, SCHEMES, STEPS, output, session
+from quant_core.schemes import SCHEMES
+from tests.distributed.deployed_worker import LAYOUTS, STEPS, output, session
 from tests.support.tiny_models import build
 from tests.support.torchrun import run_torchrun
 
