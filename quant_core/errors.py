@@ -74,3 +74,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate most like `name`, or None when none is close."""
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return found[0] if found else None
+
+
+def suggestion(name: str, candidates: Iterable[str], otherwise: str | None = None) -> str:
+    """Return as advice the candidate most like `name`, else `otherwise`, else all candidates."""
+    known = list(candidates)
+    close = nearest(name, known)
+    return f"{close} (nearest name)" if close else otherwise or f"one of {', '.join(known)}"

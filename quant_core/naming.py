@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from quant_core.errors import ConfigurationError, nearest
+from quant_core.errors import ConfigurationError, suggestion
 
 Patterns = str | Iterable[str]
 
@@ -61,21 +61,21 @@ def get_disable_layer_names(model: nn.Module, layer_include: Patterns, layer_exc
 
 
 def _nothing_matches(pattern: str, names: Sequence[str], where: str, what: str) -> ConfigurationError:
-    close = _nearest_name(pattern, names)
     return ConfigurationError(
         f"no {what} matches '{pattern}'",
         where=f"{where} ({len(names)} {what}s)",
         why=f"a pattern must match at least one {what}, so that a typo cannot change what is quantized",
-        advice=f"{close} (nearest name), or drop the pattern" if close else "drop the pattern",
+        advice=f"{_suggestion(pattern, names)}, or drop the pattern",
     )
 
 
-def _nearest_name(pattern: str, names: Sequence[str]) -> str | None:
+def _suggestion(pattern: str, names: Sequence[str]) -> str:
+    otherwise = "look at the names"
     if not any(wildcard in pattern for wildcard in _WILDCARDS):
-        return nearest(pattern, names)
+        return suggestion(pattern, names, otherwise)
     # A pattern like '*.atn.to_q' resembles the tail of a name more than the whole of it.
     tails = dict.fromkeys(tail for name in names for tail in _tails(name))
-    return nearest(pattern.strip("*").strip("."), tails)
+    return suggestion(pattern.strip("*").strip("."), tails, otherwise)
 
 
 def _tails(name: str) -> list[str]:

@@ -30,26 +30,24 @@ import transformers
 from torch import nn
 
 from model_adapters import load_adapter, load_options
-from quant_core import DumperManager, M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, quant_model
+from quant_core import (
+    DumperManager,
+    M3ProcessorConfig,
+    M4ProcessorConfig,
+    M6Config,
+    M6ProcessorConfig,
+    SessionConfig,
+    W8A8QuantConfig,
+    quant_model,
+)
 from quant_core.calibration.records import Record, as_records
 from quant_core.ranges import ESTIMATORS
-from quant_core.session.config import (
-    SessionConfig,
-    SmoothingConfig,
-    W8A8DynamicProcessorConfig,
-    W8A8ProcessorConfig,
-    W8A8QuantConfig,
-    W8A8TimeStepProcessorConfig,
-)
+from quant_core.schemes import SCHEMES
+from quant_core.smoothing.method import SmoothingConfig
 from scripts.make_tiny_pipeline import PROMPTS, make_tiny_pipeline
 from scripts.sqnr import Quality, measure
 from tests.support.golden_cases import GoldenCase
 
-SCHEMES = {
-    "w8a8": W8A8ProcessorConfig,
-    "w8a8_timestep": W8A8TimeStepProcessorConfig,
-    "w8a8_dynamic": W8A8DynamicProcessorConfig,
-}
 SMOOTHINGS: dict[str, SmoothingConfig | None] = {
     "none": None,
     "m3": M3ProcessorConfig(smoothing_groups="all"),
@@ -77,9 +75,11 @@ class Subject:
         self, scheme: str, *, act_method: Any = "minmax", numerics: Any = "float32", smoothing: str = "none"
     ) -> Quality:
         """Quantize a copy of the model and measure it."""
-        all_static = {"timestep_sep": 0} if scheme == "w8a8_timestep" else {}
-        disabled = self.adapter.disabled_layers.get(scheme, ())
-        processor = SCHEMES[scheme](cfg=W8A8QuantConfig(act_method=act_method), disable_names=disabled, **all_static)
+        all_static = {"timestep_sep": 0} if SCHEMES[scheme].per_step else {}
+        disabled = self.adapter.disabled_layers[scheme]
+        processor = SCHEMES[scheme].config(
+            cfg=W8A8QuantConfig(act_method=act_method), disable_names=disabled, **all_static
+        )
         suppression = SMOOTHINGS[smoothing]
         processors: dict[str, Any] = {each.key: each for each in (processor, suppression) if each}
         config = SessionConfig(processor_cfg_map=processors, calib_data=list(self.records), numerics=numerics)
@@ -91,7 +91,7 @@ class Subject:
     def schemes(self) -> list[str]:
         """Return the schemes that the records can calibrate: per-step ones need to know the step."""
         has_steps = all(record.step is not None for record in self.records)
-        return [scheme for scheme in SCHEMES if has_steps or scheme != "w8a8_timestep"]
+        return [scheme for scheme in SCHEMES if has_steps or not SCHEMES[scheme].per_step]
 
 
 def golden(name: str) -> Subject:

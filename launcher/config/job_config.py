@@ -12,15 +12,22 @@ Nothing here depends on a model or checks one option against another: see `resol
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from launcher.config.yaml_text import commented_yaml
 from model_adapters.options import PipelineOptions
-from quant_core.session.config import ActMethod, Exponent
+from quant_core.processor import Exponent
+from quant_core.schemes import QUANT_TYPES, SCHEMES
+from quant_core.schemes.option_rules import schemes_that
+from quant_core.schemes.scheme import ActMethod
 
-QuantType = Literal["w8a8", "w8a8_timestep", "w8a8_dynamic", "w8a8_dynamic_fa3"]
+if TYPE_CHECKING:
+    QuantType = str
+else:
+    QuantType = Literal[tuple(QUANT_TYPES)]
+_SUMMARIES = "; ".join(f"{name}: {scheme.summary}" for name, scheme in SCHEMES.items())
 
 
 class Section(BaseModel):
@@ -33,7 +40,7 @@ class Quantization(Section):
     """What is quantized, and how."""
 
     do_quant: bool = Field(default=False, description="calibrate, quantize and publish the transformer")
-    quant_type: QuantType = Field(default="w8a8", description="scheme")
+    quant_type: QuantType = Field(default="w8a8", description=f"scheme ({_SUMMARIES}; _fa3: with scales for attention)")
     anti_method: Literal["m3", "m4", "m6"] | None = Field(
         default=None, description="outlier suppression before quantizing; left out: none"
     )
@@ -58,7 +65,8 @@ class Quantization(Section):
     timestep_sep: int | None = Field(
         default=None,
         ge=0,
-        description="w8a8_timestep: steps below it run dynamic, the others static; left out: half the steps",
+        description=f"{schemes_that(lambda scheme: scheme.per_step)}: steps below it run dynamic, the others static; "
+        "left out: half the steps",
     )
     scale_sync: Literal["local", "global"] = Field(
         default="local",

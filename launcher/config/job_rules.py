@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator
 
 from launcher.config.job_config import JobConfig
 from quant_core.errors import ConfigurationError
+from quant_core.schemes import QUANT_TYPES
+from quant_core.schemes.option_rules import OptionNames, option_problems, schemes_that
+from quant_core.schemes.scheme import separator
+
+_FLAGS = OptionNames("--quant_type", "--act_method", "--numerics", "--anti_fused", "--anti_method")
 
 Rule = Callable[[JobConfig], Iterator[ConfigurationError]]
 
@@ -45,22 +50,23 @@ def quantizing_has_its_folders(job: JobConfig) -> Iterator[ConfigurationError]:
 
 def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
     """Refuse a boundary between steps where nothing depends on the step, or beyond the last one."""
-    boundary, scheme, steps = job.quantization.timestep_sep, job.quantization.quant_type, job.pipeline.infer_steps
+    boundary, quant_type, steps = job.quantization.timestep_sep, job.quantization.quant_type, job.pipeline.infer_steps
     if boundary is None:
         return
-    if scheme != "w8a8_timestep":
+    if not QUANT_TYPES[quant_type].scheme.per_step:
+        those = schemes_that(lambda scheme: scheme.per_step)
         yield ConfigurationError(
-            f"--timestep_sep {boundary} has no meaning for {scheme}",
+            f"--timestep_sep {boundary} has no meaning for {quant_type}",
             where="--timestep_sep, --quant_type",
-            why="only w8a8_timestep treats steps differently",
-            advice="drop --timestep_sep, or use --quant_type w8a8_timestep",
+            why=f"only {those} treats steps differently",
+            advice=f"drop --timestep_sep, or use --quant_type {those}",
         )
     elif boundary > steps:
         yield ConfigurationError(
             f"--timestep_sep {boundary} lies beyond the last of {steps} steps",
             where="--timestep_sep, --infer_steps",
             why="steps below it run dynamic and the others static, so it is at most the number of steps",
-            advice=f"--timestep_sep {steps // 2} (half the steps), or leave it out",
+            advice=f"--timestep_sep {separator(None, steps)} (half the steps), or leave it out",
         )
 
 
@@ -86,25 +92,17 @@ def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[Configu
             )
 
 
-def estimator_is_used(job: JobConfig) -> Iterator[ConfigurationError]:
-    """Refuse an estimator where no range is estimated, or where it cannot be what the reference tool computes."""
-    method, scheme = job.quantization.act_method, job.quantization.quant_type
-    if method == "minmax":
-        return
-    if scheme.startswith("w8a8_dynamic"):
-        yield ConfigurationError(
-            f"--act_method {method} has no meaning for {scheme}",
-            where="--act_method, --quant_type",
-            why="its runtime measures each token; no activation range is estimated",
-            advice="drop --act_method, or use --quant_type w8a8 or w8a8_timestep",
-        )
-    elif job.quantization.numerics == "reference":
-        yield ConfigurationError(
-            f"--act_method {method} is no estimator of --numerics reference",
-            where="--act_method, --numerics",
-            why="what the reference tool computes for it is not public; only minmax can be equal to the last bit",
-            advice="--numerics float32, or --act_method minmax",
-        )
+def options_fit_the_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse what the scheme, or the numerics, has no use for: an estimator, or a smoothing that it would not undo."""
+    options = job.quantization
+    yield from option_problems(
+        options.quant_type,
+        QUANT_TYPES[options.quant_type].scheme,
+        act_method=options.act_method,
+        numerics=options.numerics,
+        multiplies_input=options.anti_method is not None and not options.anti_fused,
+        called=_FLAGS,
+    )
 
 
 def device_id_counts_cards(job: JobConfig) -> Iterator[ConfigurationError]:
@@ -123,6 +121,6 @@ RULES: tuple[Rule, ...] = (
     quantizing_has_its_folders,
     timestep_sep_is_a_step_of_a_timestep_scheme,
     smoothing_options_belong_to_their_method,
-    estimator_is_used,
+    options_fit_the_scheme,
     device_id_counts_cards,
 )

@@ -21,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quant_core.atomic_file import write_text_atomically
+from quant_core.tensor_bytes import raw_bytes
 
 # Longer than a grain of the clocks that local and network file systems put into a file's status.
 _GRAIN_S = 0.1
@@ -37,8 +37,7 @@ def digest_of_text(text: str) -> str:
 
 def digest_of_tensor(tensor: Tensor) -> str:
     """Return the sha256 of a host tensor's dtype, shape and bytes."""
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return hashlib.sha256(str((tensor.dtype, tuple(tensor.shape))).encode() + raw).hexdigest()
+    return hashlib.sha256(str((tensor.dtype, tuple(tensor.shape))).encode() + raw_bytes(tensor)).hexdigest()
 
 
 def digest_of_records(records: Sequence[Any]) -> str:

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from launcher.config.job_config import Quantization
+from quant_core import FA3ProcessorConfig, M6Config, SessionConfig, W8A8QuantConfig
 from quant_core.errors import ConfigurationError
-from quant_core.session.config import (
-    FA3ProcessorConfig,
-    M3ProcessorConfig,
-    M4ProcessorConfig,
-    M6Config,
-    M6ProcessorConfig,
-    ProcessorConfig,
-    SessionConfig,
-    W8A8DynamicProcessorConfig,
-    W8A8ProcessorConfig,
-    W8A8QuantConfig,
-    W8A8TimeStepProcessorConfig,
-)
+from quant_core.processor import ProcessorConfig
+from quant_core.schemes import QUANT_TYPES
+from quant_core.smoothing import METHODS
 
-# What a quantization type of the command line means as processors: the scheme, and whether attention is quantized.
-_SCHEMES: dict[str, Callable[[Quantization, dict[str, Any]], list[ProcessorConfig]]] = {
-    "w8a8": lambda options, common: [W8A8ProcessorConfig(**common)],
-    "w8a8_timestep": lambda options, common: [W8A8TimeStepProcessorConfig(**common, timestep_sep=options.timestep_sep)],
-    "w8a8_dynamic": lambda options, common: [W8A8DynamicProcessorConfig(**common)],
-    "w8a8_dynamic_fa3": lambda options, common: [W8A8DynamicProcessorConfig(**common), FA3ProcessorConfig()],
-}
-_SMOOTHING: dict[str | None, Callable[[Quantization, dict[str, Any]], list[ProcessorConfig]]] = {
-    None: lambda options, common: [],
-    "m3": lambda options, common: [M3ProcessorConfig(**common)],
-    "m4": lambda options, common: [M4ProcessorConfig(**common, alpha=options.anti_alpha)],
-    "m6": lambda options, common: [
-        M6ProcessorConfig(**common, cfg=M6Config(alpha=options.anti_alpha, beta=options.anti_beta))
-    ],
-}
+Config = TypeVar("Config", bound=ProcessorConfig)
 
 
 def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[ProcessorConfig]:
     """Return the processors of a job: its scheme, its attention quantization, its outlier suppression."""
-    scheme = {"cfg": W8A8QuantConfig(act_method=options.act_method), "disable_names": disabled_layers}
-    smoothed = {"smoothing_groups": options.anti_groups, "fused": options.anti_fused}
-    return [*_SCHEMES[options.quant_type](options, scheme), *_SMOOTHING[options.anti_method](options, smoothed)]
+    scheme, with_attention = QUANT_TYPES[options.quant_type]
+    found: list[ProcessorConfig] = [
+        _configured(
+            scheme.config,
+            cfg=W8A8QuantConfig(act_method=options.act_method),
+            disable_names=disabled_layers,
+            timestep_sep=options.timestep_sep,
+        )
+    ]
+    if with_attention:
+        found.append(FA3ProcessorConfig())
+    if options.anti_method is not None:
+        suppression = _configured(
+            METHODS[options.anti_method].config,
+            smoothing_groups=options.anti_groups,
+            fused=options.anti_fused,
+            alpha=options.anti_alpha,
+            cfg=M6Config(alpha=options.anti_alpha, beta=options.anti_beta),
+        )
+        found.append(suppression)
+    return found
+
+
+def _configured(config: type[Config], **options: Any) -> Config:
+    """Make a processor of those options that it has; the job's rules refuse the others when somebody gives them."""
+    return config(**{name: value for name, value in options.items() if name in config.model_fields})
 
 
 def session_of(found: Sequence[ProcessorConfig], options: Quantization, records: list[Any]) -> SessionConfig:

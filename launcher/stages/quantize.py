@@ -20,6 +20,7 @@ from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.records import load_dump
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
+from quant_core.schemes import QUANT_TYPES
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.quantize import QuantizedModel, quant_model
 from quant_core.session.streaming import quantize_streaming, reads_activations
@@ -47,7 +48,7 @@ def reads_dump(job: Job) -> bool:
 
 def quant_type(job: Job) -> str:
     """Return the type of the checkpoint that this job publishes, which its files are named after."""
-    return _session(job, []).scheme.quant_type.lower()
+    return QUANT_TYPES[job.config.quantization.quant_type].scheme.name
 
 
 def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, LoadedTransformer]:

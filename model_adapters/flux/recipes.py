@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-# The second feed-forward linears see the widest ranges; FA3's recipe quantizes them all the same.
-_SECOND_FEED_FORWARD = ("*net.2*",)
+from collections.abc import Mapping
 
-DISABLED_LAYERS: dict[str, tuple[str, ...]] = {
-    "w8a8": _SECOND_FEED_FORWARD,
-    "w8a8_timestep": _SECOND_FEED_FORWARD,
-    "w8a8_dynamic": _SECOND_FEED_FORWARD,
+from quant_core.schemes import QUANT_TYPES
+
+# The second feed-forward linears see the widest ranges; FA3's recipe quantizes them all the same.
+DISABLED_LAYERS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(QUANT_TYPES, ("*net.2*",)),
     "w8a8_dynamic_fa3": (),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ from model_adapters.memory.live_bytes import peak_bytes
 from model_adapters.options import PipelineOptions
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
-from quant_core.checkpoint.entries import entries
-from quant_core.schemes import SCHEMES
-from quant_core.session.streaming import BLOCK_NUMEL, describe_layers
+from quant_core.schemes import QUANT_TYPES
+from quant_core.schemes.scheme import Scheme
+from quant_core.session.streaming import BLOCK_NUMEL
 from quant_core.session.targets import target_layers
 
 
@@ -84,22 +85,22 @@ def estimate_memory(
     rank.
     """
     model, dtype = part.model, adapter.dtype(options)
-    numerics = NUMERICS["float32"]
+    scheme, with_attention = QUANT_TYPES[quant_type]
     targets = target_layers(model, disabled)
     weights = [model.get_parameter(f"{name}.weight") for name in targets]
     inputs = adapter.transformer_inputs(getattr(model, "config"), options, dtype)  # noqa: B009, a Module has no config
     arguments = inputs.arguments()
     activations, largest_input = _follow_forward(model, targets, arguments)
-    streams = quant_type == "w8a8_dynamic"
+    streams = not (scheme.observes_input or with_attention)
     return MemoryModel(
         weights=size(model.state_dict()),
         activations=activations + size(arguments),
         record=inputs.dump_bytes(1, options.infer_steps),
         dump=inputs.dump_bytes(batches, options.infer_steps),
         codes=sum(weight.numel() for weight in weights),
-        workspace=_workspace(weights, largest_input, numerics, streams),
+        workspace=_workspace(weights, largest_input, scheme, NUMERICS["float32"], streams),
         widest=max(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
-        quantized=_quantized_bytes(model, targets, numerics, quant_type, options.infer_steps),
+        quantized=_quantized_bytes(model, targets, scheme, options.infer_steps),
     )
 
 
@@ -117,32 +118,33 @@ def _follow_forward(model: nn.Module, targets: list[str], arguments: dict[str, T
     return peak, torch.empty(largest, dtype=next(model.parameters()).dtype, device="meta")
 
 
-def _workspace(weights: Sequence[Tensor], largest_input: Tensor, numerics: Numerics, streams: bool) -> int:
+def _workspace(
+    weights: Sequence[Tensor], largest_input: Tensor, scheme: Scheme, numerics: Numerics, streams: bool
+) -> int:
     """Return the most that quantizing one weight (by blocks of rows, if streaming) or one input holds."""
     weight = max(weights, key=lambda weight: weight.numel())
     if streams:
-        return peak_bytes(lambda: _quantize(weight[: max(1, BLOCK_NUMEL // weight.shape[1])], numerics))
+        return peak_bytes(lambda: _encode(weight[: max(1, BLOCK_NUMEL // weight.shape[1])], scheme, numerics))
     low_high = largest_input.new_empty(1)
     return max(
-        peak_bytes(lambda: _quantize(weight, numerics)),
+        peak_bytes(lambda: _encode(weight, scheme, numerics)),
         peak_bytes(lambda: numerics.fake_quantize_input(largest_input, low_high, low_high)),
     )
 
 
-def _quantize(weight: Tensor, numerics: Numerics) -> object:
-    return numerics.quantize_weight(weight, weight.abs().amax(dim=1, keepdim=True), weight.dtype)
+def _encode(weight: Tensor, scheme: Scheme, numerics: Numerics) -> object:
+    return scheme.codec.encode(weight, scheme.codec.row_maxima(weight), weight.dtype, numerics)
 
 
-def _quantized_bytes(model: nn.Module, targets: list[str], numerics: Numerics, quant_type: str, steps: int) -> int:
+def _quantized_bytes(model: nn.Module, targets: list[str], scheme: Scheme, steps: int) -> int:
     """Return the bytes of all tensors of the shard, without the file's header and smoothing's factors."""
-    layers = describe_layers(model, targets, SCHEMES["W8A8_DYNAMIC"], numerics)
-    total = size({entry.name: entry.tensor for entry in entries(model, "", buffers=True, extra={})})
-    if quant_type.startswith("w8a8_dynamic"):
-        return total
-    rows = steps if quant_type == "w8a8_timestep" else 1
-    for layer in layers.values():
-        scale_O1 = layer.weight_scale_O1
-        # deq_scale is float32 for bfloat16 models and int64 for others; quant_bias is int32.
-        per_output = 4 + (4 if scale_O1.dtype == torch.bfloat16 else 8)
-        total += rows * (2 * scale_O1.element_size() + per_output * len(scale_O1))
+    quantized = {f"{name}.{own}" for name in targets for own in ("weight", "bias")}
+    total = size({name: tensor for name, tensor in model.state_dict().items() if name not in quantized})
+    for name in targets:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), "target_layers returns linears"
+        sizes = {"O": linear.out_features, "I": linear.in_features, "T": steps, "1": 1}
+        for tensor, rule in scheme.rules.items():
+            if tensor != "bias" or linear.bias is not None:
+                total += prod(sizes[axis] for axis in rule.axes) * rule.dtype_in(linear.weight.dtype).itemsize
     return total

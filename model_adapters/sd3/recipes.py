@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-_TEXT_INPUT = ("context_embedder",)
+from collections.abc import Mapping
 
-DISABLED_LAYERS: dict[str, tuple[str, ...]] = {
-    "w8a8": _TEXT_INPUT,
-    "w8a8_timestep": _TEXT_INPUT,
-    "w8a8_dynamic": _TEXT_INPUT,
-    "w8a8_dynamic_fa3": _TEXT_INPUT,
-}
+from quant_core.schemes import QUANT_TYPES
+
+DISABLED_LAYERS: Mapping[str, tuple[str, ...]] = dict.fromkeys(QUANT_TYPES, ("context_embedder",))

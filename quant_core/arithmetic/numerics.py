@@ -1,6 +1,6 @@
 """Two ways to compute the same tensors: `float32`, the better one, and `reference`, equal to the reference tool.
 
-Both write the same names, dtypes and shapes. They differ in five places, and this file holds all of them:
+Both write the same names, dtypes and shapes. They differ in six places, and `is_reference` tells which it is:
 
     weights       float32 rounds the scale once to the stored dtype and takes the codes from that stored scale;
                   reference does every step in the model's dtype
@@ -9,6 +9,7 @@ Both write the same names, dtypes and shapes. They differ in five places, and th
     replay        float32 fake-quantizes a call with that call's own range, so no result depends on the order or
                   the distribution of the records; reference with the range known so far, in one sequence
     attention     float32 has a scale per head; reference per token position
+    buffers       float32 writes persistent buffers; reference leaves them out
 
 Worked example, bf16: a row with absmax 1.0 has the scale 1/127 = 0.0078740, stored in bf16 as 0.0078735. A weight of
 0.326172 is 41.43 steps, code 41. In bf16 arithmetic the quotient has eight bits and becomes 41.5, which half-to-even
@@ -18,7 +19,7 @@ rounds to 42. One code in thirteen changes like that (spec: two numerics).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,53 +31,28 @@ from quant_core.arithmetic.scales import (
     asymmetric_scale,
     dequantize,
     quantize,
-    symmetric_scale,
 )
 
 _INT32 = torch.iinfo(torch.int32)
 
 
-class QuantizedWeight(NamedTuple):
-    """Hold a weight's int8 codes (O, I), its scale (O, 1) and what the codes stand for (O, I), in the model's dtype."""
-
-    codes: Tensor
-    scale: Tensor
-    fake: Tensor
-
-
 @dataclass(frozen=True)
 class Numerics:
-    """Compute scales, codes and corrections of one layer.
+    """Compute scales, codes and corrections of one layer, in one of the two ways."""
 
-    `carries_range`: a call is fake-quantized with the range of all calls so far (else with its own).
-    `writes_buffers`: persistent buffers belong to the checkpoint.
-    """
+    name: Literal["float32", "reference"]
 
-    name: str
-    carries_range: bool
-    writes_buffers: bool
-
-    def quantize_weight(self, w_OI: Tensor, amax_O1: Tensor, dtype: torch.dtype) -> QuantizedWeight:
-        """Quantize a weight symmetrically per row.
-
-        w_OI: in any precision; amax_O1: absolute maximum of each row, over all shards if they share scales;
-        dtype: the model's.
-        """
-        compute = dtype if self.carries_range else torch.float32
-        scale_O1 = symmetric_scale(amax_O1.to(compute)).to(dtype)
-        if not self.carries_range:
-            scale_O1 = _reaching(scale_O1, amax_O1)
-        points_OI = quantize(w_OI.to(compute), scale_O1.to(compute))
-        codes_OI = points_OI.clamp(min=-QMAX)
-        fake_OI = dequantize(points_OI if self.carries_range else codes_OI, scale_O1.to(compute))
-        return QuantizedWeight(codes_OI.to(torch.int8), scale_O1, fake_OI.to(dtype))
+    @property
+    def is_reference(self) -> bool:
+        """Whether the tensors have to equal the reference tool's."""
+        return self.name == "reference"
 
     def split_factor(self, factor_I: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return what a smoothing factor multiplies weight columns with, and `mul_scale` in `dtype`, which undoes it.
 
         The better numerics rounds `mul_scale` first and gives the weight the inverse of that very value.
         """
-        if self.carries_range:
+        if self.is_reference:
             factor_I = factor_I.to(dtype)
             return factor_I, torch.ones_like(factor_I) / factor_I
         finite = torch.finfo(dtype)
@@ -107,7 +83,7 @@ class Numerics:
 
         The reference tool takes the token axis for the head axis, so its rows are the token positions.
         """
-        if self.carries_range:
+        if self.is_reference:
             return x_BHSD.transpose(1, 2).reshape(x_BHSD.shape[2], -1)
         return x_BHSD.transpose(0, 1).flatten(1)
 
@@ -119,7 +95,7 @@ class Numerics:
     def quant_bias(self, bias_O: Tensor | None, deq_scale_O: Tensor, codes_OI: Tensor, offset: Tensor) -> Tensor:
         """Return the bias in units of the integer product, less the share of the input offset, (O,) int32."""
         # Row sums times an offset reach 2**31; float32 has 24 bits, so the better numerics counts in float64.
-        exact = torch.float32 if self.carries_range else torch.float64
+        exact = torch.float32 if self.is_reference else torch.float64
         deq_O = deq_scale_O.to(exact)
         bias = torch.zeros_like(deq_O) if bias_O is None else bias_O.to(deq_O)
         row_sums_O = codes_OI.to(exact).sum(1)
@@ -127,20 +103,7 @@ class Numerics:
         return points_O.clamp(_INT32.min, _INT32.max).to(torch.int32)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        return x.dtype if self.carries_range else torch.float32
+        return x.dtype if self.is_reference else torch.float32
 
 
-def _reaching(scale: Tensor, amax: Tensor) -> Tensor:
-    """Return the stored scale, one unit larger where rounding left amax more than half a step behind the last code.
-
-    Only a subnormal can round that far: in float16 the scale of a row whose absmax is below 0.001.
-    """
-    unit = torch.finfo(scale.dtype).smallest_normal * torch.finfo(scale.dtype).eps
-    falls_short = scale.to(torch.float32) * (QMAX + 0.5) < amax.to(torch.float32)
-    return torch.where(falls_short, scale + unit, scale)
-
-
-NUMERICS = {
-    "float32": Numerics("float32", carries_range=False, writes_buffers=True),
-    "reference": Numerics("reference", carries_range=True, writes_buffers=False),
-}
+NUMERICS = {"float32": Numerics("float32"), "reference": Numerics("reference")}

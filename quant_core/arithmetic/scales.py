@@ -62,13 +62,18 @@ def fake_quantize_tokens(x: Tensor) -> Tensor:
     return dequantize(quantize(precise, scale), scale).to(x.dtype)
 
 
+def packed_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the consumer reads `deq_scale` for a model of this dtype."""
+    return torch.float32 if model_dtype == torch.bfloat16 else torch.int64
+
+
 def pack_deq_scale(deq_scale: Tensor, model_dtype: torch.dtype) -> Tensor:
     """Return `deq_scale` in the form the consumer reads for a model of this dtype, same shape.
 
     deq_scale: float32. bf16 models read it as float32; all others as int64 whose low 32 bits are the float32's
     bits, the form the half-precision matrix product takes (spec: static activations).
     """
-    if model_dtype == torch.bfloat16:
+    if packed_dtype(model_dtype) == torch.float32:
         return deq_scale.contiguous()
     return deq_scale.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.scales import symmetric_scale
 from quant_core.attention.window import shortest_window
-from quant_core.checkpoint.entries import Entry
+from quant_core.checkpoint.entries import FA_QUANT, Entry
 from quant_core.errors import InputError
 from quant_core.parallel.groups import Reduction
 
-FA_QUANT = "FAQuant"
 # The share of the values that the range of each tensor holds. Attention weighs v's values, so none is cut.
 SHARES = {"q": 0.9999, "k": 0.9999, "v": 1.0}
 
@@ -52,7 +51,7 @@ class HeadRange:
 
     def scale(self, numerics: Numerics) -> Tensor:
         """Return the symmetric scales (R, 1) in the range's dtype."""
-        compute = self.low_R.dtype if numerics.carries_range else torch.float32
+        compute = self.low_R.dtype if numerics.is_reference else torch.float32
         amax_R = torch.maximum(-self.low_R, self.high_R).to(compute)
         return symmetric_scale(amax_R.clamp(min=0)).to(self.low_R.dtype).unsqueeze(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,7 +13,15 @@ from quant_core.attention.head_scales import AttentionObserver
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.naming import matches
 from quant_core.parallel.groups import Group, reduce_many, reduce_over
+from quant_core.processor import ProcessorConfig
 from quant_core.structure import NO_STRUCTURE, ModelStructure
+
+
+class FA3ProcessorConfig(ProcessorConfig):
+    """Measure scales for quantized attention."""
+
+    key: ClassVar[str] = "fa3"
+    kind: ClassVar[str] = "attention quantization"
 
 
 def attention_observers(

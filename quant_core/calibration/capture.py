@@ -26,6 +26,7 @@ from quant_core.calibration.finite import check_captured
 from quant_core.calibration.records import save_dump
 from quant_core.calibration.timestep import TimestepManager
 from quant_core.errors import ConfigurationError, InputError
+from quant_core.tensor_bytes import raw_bytes
 
 
 class DumperManager:
@@ -126,5 +127,5 @@ class DumperManager:
     def _intern(self, tensor: Tensor) -> Tensor:
         # Said outright: one element that stands for many (a step of batch 1) counts as contiguous, and has no stride.
         host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        digest = hashlib.sha256(host.reshape(-1).view(torch.uint8).numpy().data).digest()
+        digest = hashlib.sha256(raw_bytes(host)).digest()
         return self._interned.setdefault((host.dtype, tuple(host.shape), digest), host)

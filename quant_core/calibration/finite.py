@@ -1,4 +1,4 @@
-"""Refuse numbers that are no numbers where they first appear.
+"""Refuse NaN and infinity where they first appear.
 
 One activation that overflows (float16 ends at 65504) makes everything behind it NaN, and a NaN passes through maxima,
 scales and files without a word until somebody looks at the images. So every layer whose input is measured must get

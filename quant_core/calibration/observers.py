@@ -20,8 +20,8 @@ class InputObserver:
     """Watch the input of one layer during the replay, and fake-quantize it for the layers behind.
 
     With `per_step` it keeps a range for each denoising step, read from `TimestepManager`; otherwise one range, under
-    the key None. A numerics that carries its range keeps one estimator through all steps and remembers where it stood
-    at the end of each.
+    the key None. The reference numerics keeps one estimator through all steps and remembers where it stood at the end
+    of each.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class InputObserver:
         step = TimestepManager.get_timestep_idx() if self._per_step else None
         self.calls[step] += 1
         low, high = self._sync(*x.aminmax())
-        estimator = self._estimators[None if self._numerics.carries_range else step]
+        estimator = self._estimators[None if self._numerics.is_reference else step]
         estimator.update(x, low, high)
-        if self._numerics.carries_range:
+        if self._numerics.is_reference:
             low, high = self._carried[step] = estimator.range()
         return self._numerics.fake_quantize_input(x, low, high)
 

@@ -41,13 +41,13 @@ def replay(
             for done, record in enumerate(records, start=1):
                 TimestepManager.set_timestep_idx(record.step)
                 model(*to_device(list(record.args), device), **to_device(dict(record.kwargs), device))
-                inputs.check(_place(done - 1, record))
+                inputs.check(_name_of(done - 1, record))
                 progress(stage, done, len(records))
     finally:
         TimestepManager.set_timestep_idx(before)
 
 
-def _place(index: int, record: Record) -> str:
+def _name_of(index: int, record: Record) -> str:
     return f"calib_data, record {index}" + ("" if record.step is None else f" (step {record.step})")
 
 

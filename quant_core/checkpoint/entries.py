@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from quant_core.atomic_file import write_text_atomically
 from quant_core.checkpoint.tensor_parts import GB, write_tensors
 from quant_core.layers.calibrated import CalibratedLinear
+from quant_core.schemes.quantized_layer import QuantizedLayer
 
 FLOAT = "FLOAT"
+# The type of an attention's scales, and of an attention in the description's header.
+FA_QUANT = "FAQuant"
 MODEL_TYPE_KEY = "model_quant_type"
 FA_QUANT_TYPE_KEY = "fa_quant_type"
 # In the header of the tensors: the first static step of a per-step scheme, which the description has no place for.
@@ -51,7 +54,7 @@ def description_file_name(quant_type: str) -> str:
     return f"quant_model_description_{quant_type.lower()}"
 
 
-def entries(model: nn.Module, quant_type: str, *, buffers: bool, extra: Mapping[str, list[Entry]]) -> Iterator[Entry]:
+def entries(model: nn.Module, *, buffers: bool, extra: Mapping[str, list[Entry]]) -> Iterator[Entry]:
     """Yield every entry of a quantized model in module order.
 
     buffers: whether persistent buffers belong to it. extra: further entries by module name, placed where the module
@@ -59,20 +62,21 @@ def entries(model: nn.Module, quant_type: str, *, buffers: bool, extra: Mapping[
     """
     for name, module in model.named_modules():
         if isinstance(module, CalibratedLinear):
-            yield from _layer_entries(module, quant_type)
+            yield from _layer_entries(module.layer)
         else:
             yield from _float_entries(name, module, buffers)
         yield from extra.get(name, ())
 
 
-def _layer_entries(module: CalibratedLinear, quant_type: str) -> Iterator[Entry]:
-    name = module.layer.name
-    if module.layer.mul_scale_I is not None:
+def _layer_entries(layer: QuantizedLayer) -> Iterator[Entry]:
+    name = layer.name
+    if layer.mul_scale_I is not None:
         # A smoothed layer is a container of the factor and the linear: the runtime's own module structure.
-        yield Entry(f"{name}.div.mul_scale", FLOAT, module.layer.mul_scale_I)
+        yield Entry(f"{name}.div.mul_scale", FLOAT, layer.mul_scale_I)
         name = f"{name}.linear"
-    for tensor_name, tensor in module.layer.tensors.items():
-        yield Entry(f"{name}.{tensor_name}", FLOAT if tensor_name == "bias" else quant_type, tensor)
+    for tensor_name, tensor in layer.tensors.items():
+        kind = FLOAT if layer.scheme.rules[tensor_name].is_float else layer.scheme.quant_type
+        yield Entry(f"{name}.{tensor_name}", kind, tensor)
 
 
 def _float_entries(name: str, module: nn.Module, buffers: bool) -> Iterator[Entry]:

@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 
-from quant_core.attention.head_scales import FA_QUANT
 from quant_core.checkpoint.contract import (
     ATTENTION_RULES,
-    LAYER_RULES,
     MODEL_DTYPES,
     SMOOTHING_RULES,
-    TensorRule,
     bind_axes,
     in_words,
 )
-from quant_core.checkpoint.entries import FA_QUANT_TYPE_KEY, FLOAT, MODEL_TYPE_KEY
+from quant_core.checkpoint.entries import FA_QUANT, FA_QUANT_TYPE_KEY, FLOAT, MODEL_TYPE_KEY
 from quant_core.checkpoint.tensor_parts import TensorInfo
-from quant_core.errors import VerificationError, nearest
+from quant_core.errors import VerificationError, suggestion
+from quant_core.schemes import BY_TYPE
+from quant_core.schemes.tensor_rules import TensorRules
 
 _MUL_SCALE = ".div.mul_scale"
 _INNER = ".linear"
@@ -42,7 +41,7 @@ class StoredGroup:
     name: str
     type: str
     members: Mapping[str, str]
-    rules: Mapping[str, TensorRule]
+    rules: TensorRules
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,9 @@ def broken(what: str, where: Path | str, why: str = "") -> VerificationError:
 
 def _quant_type(description: Mapping[str, Any], where: Path) -> str:
     found = description.get(MODEL_TYPE_KEY)
-    if isinstance(found, str) and found in LAYER_RULES:
+    if isinstance(found, str) and found in BY_TYPE:
         return found
-    known = ", ".join(LAYER_RULES)
-    close = nearest(found, LAYER_RULES) if isinstance(found, str) else None
-    raise broken(f"{MODEL_TYPE_KEY} is {found!r}", where, f"one of {known}" + (f"; nearest {close}" if close else ""))
+    raise broken(f"{MODEL_TYPE_KEY} is {found!r}", where, f"it has to be {suggestion(str(found), BY_TYPE)}")
 
 
 def _check_one_to_one(types: Mapping[str, Any], infos: Mapping[str, TensorInfo], where: Path) -> None:
@@ -117,12 +114,13 @@ def _check_types(types: Mapping[str, Any], quant_type: str, fa_type: Any, where:
 
 def _layers(types: Mapping[str, str], quant_type: str) -> Iterator[StoredGroup]:
     """Yield the linear layers in order: whatever carries the quantized type, with its bias and smoothing factor."""
-    rules = LAYER_RULES[quant_type]
+    scheme = BY_TYPE[quant_type]
+    rules = scheme.rules
     prefixes = dict.fromkeys(name.rpartition(".")[0] for name, kind in types.items() if kind == quant_type)
     for prefix in prefixes:
         members = {rule: f"{prefix}.{rule}" for rule in rules if f"{prefix}.{rule}" in types}
         name = prefix.removesuffix(_INNER)
-        if name != prefix and f"{name}{_MUL_SCALE}" in types:
+        if name != prefix and f"{name}{_MUL_SCALE}" in types and scheme.multiplies_input:
             smoothed = members | {"mul_scale": f"{name}{_MUL_SCALE}"}
             yield StoredGroup(name, quant_type, smoothed, {**rules, **SMOOTHING_RULES})
         else:
@@ -176,9 +174,9 @@ def _check_headers(
         sizes = dict(shared)
         for rule_name, member in group.members.items():
             rule, info = group.rules[rule_name], infos[member]
-            if info.dtype != rule.dtype(dtype):
+            if info.dtype != rule.dtype_in(dtype):
                 raise broken(
-                    f"'{member}' is {info.dtype}", where, f"it has to be {rule.dtype(dtype)} in a model of {dtype}"
+                    f"'{member}' is {info.dtype}", where, f"it has to be {rule.dtype_in(dtype)} in a model of {dtype}"
                 )
             if not bind_axes(rule.axes, info.shape, sizes) or 0 in info.shape:
                 raise broken(f"'{member}' has the shape {info.shape}", where, f"not {in_words(rule.axes, sizes)}")
@@ -191,4 +189,8 @@ def _check_left_over(floats: Iterable[str], types: Mapping[str, str], where: Pat
         if types[name] != FLOAT:
             raise broken(f"'{name}' is typed {types[name]}", where, "no quantized layer has a tensor of that name")
         if name.endswith(_MUL_SCALE):
-            raise broken(f"'{name}' belongs to no layer", where, "the linear beside it is not quantized")
+            raise broken(
+                f"'{name}' belongs to no layer",
+                where,
+                "no layer whose input the runtime multiplies is beside it",
+            )

@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant_core.checkpoint.contract import TensorRule
 from quant_core.checkpoint.entries import TIMESTEP_SEP_KEY, CheckpointFiles
 from quant_core.checkpoint.inventory import Inventory, StoredGroup, broken, take_inventory
 from quant_core.checkpoint.json_file import read_object
 from quant_core.checkpoint.tensor_parts import TensorFiles, TensorInfo, index_path
-from quant_core.errors import ConfigurationError, nearest
-from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer, separator
+from quant_core.errors import ConfigurationError, suggestion
+from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer
+from quant_core.schemes import BY_TYPE
+from quant_core.schemes.scheme import separator
+from quant_core.schemes.tensor_rules import TensorRule
 
 
 class Checkpoint:
@@ -48,13 +50,14 @@ class Checkpoint:
         Raises ConfigurationError when there is no such layer and VerificationError when its values break a rule.
         """
         group = self._layer(name)
-        arithmetic = DeployedArithmetic(name, self.inventory.quant_type, self.timestep_sep)
+        arithmetic = DeployedArithmetic(name, BY_TYPE[group.type], self.timestep_sep)
         return DeployedLayer(arithmetic, self._read_group(group))
 
     def read_weight(self, name: str) -> Tensor:
         """Return the (O, I) weight that a layer's codes stand for, float32, with smoothing undone."""
-        tensors = self._read_group(self._layer(name), only=("weight", "weight_scale", "mul_scale"))
-        weight = tensors["weight"].to(torch.float32) * tensors["weight_scale"].to(torch.float32)
+        group = self._layer(name)
+        tensors = self._read_group(group, only=("weight", "weight_scale", "mul_scale"))
+        weight = BY_TYPE[group.type].codec.decode(tensors["weight"], tensors["weight_scale"])
         return weight * tensors["mul_scale"].to(torch.float32) if "mul_scale" in tensors else weight
 
     def info(self, name: str) -> TensorInfo:
@@ -86,11 +89,10 @@ class Checkpoint:
     def _layer(self, name: str) -> StoredGroup:
         layers = self.inventory.layers
         if name not in layers:
-            close = nearest(name, layers)
             raise ConfigurationError(
                 f"the checkpoint has no quantized layer '{name}'",
                 where=f"{self.files.description} ({len(layers)} quantized layers)",
-                advice=f"{close} (nearest name)" if close else "name one of `inventory.layers`",
+                advice=suggestion(name, layers, "name one of `inventory.layers`"),
             )
         return layers[name]
 

@@ -22,6 +22,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from quant_core.tensor_bytes import raw_bytes
+
 # In the format's own order of alignment, the strictest last.
 _DTYPES = {
     torch.bool: "BOOL",
@@ -83,7 +85,7 @@ class TensorFile:
         if part.dtype != whole.dtype or part.shape[1:] != whole.shape[1:] or start + part.numel() > whole.numel():
             raise AssertionError(f"{name} was described as {tuple(whole.shape)} {whole.dtype}, not {tuple(part.shape)}")
         self._file.seek(self._starts[name] + start * whole.element_size())
-        self._file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._file.write(raw_bytes(part))
         self._missing[name] -= part.numel()
 
 

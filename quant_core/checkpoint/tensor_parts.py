@@ -25,23 +25,10 @@ from torch import Tensor
 
 from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.checkpoint.json_file import read_object
-from quant_core.checkpoint.tensor_file import TensorFile
+from quant_core.checkpoint.tensor_file import DTYPES, TensorFile
 from quant_core.errors import InputError, VerificationError
 
 GB = 10**9
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 _ADVICE = "quantize again, or copy it again"
@@ -128,14 +115,14 @@ class TensorFiles:
 
     def _info(self, name: str) -> TensorInfo:
         view = self._open[self._home[name]].get_slice(name)
-        if view.get_dtype() not in _DTYPES:
+        if view.get_dtype() not in DTYPES:
             raise VerificationError(
                 f"the tensor '{name}' has a type that nobody here writes",
                 where=str(self._home[name]),
                 why=view.get_dtype(),
                 advice="quantize again",
             )
-        return TensorInfo(_DTYPES[view.get_dtype()], tuple(view.get_shape()))
+        return TensorInfo(DTYPES[view.get_dtype()], tuple(view.get_shape()))
 
     def _one_home(self) -> dict[str, Path]:
         """Return the file of each tensor, and check that parts and index agree to the last name."""

@@ -6,8 +6,6 @@ collective that hangs on it keeps working (spec: running on many ranks, failing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,28 +13,10 @@ from torch.nn import functional as F
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.scales import fake_quantize_tokens
 from quant_core.calibration.finite import check_weight
-from quant_core.calibration.observers import InputObserver
 from quant_core.layers.rescaling import Rescaling
 from quant_core.parallel.groups import Group, reduce_over
-
-
-@dataclass
-class QuantizedLayer:
-    """Hold what quantization knows of one linear layer.
-
-    codes_OI: int8, on the host; weight_scale_O1 and bias_O in the model's dtype; mul_scale_I multiplies the input of a
-    smoothed layer; observer watches the input of a static one; per_token: calibrate behind inputs quantized token by
-    token, as the dynamic scheme's runtime does; tensors: what the checkpoint holds, once known.
-    """
-
-    name: str
-    codes_OI: Tensor
-    weight_scale_O1: Tensor
-    bias_O: Tensor | None = None
-    mul_scale_I: Tensor | None = None
-    observer: InputObserver | None = None
-    per_token: bool = False
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+from quant_core.schemes.quantized_layer import QuantizedLayer
+from quant_core.schemes.scheme import Inputs, Scheme
 
 
 class CalibratedLinear(nn.Linear):
@@ -50,7 +30,8 @@ class CalibratedLinear(nn.Linear):
             input = input * self.layer.mul_scale_I.to(input.device)
         if self.layer.observer is not None:
             input = self.layer.observer.observe(input)
-        elif self.layer.per_token:
+        elif self.layer.scheme.inputs is Inputs.TOKENS:
+            # As the runtime will, so that the layers behind are calibrated with what they will see.
             input = fake_quantize_tokens(input)
         return F.linear(input, self.weight, self.bias)
 
@@ -59,11 +40,11 @@ class CalibratedLinear(nn.Linear):
 def quantize_linear(
     name: str,
     linear: nn.Linear,
+    scheme: Scheme,
     numerics: Numerics,
     *,
     scale_group: Group | None = None,
     rescaling: Rescaling | None = None,
-    per_token: bool = False,
 ) -> QuantizedLayer:
     """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
 
@@ -75,13 +56,13 @@ def quantize_linear(
         w_OI, mul_scale_I = rescaling.weight(numerics.working(w_OI)), rescaling.mul_scale_I
         if linear.bias is not None:
             linear.bias.data.copy_(rescaling.bias(linear.bias.detach()))
-    amax_O1 = w_OI.abs().amax(dim=1, keepdim=True)
+    amax_O1 = scheme.codec.row_maxima(w_OI)
     check_weight(name, amax_O1)
     amax_O1 = reduce_over(scale_group, "max", amax_O1)
-    weight = numerics.quantize_weight(w_OI, amax_O1, dtype)
+    weight = scheme.codec.encode(w_OI, amax_O1, dtype, numerics)
     linear.weight.data.copy_(weight.fake)
     bias_O = None if linear.bias is None else linear.bias.detach()
-    layer = QuantizedLayer(name, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I, per_token=per_token)
+    layer = QuantizedLayer(name, scheme, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I)
     linear.__class__ = CalibratedLinear
     linear.layer = layer  # type: ignore[assignment]
     return layer

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from quant_core.schemes.scheme import Call, Inputs, Scheme, SchemeConfig, weight_tensors
+from quant_core.schemes.tensor_rules import STATIC_RULES, WEIGHT_RULES
 
-from quant_core.arithmetic.numerics import Numerics
-from quant_core.arithmetic.scales import pack_deq_scale
-from quant_core.layers.calibrated import QuantizedLayer
-from quant_core.schemes.scheme import Scheme, weight_tensors
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.arithmetic.numerics import Numerics
+    from quant_core.arithmetic.runtime import Tensors
+    from quant_core.schemes.quantized_layer import QuantizedLayer
+
+
+class W8A8ProcessorConfig(SchemeConfig):
+    """Quantize with one static activation range per layer."""
+
+    key: ClassVar[str] = "w8a8"
 
 
 def layer_tensors(layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics) -> dict[str, Tensor]:
     """Return the static tensors: input_scale, input_offset (1,), quant_bias, deq_scale (O,)."""
-    return weight_tensors(layer) | static_row(layer, None, numerics)
+    return weight_tensors(layer, steps, numerics) | static_row(layer, None, numerics)
 
 
 def static_row(layer: QuantizedLayer, step: int | None, numerics: Numerics) -> dict[str, Tensor]:
@@ -22,6 +32,8 @@ def static_row(layer: QuantizedLayer, step: int | None, numerics: Numerics) -> d
 
     `y = (q_x @ codes.T + quant_bias) * deq_scale` (spec: static activations).
     """
+    from quant_core.arithmetic.scales import pack_deq_scale
+
     if layer.observer is None:
         raise AssertionError(f"{layer.name} was quantized without an observer")
     dtype = layer.weight_scale_O1.dtype
@@ -37,4 +49,18 @@ def static_row(layer: QuantizedLayer, step: int | None, numerics: Numerics) -> d
     }
 
 
-SCHEME = Scheme("W8A8", observes_input=True, per_step=False, layer_tensors=layer_tensors)
+def output(x: Tensor, tensors: Tensors, call: Call) -> Tensor:
+    """Return the integer product of the input's codes, dequantized."""
+    from quant_core.arithmetic.runtime import static_output
+
+    return static_output(x, tensors)
+
+
+SCHEME = Scheme(
+    config=W8A8ProcessorConfig,
+    summary="one static activation range per layer",
+    inputs=Inputs.RANGE,
+    rules={**WEIGHT_RULES, **STATIC_RULES},
+    layer_tensors=layer_tensors,
+    output=output,
+)

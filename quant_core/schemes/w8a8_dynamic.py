@@ -1,19 +1,40 @@
-"""W8A8_DYNAMIC: weights in 8 bits; the runtime measures and quantizes each token."""
+"""W8A8_DYNAMIC: weights in 8 bits; the runtime measures and quantizes each token (spec: dynamic)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from quant_core.schemes.scheme import Call, Inputs, Scheme, SchemeConfig, W8A8QuantConfig
+from quant_core.schemes.tensor_rules import WEIGHT_RULES
 
-from quant_core.arithmetic.numerics import Numerics
-from quant_core.layers.calibrated import QuantizedLayer
-from quant_core.schemes.scheme import Scheme, weight_tensors
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-def layer_tensors(layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics) -> dict[str, Tensor]:
-    """Return codes, float bias and weight scale (spec: dynamic)."""
-    return weight_tensors(layer)
+    from quant_core.arithmetic.runtime import Tensors
 
 
-SCHEME = Scheme("W8A8_DYNAMIC", observes_input=False, per_step=False, layer_tensors=layer_tensors)
+class W8A8DynamicQuantConfig(W8A8QuantConfig):
+    """Configure the dynamic scheme, which measures activations at run time."""
+
+
+class W8A8DynamicProcessorConfig(SchemeConfig):
+    """Quantize weights; activations are quantized per token at run time."""
+
+    key: ClassVar[str] = "w8a8_dynamic"
+
+
+def output(x: Tensor, tensors: Tensors, call: Call) -> Tensor:
+    """Return the integer product of each token's codes, dequantized, and the float bias."""
+    from quant_core.arithmetic.runtime import dynamic_output
+
+    return dynamic_output(x, tensors)
+
+
+SCHEME = Scheme(
+    config=W8A8DynamicProcessorConfig,
+    summary="activations quantized token by token at run time",
+    inputs=Inputs.TOKENS,
+    rules=WEIGHT_RULES,
+    output=output,
+    with_attention=True,
+)

@@ -1,22 +1,73 @@
-"""W8A8_TIMESTEP: a static activation range per layer and denoising step; row t of each tensor is step t."""
+"""W8A8_TIMESTEP: a static activation range per layer and denoising step; row t of each tensor is step t.
+
+The runtime runs steps below `timestep_sep` dynamic and the others static, each with its row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from quant_core.arithmetic.numerics import Numerics
-from quant_core.layers.calibrated import QuantizedLayer
-from quant_core.schemes.scheme import Scheme, weight_tensors
+from quant_core.errors import ConfigurationError
+from quant_core.schemes.scheme import Call, Inputs, PerStepConfig, Scheme, W8A8QuantConfig, weight_tensors
+from quant_core.schemes.tensor_rules import STATIC_RULES, WEIGHT_RULES, per_step
 from quant_core.schemes.w8a8 import static_row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.arithmetic.numerics import Numerics
+    from quant_core.arithmetic.runtime import Tensors
+    from quant_core.schemes.quantized_layer import QuantizedLayer
+
+
+class W8A8TimeStepQuantConfig(W8A8QuantConfig):
+    """Choose how the per-timestep scheme finds its activation ranges."""
+
+
+class W8A8TimeStepProcessorConfig(PerStepConfig):
+    """Quantize with one static activation range per layer and denoising step."""
+
+    key: ClassVar[str] = "w8a8_timestep"
 
 
 def layer_tensors(layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics) -> dict[str, Tensor]:
     """Return the static tensors of every step, stacked: input_scale, input_offset (T, 1), the others (T, O)."""
+    import torch
+
     rows = [static_row(layer, step, numerics) for step in steps]
-    return weight_tensors(layer) | {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return weight_tensors(layer, steps, numerics) | stacked
 
 
-SCHEME = Scheme("W8A8_TIMESTEP", observes_input=True, per_step=True, layer_tensors=layer_tensors)
+def output(x: Tensor, tensors: Tensors, call: Call) -> Tensor:
+    """Return the dynamic output below `timestep_sep`, then the static one of the step's row.
+
+    Raises ConfigurationError when the step is unknown or has no row.
+    """
+    from quant_core.arithmetic.runtime import dynamic_output, needed, static_output
+
+    rows = len(needed(tensors, "input_scale"))
+    if call.step is None or not 0 <= call.step < rows:
+        raise _no_row(call, rows)
+    assert call.timestep_sep is not None, "whoever deploys a scheme that knows the step says where static ones begin"
+    return dynamic_output(x, tensors) if call.step < call.timestep_sep else static_output(x, tensors, call.step)
+
+
+def _no_row(call: Call, rows: int) -> ConfigurationError:
+    return ConfigurationError(
+        "the denoising step is unknown" if call.step is None else f"denoising step {call.step} has no scales",
+        where=f"layer {call.layer}, {SCHEME.quant_type} with {rows} steps",
+        why=f"each step has a row of scales of its own, 0 to {rows - 1}",
+        advice="call TimestepManager.set_timestep_idx(i) in each step, and run no more steps than were calibrated",
+    )
+
+
+SCHEME = Scheme(
+    config=W8A8TimeStepProcessorConfig,
+    summary="one static activation range per layer and denoising step",
+    inputs=Inputs.RANGE_PER_STEP,
+    rules={**WEIGHT_RULES, **per_step(STATIC_RULES)},
+    layer_tensors=layer_tensors,
+    output=output,
+)

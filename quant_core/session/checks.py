@@ -9,9 +9,10 @@ from torch import nn
 
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.layers.calibrated import CalibratedLinear
-from quant_core.layers.deployed import DeployedLinear, separator
+from quant_core.layers.deployed import DeployedLinear
 from quant_core.parallel.groups import reduce_over
-from quant_core.session.config import W8A8TimeStepProcessorConfig
+from quant_core.schemes.option_rules import schemes_that
+from quant_core.schemes.scheme import PerStepConfig, separator
 from quant_core.session.session import Session
 
 
@@ -29,7 +30,7 @@ def check_float(model: nn.Module) -> None:
 
 def check_numerics(session: Session) -> None:
     """Check that a running mean is taken over one sequence. Raises ConfigurationError under data parallelism."""
-    if session.numerics.carries_range and session.parallel.dp_group is not None:
+    if session.numerics.is_reference and session.parallel.dp_group is not None:
         raise ConfigurationError(
             "numerics='reference' cannot share records over data-parallel ranks",
             where="numerics",
@@ -49,7 +50,7 @@ def check_records(session: Session) -> None:
             f"{scheme.quant_type} needs calibration data and got none",
             where="calib_data",
             why="static ranges and attention scales are measured by replaying what the model was called with",
-            advice="dump some with DumperManager, or quantize with w8a8_dynamic and without fa3",
+            advice=f"dump some with DumperManager, or use {schemes_that(lambda s: not s.observes_input)} without fa3",
         )
     if scheme.per_step and (unknown := [i for i, record in enumerate(records) if record.step is None]):
         raise InputError(
@@ -66,7 +67,7 @@ def first_static_step(session: Session) -> int | None:
     One beyond the last step means that all steps run dynamic; it warns, because that is seldom what is wanted.
     """
     scheme, timesteps = session.config.scheme, len(session.steps)
-    if not isinstance(scheme, W8A8TimeStepProcessorConfig):
+    if not isinstance(scheme, PerStepConfig):
         return None
     first = separator(scheme.timestep_sep, timesteps)
     if first > timesteps:

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from quant_core.calibration.observers import InputObserver, SyncRange
 from quant_core.errors import InputError
-from quant_core.layers.calibrated import QuantizedLayer
 from quant_core.parallel.groups import Group, reduce_many, reduce_over
 from quant_core.ranges import ESTIMATORS
 from quant_core.ranges.channel_importance import channel_importance
+from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.session.session import Session
 
 
 def input_observer(session: Session, layer: QuantizedLayer) -> InputObserver | None:
     """Return what watches the layer's input during the replay, or None when nothing needs to."""
     # The reference tool calibrates attention behind static layers, whatever the scheme (spec: to the last bit).
-    if not (session.scheme.observes_input or (session.attentions and session.numerics.carries_range)):
+    if not (session.scheme.observes_input or (session.attentions and session.numerics.is_reference)):
         return None
     estimator = ESTIMATORS[session.numerics.name][session.config.scheme.cfg.act_method]
     importance_I = None

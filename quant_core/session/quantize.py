@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quant_core.attention.head_scales import FA_QUANT
 from quant_core.attention.session import reduce_attentions
 from quant_core.attention.watch import watch_attentions
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.checkpoint.entries import (
+    FA_QUANT,
     FA_QUANT_TYPE_KEY,
     TIMESTEP_SEP_KEY,
     CheckpointFiles,
@@ -29,9 +29,10 @@ from quant_core.checkpoint.entries import (
     weight_file_name,
     write_checkpoint,
 )
-from quant_core.layers.calibrated import QuantizedLayer, quantize_linear
+from quant_core.layers.calibrated import quantize_linear
 from quant_core.layers.deployed import deploy
 from quant_core.parallel.groups import Parallel
+from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.session.checks import check_float, check_numerics, check_records, first_static_step
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.observation import input_observer, reduce_ranges
@@ -76,19 +77,19 @@ def quant_model(
     check_numerics(session)
     check_records(session)
     timestep_sep = first_static_step(session)
-    _place(model, config)
+    _move_to_device(model, config)
     smoothing = _smooth(session)
     layers = _quantize_weights(session, smoothing)
     _observe(session, layers)
     for layer in layers.values():
         layer.tensors = session.scheme.layer_tensors(layer, session.steps, session.numerics)
     files = _save(session, timestep_sep)
-    deploy(model, session.scheme.quant_type, timestep_sep=timestep_sep)
+    deploy(model, timestep_sep=timestep_sep)
     timesteps = len(session.steps) if session.scheme.per_step else None
     return QuantizedModel(session.scheme.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
 
 
-def _place(model: nn.Module, config: SessionConfig) -> None:
+def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
     if config.device is not None:
         index = f":{config.dev_id}" if config.dev_id is not None and config.device != "cpu" else ""
         model.to(f"{config.device}{index}")
@@ -105,6 +106,7 @@ def _smooth(session: Session) -> Smoothing:
         structure=session.structure,
         targets=session.targets,
         numerics=session.numerics,
+        codec=session.scheme.codec,
         parallel=session.parallel,
         progress=session.progress,
     )
@@ -118,10 +120,10 @@ def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, Quant
         layers[name] = layer = quantize_linear(
             name,
             linear,
+            session.scheme,
             session.numerics,
             scale_group=session.parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
-            per_token=not session.scheme.observes_input,
         )
         layer.observer = input_observer(session, layer)
     return layers
@@ -148,7 +150,7 @@ def _save(session: Session, timestep_sep: int | None) -> CheckpointFiles | None:
         return None
     extra = {name: attention.entries() for name, attention in session.attentions.items()}
     return write_checkpoint(
-        list(entries(session.model, quant_type, buffers=session.numerics.writes_buffers, extra=extra)),
+        list(entries(session.model, buffers=not session.numerics.is_reference, extra=extra)),
         checkpoint_files(save, quant_type),
         quant_type,
         header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},

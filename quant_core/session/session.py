@@ -40,7 +40,7 @@ class Session:
     @cached_property
     def scheme(self) -> Scheme:
         """The quantization scheme."""
-        return SCHEMES[self.config.scheme.quant_type]
+        return SCHEMES[self.config.scheme.key]
 
     @cached_property
     def targets(self) -> list[str]:
@@ -51,10 +51,10 @@ class Session:
     def records(self) -> list[Record]:
         """The calibration records in the order of the replay.
 
-        Only a carried range depends on the order: its steps descend, each with its records as they came.
+        Only the reference numerics depends on the order: its steps descend, each with its records as they came.
         """
         records = as_records(self.config.calib_data)
-        if not (self.scheme.per_step and self.numerics.carries_range):
+        if not (self.scheme.per_step and self.numerics.is_reference):
             return records
         return sorted(records, key=lambda record: -1 if record.step is None else record.step, reverse=True)
 

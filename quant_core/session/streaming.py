@@ -26,9 +26,10 @@ from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.entries import description_text, entries
 from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import ConfigurationError
-from quant_core.layers.calibrated import CalibratedLinear, QuantizedLayer
+from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.parallel.groups import Group, Parallel, reduce_over
 from quant_core.schemes import SCHEMES
+from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Scheme
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
@@ -43,7 +44,7 @@ ReadTensor = Callable[[str], Tensor]
 
 def reads_activations(config: SessionConfig) -> bool:
     """Tell whether a session needs calibration data: static ranges, smoothing and attention scales do."""
-    observes = SCHEMES[config.scheme.quant_type].observes_input
+    observes = SCHEMES[config.scheme.key].observes_input
     return observes or config.smoothing is not None or config.fa3 is not None
 
 
@@ -72,11 +73,11 @@ def quantize_streaming(
             why="every tensor goes straight to its place in one file",
             advice="drop part_file_size, or quantize with quant_model",
         )
-    parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.quant_type]
+    parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.key]
     layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
     if config.save is None:
         return QuantizedModel(scheme.quant_type, layers, None)
-    described = list(entries(model, scheme.quant_type, buffers=numerics.writes_buffers, extra={}))
+    described = list(entries(model, buffers=not numerics.is_reference, extra={}))
     kept_float = {entry.name: entry.tensor.dtype for entry in described if _owner(entry.name) not in layers}
     stream = _LayerStream(read, scheme, numerics, torch.device(device))
 
@@ -103,7 +104,7 @@ def describe_layers(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), "target_layers returns linears"
         codes_OI = torch.empty_like(linear.weight, dtype=torch.int8)
-        layer = QuantizedLayer(name, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
+        layer = QuantizedLayer(name, scheme, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
         layer.tensors = scheme.layer_tensors(layer, [None], numerics)
         linear.__class__ = CalibratedLinear
         linear.layer = layers[name] = layer  # type: ignore[assignment]
@@ -121,19 +122,21 @@ class _LayerStream:
 
     def quantize(self, described: QuantizedLayer, group: Group | None, file: TensorFile) -> None:
         """Read, quantize and write the layer, a block of rows at a time; group: ranks that share its row maxima."""
-        name, dtype = described.name, described.weight_scale_O1.dtype
+        name, dtype, codec = described.name, described.weight_scale_O1.dtype, self.scheme.codec
         # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
         w_OI = self.read(f"{name}.weight").to(self.device, dtype)
         bias_O = None if described.bias_O is None else self.read(f"{name}.bias").to(dtype)
         blocks = w_OI.split(max(1, BLOCK_NUMEL // w_OI.shape[1]))
-        amax_O1 = torch.cat([block.abs().amax(dim=1, keepdim=True) for block in blocks])
+        amax_O1 = torch.cat([codec.row_maxima(block) for block in blocks])
         check_weight(name, amax_O1)
         amax_O1 = reduce_over(group, "max", amax_O1)
         first = 0
         for block in blocks:
             rows = slice(first, first + len(block))
-            weight = self.numerics.quantize_weight(block, amax_O1[rows], dtype)
-            part = QuantizedLayer(name, weight.codes, weight.scale, None if bias_O is None else bias_O[rows])
+            weight = codec.encode(block, amax_O1[rows], dtype, self.numerics)
+            part = QuantizedLayer(
+                name, self.scheme, weight.codes, weight.scale, None if bias_O is None else bias_O[rows]
+            )
             for tensor_name, tensor in self.scheme.layer_tensors(part, [None], self.numerics).items():
                 file.write_rows(f"{name}.{tensor_name}", tensor, first)
             first = rows.stop

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quant_core.arithmetic.numerics import Numerics
-from quant_core.session.config import M3ProcessorConfig
 from quant_core.smoothing.measured_group import MeasuredGroup
-from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.method import SmoothingConfig, SmoothingMethod
 from quant_core.smoothing.statistics import FirstCall, Tokens, TokenSample
 
 _GRID = [step / 20 for step in range(20)]
 _LEAST_FACTOR = 1e-4
+
+
+class M3ProcessorConfig(SmoothingConfig):
+    """Suppress outliers with a searched power of the mean activation."""
+
+    key: ClassVar[str] = "m3"
 
 
 def factor(group: MeasuredGroup, config: M3ProcessorConfig) -> Tensor:
@@ -36,15 +43,15 @@ def _loss(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
     for _, x_NI, weights in group.samples():
         for w_OI in weights:
             scaled_OI = w_OI * factor_I
-            amax_O1 = scaled_OI.abs().amax(1, keepdim=True)
-            fake_OI = group.numerics.quantize_weight(scaled_OI, amax_O1, scaled_OI.dtype).fake / factor_I
+            weight = group.codec.encode(scaled_OI, group.codec.row_maxima(scaled_OI), scaled_OI.dtype, group.numerics)
+            fake_OI = weight.fake / factor_I
             difference = F.linear(x_NI, w_OI).to(torch.float32) - F.linear(x_NI, fake_OI).to(torch.float32)
             loss += difference.square().mean() * len(x_NI)
     return loss
 
 
 def _tokens(config: M3ProcessorConfig, numerics: Numerics, channels: int) -> Tokens:
-    return FirstCall() if numerics.carries_range else TokenSample(channels)
+    return FirstCall() if numerics.is_reference else TokenSample(channels)
 
 
-METHOD = SmoothingMethod(M3ProcessorConfig.key, _tokens, factor)
+METHOD = SmoothingMethod(M3ProcessorConfig, _tokens, factor)

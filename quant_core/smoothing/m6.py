@@ -8,21 +8,36 @@ searched (reference: both; spec: outlier suppression).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from quant_core.arithmetic.numerics import Numerics
-from quant_core.arithmetic.scales import LEVELS, QMAX, QMIN
-from quant_core.session.config import M6ProcessorConfig
+from quant_core.arithmetic.scales import LEVELS, QMIN
+from quant_core.processor import Exponent, StrictModel
 from quant_core.smoothing.balance import balance
 from quant_core.smoothing.measured_group import MeasuredGroup
-from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.method import SmoothingConfig, SmoothingMethod
 from quant_core.smoothing.statistics import AllCalls, NoTokens, Tokens, TokenSample
 
 _GRID = [step / 20 for step in range(21)]
+
+
+class M6Config(StrictModel):
+    """Exponents of activations and weights; one that is left out is searched."""
+
+    alpha: Exponent | None = None
+    beta: Exponent | None = None
+
+
+class M6ProcessorConfig(SmoothingConfig):
+    """Suppress outliers with independent exponents for activations and weights."""
+
+    key: ClassVar[str] = "m6"
+    cfg: M6Config = Field(default_factory=M6Config)
 
 
 class Exponents(NamedTuple):
@@ -42,9 +57,9 @@ def exponents(group: MeasuredGroup, config: M6ProcessorConfig) -> Exponents:
     alpha, beta = config.cfg.alpha, config.cfg.beta
     if alpha is not None and beta is not None:
         return Exponents(alpha, beta)
-    if alpha is not None and not group.numerics.carries_range:
+    if alpha is not None and not group.numerics.is_reference:
         return _best(group, [Exponents(alpha, beta) for beta in _GRID])
-    if beta is not None and not group.numerics.carries_range:
+    if beta is not None and not group.numerics.is_reference:
         return _best(group, [Exponents(alpha, beta) for alpha in _GRID])
     first = _best(group, [Exponents(alpha, 1 - alpha) for alpha in _GRID])
     return _best(group, [first, *(Exponents(first.alpha, beta) for beta in _GRID)])
@@ -75,13 +90,13 @@ def _squares(group: MeasuredGroup, factor_I: Tensor, ends: Tensor) -> Tensor:
         x_quantized_NI = _quantized_activation(x_NI / factor_I, *ends[index])
         for w_OI in weights:
             exact = F.linear(x_NI, w_OI).to(torch.float32)
-            product = F.linear(x_quantized_NI, _quantized_weight(w_OI * factor_I)).to(torch.float32)
+            product = F.linear(x_quantized_NI, group.codec.round_trip(w_OI * factor_I)).to(torch.float32)
             sums += torch.stack(((product - exact).square().sum(), exact.square().sum()))
     return sums
 
 
 def _unbounded_factor(group: MeasuredGroup, candidate: Exponents) -> Tensor:
-    if group.numerics.carries_range:
+    if group.numerics.is_reference:
         return group.amax_I.pow(candidate.alpha) * group.wmax_I.pow(-candidate.beta)
     # A channel that never carries anything would divide by zero; the factor in use is bounded in the same way.
     return balance(group, *candidate)
@@ -94,15 +109,10 @@ def _quantized_activation(x_NI: Tensor, below: Tensor, above: Tensor) -> Tensor:
     return (torch.round(x_NI / scale + offset) - offset) * scale
 
 
-def _quantized_weight(w_OI: Tensor) -> Tensor:
-    scale_O1 = w_OI.abs().amax(1, keepdim=True) / QMAX
-    return torch.round(w_OI / scale_O1).clamp(-QMAX, QMAX) * scale_O1
-
-
 def _tokens(config: M6ProcessorConfig, numerics: Numerics, channels: int) -> Tokens:
     if config.cfg.alpha is not None and config.cfg.beta is not None:
         return NoTokens()
-    return AllCalls() if numerics.carries_range else TokenSample(channels)
+    return AllCalls() if numerics.is_reference else TokenSample(channels)
 
 
-METHOD = SmoothingMethod(M6ProcessorConfig.key, _tokens, factor)
+METHOD = SmoothingMethod(M6ProcessorConfig, _tokens, factor)

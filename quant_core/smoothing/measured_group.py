@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quant_core.arithmetic.numerics import Numerics
+from quant_core.arithmetic.weight_codec import Int8Rows
 from quant_core.parallel.groups import Group, reduce_over
 from quant_core.smoothing.statistics import InputStatistics
 
@@ -26,12 +27,14 @@ class SharedInput(NamedTuple):
 class MeasuredGroup:
     """Answer a method's questions about a group.
 
-    tp_group: ranks that must come to the same factor, because they hold other rows of the same layers; dp_group: ranks
-    that saw other records. alpha, floor: the model's own for m4, and the least factor.
+    codec: how the weights will become codes. alpha, floor: the model's own for m4, and the least factor. tp_group:
+    ranks that must come to the same factor, because they hold other rows of the same layers; dp_group: ranks that saw
+    other records.
     """
 
     inputs: Sequence[SharedInput]
     numerics: Numerics
+    codec: Int8Rows
     alpha: float
     floor: float
     tp_group: Group | None = None

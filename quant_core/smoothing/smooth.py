@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.arithmetic.numerics import Numerics
+from quant_core.arithmetic.weight_codec import INT8_ROWS, Int8Rows
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.errors import InputError
 from quant_core.layers.rescaling import Rescaling
 from quant_core.parallel.groups import Parallel, reduce_many, reduce_over
-from quant_core.session.config import SmoothingConfig
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import absorb, check_fusible
 from quant_core.smoothing.groups import LinearGroup, ResolvedGroups, resolve
 from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
-from quant_core.smoothing.method import SmoothingMethod
+from quant_core.smoothing.method import SmoothingConfig, SmoothingMethod
 from quant_core.smoothing.statistics import InputStatistics
 from quant_core.structure import ModelStructure
 
@@ -54,13 +54,14 @@ def smooth(
     structure: ModelStructure | None,
     targets: Collection[str],
     numerics: Numerics,
+    codec: Int8Rows = INT8_ROWS,
     parallel: Parallel | None = None,
     progress: Progress = silent,
 ) -> Smoothing:
     """Choose the factors of a float model by replaying each record once; the model is not changed.
 
-    targets: the linears that will be quantized. Raises ConfigurationError when there is nothing to smooth or to fuse
-    into, InputError when the records do not run every group.
+    targets: the linears that will be quantized; codec: how their weights will become codes. Raises ConfigurationError
+    when there is nothing to smooth or to fuse into, InputError when the records do not run every group.
     """
     resolved = groups_to_smooth(model, config, structure=structure, targets=targets)
     assert structure is not None, "a model without a structure is refused"
@@ -75,7 +76,7 @@ def smooth(
     _combine(statistics, parallel)
     rescalings: dict[str, Rescaling] = {}
     for group in resolved.smoothed:
-        measured = _measured(model, group, statistics, structure, numerics, parallel)
+        measured = _measured(model, group, statistics, structure, numerics, codec, parallel)
         # Equal to the last bit on all ranks that hold rows of the same layers, whatever order they added in.
         factor_I = reduce_over(measured.tp_group, "max", method.factor(measured, config))
         for name, rescaling in _rescale(model, group, factor_I, numerics, config).items():
@@ -146,6 +147,7 @@ def _measured(
     statistics: Mapping[str, InputStatistics],
     structure: ModelStructure,
     numerics: Numerics,
+    codec: Int8Rows,
     parallel: Parallel,
 ) -> MeasuredGroup:
     inputs = [
@@ -157,6 +159,7 @@ def _measured(
     return MeasuredGroup(
         inputs,
         numerics,
+        codec,
         alpha=structure.m4_alpha,
         floor=structure.smoothing_floor,
         tp_group=None if row_split else parallel.tp_group,

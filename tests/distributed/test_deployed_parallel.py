@@ -13,28 +13,16 @@ from torch import Tensor
 
 from model_adapters import load_adapter
 from model_adapters.parallel.tensor_parallel import assert_collectives, make_local
-from quant_core import (
-    SaveProcessorConfig,
-    SessionConfig,
-    TimestepManager,
-    W8A8DynamicProcessorConfig,
-    W8A8ProcessorConfig,
-    W8A8TimeStepProcessorConfig,
-    quant_model,
-)
+from quant_core import SaveProcessorConfig, SessionConfig, TimestepManager, quant_model
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.parallel.groups import Parallel
+from quant_core.schemes import SCHEMES
 from tests.support.tiny_models import KINDS, build, example_inputs
 
 pytestmark = pytest.mark.distributed
 
 RANKS = 2
 LAYOUTS = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron")]
-SCHEMES: dict[str, Any] = {
-    "w8a8": W8A8ProcessorConfig,
-    "w8a8_timestep": W8A8TimeStepProcessorConfig,
-    "w8a8_dynamic": W8A8DynamicProcessorConfig,
-}
 STEPS = 2  # the first runs dynamic, the second static
 
 
@@ -45,7 +33,7 @@ def session(kind: str, scheme: str, folder: Path) -> SessionConfig:
         {"args": [], "kwargs": base | {"hidden_states": base["hidden_states"] * (1 + step)}, "timestep_idx": step}
         for step in range(STEPS)
     ]
-    processors = {scheme: SCHEMES[scheme](), "save": SaveProcessorConfig(output_path=str(folder))}
+    processors = {scheme: SCHEMES[scheme].config(), "save": SaveProcessorConfig(output_path=str(folder))}
     return SessionConfig(processor_cfg_map=processors, calib_data=records)
 
 

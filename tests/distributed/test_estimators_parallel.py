@@ -14,10 +14,9 @@ from torch import Tensor
 
 from model_adapters import load_adapter
 from model_adapters.parallel.tensor_parallel import make_local
-from quant_core import SessionConfig, W8A8ProcessorConfig, quant_model
+from quant_core import SessionConfig, W8A8ProcessorConfig, W8A8QuantConfig, quant_model
 from quant_core.parallel.groups import Parallel
 from quant_core.ranges import ESTIMATORS
-from quant_core.session.config import W8A8QuantConfig
 from tests.support.tiny_models import build, louder_records
 
 pytestmark = pytest.mark.distributed

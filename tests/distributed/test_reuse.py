@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.config.job_config import job_config
+from launcher.config.resolve import job_config
 from launcher.files.run_folder import MANIFEST
 from launcher.run import run
 from quant_core.calibration.records import load_dump

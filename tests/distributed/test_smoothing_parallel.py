@@ -15,9 +15,10 @@ from torch import Tensor
 
 from model_adapters import load_adapter
 from model_adapters.parallel.tensor_parallel import make_local
+from quant_core import M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
-from quant_core.session.config import M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig, SmoothingConfig
+from quant_core.smoothing.method import SmoothingConfig
 from quant_core.smoothing.smooth import Smoothing
 from tests.support.smoothed_models import apply_in_float, outlier_model, outputs, records, relative_error, smoothed
 from tests.support.tiny_models import KINDS, build

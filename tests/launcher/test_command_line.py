@@ -15,7 +15,9 @@ from launcher.cli.commands import commands
 from launcher.cli.commands.merge import MergeOptions
 from launcher.config.job_config import JobConfig
 from launcher.config.option_flags import flags_of
+from model_adapters import adapter_names, load_adapter
 from quant_core.errors import ConfigurationError
+from quant_core.schemes import QUANT_TYPES
 
 FLUX = ["flux", "--path", "model", "--do_save_img"]  # the shortest command that has something to do
 
@@ -213,3 +215,25 @@ def test_help_costs_little_more_than_importing_pydantic() -> None:
     pydantic = "from pydantic import BaseModel"
     ratio = min(processor_seconds(helps) for _ in range(3)) / min(processor_seconds(pydantic) for _ in range(3))
     assert ratio < 4  # twice what was measured
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("model", adapter_names())
+def test_every_scheme_is_a_choice_of_every_model(model: str, quant_type: str) -> None:
+    path = "--sd3_model_path" if model == "sd3" else "--path"
+    words = [model, path, "model", "--do_save_img", "--quant_type", quant_type]
+    assert job_of(*words).quantization.quant_type == quant_type
+    assert set(load_adapter(model).disabled_layers) == set(QUANT_TYPES)
+    ranges = [*words, "--act_method", "mse"]
+    if QUANT_TYPES[quant_type].scheme.observes_input:
+        assert job_of(*ranges).quantization.act_method == "mse"
+    else:
+        assert f"--act_method mse has no meaning for {quant_type}" in str(refusal(*ranges))
+
+
+def test_smoothing_that_the_runtime_of_a_scheme_ignores_is_refused_with_the_flag_that_helps() -> None:
+    words = [*FLUX, "--quant_type", "w8a16", "--anti_method", "m4"]
+    told = str(refusal(*words))
+    assert "w8a16 can only be smoothed with --anti_fused" in told
+    assert "--anti_method, --quant_type" in told
+    assert job_of(*words, "--anti_fused").quantization.anti_fused

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher.config.job_config import job_config, job_config_class
+from launcher.config.resolve import job_config, job_config_class
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import (
     OUTSIDE_IDENTITY,

@@ -14,11 +14,11 @@ from model_adapters import adapter_names, load_adapter
 from model_adapters.weights.loading import load_pipeline, load_transformer
 from quant_core.errors import InputError
 from quant_core.naming import linear_names, matches, select
+from quant_core.schemes import QUANT_TYPES
 from quant_core.structure import SmoothingGroup
 from tests.support.tiny_models import KINDS, build, example_inputs
 
 FOLDERS = {"flux": "tiny_flux_folder", "sd3": "tiny_sd3_folder"}
-QUANT_TYPES = ["w8a8", "w8a8_timestep", "w8a8_dynamic", "w8a8_dynamic_fa3"]
 WIDTH, HEIGHT, STEPS = 64, 32, 3  # unequal sides, so that swapping them shows
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from quant_core import TimestepManager, quant_model
 from quant_core.arithmetic.integer_product import _chunked_product, _has_exact_int8_product, integer_product
 from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.arithmetic.runtime import dynamic_output, static_output
 from quant_core.arithmetic.scales import pack_deq_scale
+from quant_core.arithmetic.weight_codec import INT8_ROWS
 from quant_core.calibration.records import as_records
 from quant_core.errors import ConfigurationError
 from quant_core.layers.deployed import (
@@ -19,9 +21,8 @@ from quant_core.layers.deployed import (
     DeployedLayer,
     DeployedLinear,
     deploy_linear,
-    dynamic_output,
-    static_output,
 )
+from quant_core.schemes import SCHEMES
 from tests.support.golden_cases import GoldenCase
 from tests.support.small_model import STEPS, SmallModel, session
 
@@ -76,7 +77,7 @@ def static_layer(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> tu
     torch.manual_seed(seed)
     linear = nn.Linear(inputs, outputs, dtype=dtype)
     numerics, weight = NUMERICS["float32"], linear.weight.detach()
-    codes_OI, scale_O1, _ = numerics.quantize_weight(weight, weight.abs().amax(1, keepdim=True), dtype)
+    codes_OI, scale_O1, _ = INT8_ROWS.encode(weight, weight.abs().amax(1, keepdim=True), dtype, numerics)
     scale, offset = numerics.input_scale(torch.tensor(-1.0), torch.tensor(3.0), dtype)
     deq_scale_O = numerics.deq_scale(scale, scale_O1)
     tensors = {
@@ -89,7 +90,7 @@ def static_layer(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> tu
         "quant_bias": numerics.quant_bias(linear.bias.detach(), deq_scale_O, codes_OI, offset),
         "deq_scale": pack_deq_scale(deq_scale_O, dtype),
     }
-    return linear, DeployedLayer(DeployedArithmetic("layer", "W8A8"), tensors)
+    return linear, DeployedLayer(DeployedArithmetic("layer", SCHEMES["w8a8"]), tensors)
 
 
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -243,7 +244,7 @@ def test_row_split_layers_dequantize_their_own_partial_sum_and_add_up_to_the_who
     numerics, parts = NUMERICS["float32"], []
     for rank, columns in enumerate((slice(0, 32), slice(32, 64))):
         weight = linear.weight.detach()[:, columns]
-        codes, scale_O1, _ = numerics.quantize_weight(weight, weight.abs().amax(1, keepdim=True), torch.float32)
+        codes, scale_O1, _ = INT8_ROWS.encode(weight, weight.abs().amax(1, keepdim=True), torch.float32, numerics)
         low, high = x[:, columns].aminmax()
         scale, offset = numerics.input_scale(low, high, torch.float32)
         deq_O = numerics.deq_scale(scale, scale_O1)

@@ -13,8 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from quant_core import (
+    SessionConfig,
+    W8A8DynamicProcessorConfig,
+    W8A8DynamicQuantConfig,
+    W8A8ProcessorConfig,
+    W8A8QuantConfig,
+)
 from quant_core.arithmetic.numerics import NUMERICS
 from quant_core.arithmetic.scales import asymmetric_offset, asymmetric_scale, dequantize, quantize
+from quant_core.arithmetic.weight_codec import INT8_ROWS
 from quant_core.parallel.groups import Parallel
 from quant_core.ranges import ESTIMATORS, RangeEstimator
 from quant_core.ranges.channel_importance import LEVELS, channel_importance
@@ -24,13 +32,6 @@ from quant_core.ranges.mix import mix_range
 from quant_core.ranges.mse import mse_range
 from quant_core.ranges.percentile import SHARE, percentile_range
 from quant_core.ranges.value_histogram import BINS, bin_edges, count_values, distribution
-from quant_core.session.config import (
-    SessionConfig,
-    W8A8DynamicProcessorConfig,
-    W8A8DynamicQuantConfig,
-    W8A8ProcessorConfig,
-    W8A8QuantConfig,
-)
 
 NAMES = sorted(ESTIMATORS["float32"])
 COMBINE = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
@@ -205,7 +206,7 @@ def output_error(x: Tensor, linear: nn.Linear, ends: tuple[Tensor, Tensor]) -> f
 
 def test_mse_looks_at_the_layers_output_and_not_at_its_input():
     x, linear = outlier_layer()
-    weight = NUMERICS["float32"].quantize_weight(linear.weight.data, linear.weight.data.abs().amax(1, True), x.dtype)
+    weight = INT8_ROWS.encode(linear.weight.data, linear.weight.data.abs().amax(1, True), x.dtype, NUMERICS["float32"])
     importance_I = channel_importance("layer", weight.codes, weight.scale, Parallel())
     blind, seeing = estimate("mse", [x]).range(), estimate("mse", [x], importance_I).range()
     # The outlier is 30 times as large: clipping it near the others' extremes makes steps many times finer.

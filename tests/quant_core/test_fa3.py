@@ -20,10 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_adapters import load_adapter
-from quant_core import FA3ProcessorConfig, SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
+from quant_core import (
+    FA3ProcessorConfig,
+    SaveProcessorConfig,
+    SessionConfig,
+    W8A8DynamicProcessorConfig,
+    W8A8ProcessorConfig,
+    quant_model,
+)
 from quant_core.attention.window import shortest_window
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.session.config import W8A8ProcessorConfig
 from quant_core.structure import ModelStructure
 from tests.support.tiny_models import CHANNELS, HEADS, KINDS, POOLED, TEXT, build
 

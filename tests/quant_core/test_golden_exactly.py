@@ -23,7 +23,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of what we write with those kernels, a folder a case."""
     folder = tmp_path_factory.mktemp("golden")
-    program = [sys.executable, str(Path(__file__).with_name("reference_kernels.py")), str(folder), *CASES]
+    program = [sys.executable, str(Path(__file__).parents[1] / "support" / "reference_kernels.py"), str(folder), *CASES]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     if done.returncode == UNAVAILABLE:
         pytest.skip(f"the reference tool's kernels: {done.stderr.strip()}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from model_adapters.flux.structure import STRUCTURE
 from quant_core import quant_model
 from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.arithmetic.weight_codec import INT8_ROWS
 from tests.support.golden_cases import GoldenCase, Written, differing
 
 METHODS = ("m3", "m4", "m6")
@@ -91,7 +92,7 @@ def test_codes_and_scales_follow_from_the_reference_tools_own_factors(case: Gold
     layers = [name.removesuffix(".div.mul_scale") for name in golden if name.endswith(".div.mul_scale")]
     for layer in layers:
         w_OI = model.get_submodule(layer).weight.detach() * (1 / golden[f"{layer}.div.mul_scale"])
-        weight = reference.quantize_weight(w_OI, w_OI.abs().amax(1, keepdim=True), torch.float32)
+        weight = INT8_ROWS.encode(w_OI, w_OI.abs().amax(1, keepdim=True), torch.float32, reference)
         assert torch.equal(weight.codes, golden[f"{layer}.linear.weight"]), layer
         # The factor was inverted to be stored and inverted again here: one unit for each, and one for the product.
         assert units(weight.scale, golden[f"{layer}.linear.weight_scale"]) <= 3, layer

@@ -12,10 +12,8 @@ from quant_core import TimestepManager, quant_model
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.errors import VerificationError
 from quant_core.layers.deployed import DeployedLinear
-from tests.support.small_model import STEPS, SmallModel, session
+from tests.support.small_model import SCHEMES, STEPS, SmallModel, session
 from tests.support.stored import written
-
-SCHEMES = ["w8a8", "w8a8_timestep", "w8a8_dynamic"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

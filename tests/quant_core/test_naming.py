@@ -88,7 +88,7 @@ def test_a_wildcard_pattern_that_matches_nothing_names_the_nearest_tail():
 def test_a_pattern_like_no_layer_at_all_suggests_none():
     with pytest.raises(ConfigurationError) as caught:
         select(NAMES, ["zzzzzz"], where="here")
-    assert caught.value.advice == "drop the pattern"
+    assert caught.value.advice == "look at the names, or drop the pattern"
 
 
 def test_including_all_but_the_second_feed_forward_disables_exactly_those():

@@ -23,6 +23,7 @@ from quant_core.arithmetic.scales import (
     symmetric_scale,
     unpack_deq_scale,
 )
+from quant_core.arithmetic.weight_codec import INT8_ROWS
 
 # Quotient, sum and product are rounded to 24 bits each: of codes up to 128 that is less than this share of a step.
 ROUNDING = 1e-4
@@ -64,7 +65,7 @@ def test_asymmetric_codes_are_within_half_a_step_inside_the_range_and_a_step_at_
 @given(tensors(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_a_stored_weight_is_within_half_a_stored_step_of_every_weight(w_OI: Tensor, dtype: torch.dtype):
     w_OI = (w_OI / 1e4).to(dtype)  # a fp16 scale of 1e6 / 127 would do, a weight of 1e6 would not
-    found = NUMERICS["float32"].quantize_weight(w_OI, w_OI.abs().amax(1, keepdim=True), dtype)
+    found = INT8_ROWS.encode(w_OI, w_OI.abs().amax(1, keepdim=True), dtype, NUMERICS["float32"])
     scale_O1 = found.scale.float()
     # A scale rounded down puts the largest weight of a row behind code 127, by at most 127 * 2**-9 of a step in bf16:
     # a quarter. (In fp16 it may be a subnormal with few bits, and is rounded up where a quarter would not do.)

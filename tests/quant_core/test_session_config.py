@@ -57,7 +57,7 @@ def configured(**processors: Any) -> SessionConfig:
         ({"fa3": FA3ProcessorConfig()}, "no quantization scheme"),
         ({"save": SaveProcessorConfig(output_path="x")}, "no quantization scheme"),
         ({}, "no quantization scheme"),
-        ({"w8a8_dynamc": DYNAMIC}, "unknown processor 'w8a8_dynamc': did you mean 'w8a8_dynamic'?"),
+        ({"w8a8_dynamc": DYNAMIC}, "no processor is called 'w8a8_dynamc': try w8a8_dynamic (nearest name)"),
         ({"w8a8": DYNAMIC}, "'w8a8' holds a W8A8DynamicProcessorConfig, which belongs under 'w8a8_dynamic'"),
     ],
 )

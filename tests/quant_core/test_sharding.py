@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.arithmetic.weight_codec import INT8_ROWS
 from quant_core.errors import ConfigurationError, InputError, VerificationError
 from quant_core.parallel.sharding import Shard, Style, cut, join
 
@@ -66,12 +67,12 @@ def test_split_then_join_is_identity_for_every_tensor_and_style(layer):
 def test_shards_that_share_their_row_maxima_quantize_and_join_to_the_quantized_whole(layer, seed, numerics, dtype):
     ranks, outputs, inputs = layer
     w_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    whole = NUMERICS[numerics].quantize_weight(w_OI, w_OI.abs().amax(1, keepdim=True), dtype)
+    whole = INT8_ROWS.encode(w_OI, w_OI.abs().amax(1, keepdim=True), dtype, NUMERICS[numerics])
     parts = [shard.take_weight(w_OI) for shard in ranks]
     maxima = [part.abs().amax(1, keepdim=True) for part in parts]
     if ranks[0].split_dim == 1:  # what scale_sync="global" reduces over the ranks
         maxima = [torch.stack(maxima).amax(0)] * len(ranks)
-    found = [NUMERICS[numerics].quantize_weight(part, amax, dtype) for part, amax in zip(parts, maxima)]
+    found = [INT8_ROWS.encode(part, amax, dtype, NUMERICS[numerics]) for part, amax in zip(parts, maxima)]
     for name, full in {"weight": whole.codes, "weight_scale": whole.scale}.items():
         pieces = [weight.codes if name == "weight" else weight.scale for weight in found]
         joined = join(f"block.0.{name}", pieces, ranks[0])

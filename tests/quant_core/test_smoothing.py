@@ -25,16 +25,18 @@ from quant_core import (
     W8A8TimeStepProcessorConfig,
     quant_model,
 )
-from quant_core.arithmetic.numerics import NUMERICS, Numerics
+from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.arithmetic.weight_codec import INT8_ROWS, Int8Rows
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.layers.rescaling import Rescaling
-from quant_core.session.config import ProcessorConfig, SmoothingConfig
+from quant_core.processor import ProcessorConfig
 from quant_core.session.quantize import QuantizedModel
 from quant_core.session.targets import target_layers
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import modulate
 from quant_core.smoothing.m6 import exponents
 from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
+from quant_core.smoothing.method import SmoothingConfig
 from quant_core.smoothing.smooth import groups_to_smooth
 from quant_core.smoothing.statistics import SAMPLE_SIZE, AllCalls, InputStatistics, NoTokens, TokenSample
 from quant_core.structure import Modulation
@@ -184,8 +186,8 @@ def test_smoothing_replays_each_record_once(scheme: Any, replays: int, method: s
 @pytest.mark.parametrize("suppression", [[], [M4ProcessorConfig()]], ids=["none", "m4"])
 @pytest.mark.parametrize("scheme", [W8A8DynamicProcessorConfig, W8A8ProcessorConfig])
 def test_each_weight_is_quantized_once_however_many_records_there_are(scheme: Any, suppression: list[Any], monkeypatch):
-    original, seen = Numerics.quantize_weight, []
-    monkeypatch.setattr(Numerics, "quantize_weight", lambda *args: (seen.append(1), original(*args))[1])
+    original, seen = Int8Rows.encode, []
+    monkeypatch.setattr(Int8Rows, "encode", lambda *args: (seen.append(1), original(*args))[1])
     result = quantize("flux", scheme(), *suppression, count=3, model=build("flux"))
     assert len(seen) == len(result.layers)
 
@@ -232,7 +234,7 @@ def measured(x_NI: Tensor, *weights: Tensor, tokens: Any = NoTokens) -> Measured
     """A group of linears that all read x."""
     statistics = InputStatistics(x_NI.shape[1], torch.float32, tokens())
     statistics.update(x_NI)
-    return MeasuredGroup([SharedInput(weights, statistics)], NUMERICS["float32"], alpha=0.5, floor=1e-5)
+    return MeasuredGroup([SharedInput(weights, statistics)], NUMERICS["float32"], INT8_ROWS, alpha=0.5, floor=1e-5)
 
 
 def outlier_input(channels: int = 16) -> tuple[Tensor, Tensor]:
@@ -287,7 +289,7 @@ def test_m6_of_the_reference_searches_both_when_one_is_missing():
     x, w = outlier_input()
     statistics = InputStatistics(16, torch.float32, AllCalls())
     statistics.update(x)
-    group = MeasuredGroup([SharedInput((w,), statistics)], NUMERICS["reference"], alpha=0.5, floor=1e-5)
+    group = MeasuredGroup([SharedInput((w,), statistics)], NUMERICS["reference"], INT8_ROWS, alpha=0.5, floor=1e-5)
     given_alpha = exponents(group, M6ProcessorConfig(cfg=M6Config(alpha=0.05)))
     assert given_alpha == exponents(group, M6ProcessorConfig())
     assert given_alpha.alpha != 0.05

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-QUANTIZED = {"W8A8", "W8A8_TIMESTEP", "W8A8_DYNAMIC"}
+QUANTIZED = {"W8A8", "W8A8_TIMESTEP", "W8A8_DYNAMIC", "W8A16"}
+STATIC = {"W8A8", "W8A8_TIMESTEP"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def check(loaded: Loaded, dtype: torch.dtype, timesteps: int | None = None) -> N
             "weight_scale": (dtype, (out, 1)),
             "weight_offset": (dtype, (out, 1)),
         }
-        if kind != "W8A8_DYNAMIC":
+        if kind in STATIC:
             expected |= {
                 "input_scale": (dtype, (*rows, 1)),
                 "input_offset": (dtype, (*rows, 1)),
@@ -79,7 +80,7 @@ def check(loaded: Loaded, dtype: torch.dtype, timesteps: int | None = None) -> N
         assert found == expected, layer
         assert weight.abs().max() <= 127
         assert (loaded.tensors[f"{layer}.weight_scale"] > 0).all()
-        if kind != "W8A8_DYNAMIC":
+        if kind in STATIC:
             offset = loaded.tensors[f"{layer}.input_offset"].float()
             assert ((offset == offset.round()) & (offset >= -128) & (offset <= 127)).all()
             assert (loaded.tensors[f"{layer}.input_scale"] > 0).all()

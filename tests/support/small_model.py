@@ -8,20 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant_core import (
-    SaveProcessorConfig,
-    SessionConfig,
-    W8A8DynamicProcessorConfig,
-    W8A8ProcessorConfig,
-    W8A8TimeStepProcessorConfig,
-)
+from quant_core import SaveProcessorConfig, SessionConfig, schemes
 
 STEPS = 4
-SCHEMES: dict[str, Any] = {
-    "w8a8": W8A8ProcessorConfig,
-    "w8a8_timestep": W8A8TimeStepProcessorConfig,
-    "w8a8_dynamic": W8A8DynamicProcessorConfig,
-}
+SCHEMES: dict[str, Any] = {name: scheme.config for name, scheme in schemes.SCHEMES.items()}
 
 
 class SmallModel(nn.Module):

@@ -11,8 +11,8 @@ from model_adapters import load_adapter
 from quant_core.arithmetic.numerics import NUMERICS
 from quant_core.calibration.records import Record
 from quant_core.parallel.groups import Parallel
-from quant_core.session.config import SmoothingConfig
 from quant_core.session.targets import target_layers
+from quant_core.smoothing.method import SmoothingConfig
 from quant_core.smoothing.smooth import Smoothing, smooth
 from quant_core.structure import ModelStructure
 from tests.support.tiny_models import KINDS, build, example_inputs

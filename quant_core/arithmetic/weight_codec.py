@@ -1,0 +1,77 @@
+"""How a weight becomes codes: a scheme names its codec, and whoever touches a weight asks it.
+
+Quantizing a layer, streaming it from disk and searching a smoothing factor then all mean the same codes. Nothing here
+imports torch before it computes, because schemes are read by a command line too (`quant_core.schemes.scheme`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quant_core.arithmetic.numerics import Numerics
+
+
+class QuantizedWeight(NamedTuple):
+    """Hold a weight's int8 codes (O, I), its scale (O, 1) and what the codes stand for (O, I), in the model's dtype."""
+
+    codes: Tensor
+    scale: Tensor
+    fake: Tensor
+
+
+class Int8Rows:
+    """Codes from -127 to 127, symmetric around 0, with one scale for each output row."""
+
+    def row_maxima(self, w_OI: Tensor) -> Tensor:
+        """Return what a row's scale follows from, (O, 1); shards that share scales take the maximum of theirs."""
+        return w_OI.abs().amax(dim=1, keepdim=True)
+
+    def encode(self, w_OI: Tensor, amax_O1: Tensor, dtype: torch.dtype, numerics: Numerics) -> QuantizedWeight:
+        """Quantize a weight, or some rows of one.
+
+        w_OI: in any precision; amax_O1: its row maxima, over all shards if they share scales; dtype: the model's.
+        """
+        import torch
+
+        from quant_core.arithmetic.scales import QMAX, dequantize, quantize, symmetric_scale
+
+        compute = dtype if numerics.is_reference else torch.float32
+        scale_O1 = symmetric_scale(amax_O1.to(compute)).to(dtype)
+        if not numerics.is_reference:
+            scale_O1 = _reaching(scale_O1, amax_O1)
+        points_OI = quantize(w_OI.to(compute), scale_O1.to(compute))
+        codes_OI = points_OI.clamp(min=-QMAX)
+        fake_OI = dequantize(points_OI if numerics.is_reference else codes_OI, scale_O1.to(compute))
+        return QuantizedWeight(codes_OI.to(torch.int8), scale_O1, fake_OI.to(dtype))
+
+    def decode(self, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
+        """Return the weight that stored codes stand for, (O, I) float32."""
+        return codes_OI.float() * scale_O1.float()
+
+    def round_trip(self, w_OI: Tensor) -> Tensor:
+        """Return a weight as its codes would have it, in its own precision and with unrounded scales: for a search."""
+        from quant_core.arithmetic.scales import QMAX
+
+        scale_O1 = self.row_maxima(w_OI) / QMAX
+        return (w_OI / scale_O1).round().clamp(-QMAX, QMAX) * scale_O1
+
+
+def _reaching(scale: Tensor, amax: Tensor) -> Tensor:
+    """Return the stored scale, one unit larger where rounding left amax more than half a step behind the last code.
+
+    Only a subnormal can round that far: in float16 the scale of a row whose absmax is below 0.001.
+    """
+    import torch
+
+    from quant_core.arithmetic.scales import QMAX
+
+    unit = torch.finfo(scale.dtype).smallest_normal * torch.finfo(scale.dtype).eps
+    falls_short = scale.to(torch.float32) * (QMAX + 0.5) < amax.to(torch.float32)
+    return torch.where(falls_short, scale + unit, scale)
+
+
+INT8_ROWS = Int8Rows()

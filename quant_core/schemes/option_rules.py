@@ -1,0 +1,59 @@
+"""Which options do not fit a scheme or each other; said once for sessions and for command lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from quant_core.errors import ConfigurationError
+from quant_core.schemes import SCHEMES
+from quant_core.schemes.scheme import Scheme
+
+
+class OptionNames(NamedTuple):
+    """What the reader of an error knows the options by."""
+
+    scheme: str = "processor_cfg_map"
+    act_method: str = "act_method"
+    numerics: str = "numerics"
+    fused: str = "fused=True"
+    smoothing: str = "the outlier suppression"
+
+
+def schemes_that(have: Callable[[Scheme], bool]) -> str:
+    """Name the schemes of which something holds, as a choice: "a, b or c"."""
+    *others, last = [name for name, scheme in SCHEMES.items() if have(scheme)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def option_problems(
+    quant_type: str,
+    scheme: Scheme,
+    *,
+    act_method: str,
+    numerics: str,
+    multiplies_input: bool,
+    called: OptionNames = OptionNames(),  # noqa: B008, it is immutable
+) -> Iterator[ConfigurationError]:
+    """Yield what does not fit. quant_type: the scheme as it was asked for; multiplies_input: smoothing, not fused."""
+    if act_method != "minmax" and not scheme.observes_input:
+        yield ConfigurationError(
+            f"{called.act_method} {act_method} has no meaning for {quant_type}",
+            where=f"{called.act_method}, {called.scheme}",
+            why=f"no activation range is estimated: {scheme.summary}",
+            advice=f"drop {called.act_method}, or use {schemes_that(lambda other: other.observes_input)}",
+        )
+    elif act_method != "minmax" and numerics == "reference":
+        yield ConfigurationError(
+            f"{called.act_method} {act_method} is no estimator of {called.numerics} reference",
+            where=f"{called.act_method}, {called.numerics}",
+            why="what the reference tool computes for it is not public; only minmax can be equal to the last bit",
+            advice=f"{called.numerics} float32, or {called.act_method} minmax",
+        )
+    if multiplies_input and not scheme.multiplies_input:
+        yield ConfigurationError(
+            f"{quant_type} can only be smoothed with {called.fused}",
+            where=f"{called.smoothing}, {called.scheme}",
+            why="its runtime does not multiply the input, so a layer smoothed in that way would compute something else",
+            advice=f"add {called.fused}, or drop {called.smoothing}",
+        )
