@@ -9,11 +9,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from launcher.devices import npu
 from launcher.failure.exit_codes import EXIT_CODES, ExitCode, exit_code
+from launcher.journal.status import format_time, write_status
 from quant_core.errors import DistributedError, EnvironmentFailure, ExplainedError, MemoryExhausted
 
 # How gloo, NCCL and torch's store say that a peer is gone or silent; they raise RuntimeError for everything.
@@ -68,6 +70,13 @@ class Failure:
     def exit_code(self) -> ExitCode:
         """The exit status of a job that ended so."""
         return exit_code(self.error())
+
+
+def write_end(folder: Path, started: float, failure: Failure | None) -> None:
+    """Say in `status.json` how the job ended: published, or with the failure that came first."""
+    code = failure.exit_code if failure else ExitCode.PUBLISHED
+    told = {**asdict(failure), "at": format_time(failure.at)} if failure else None
+    write_status(folder, code.state, started, exit_code=int(code), error=told)
 
 
 def explained(error: BaseException) -> ExplainedError:

@@ -34,13 +34,15 @@ from launcher.failure import stop
 from launcher.failure.board import Beat, Board, Stores, connect
 from launcher.failure.error_file import write_error_file
 from launcher.failure.exit_codes import ExitCode
-from launcher.failure.failures import Failure
+from launcher.failure.failures import Failure, write_end
 from launcher.failure.heartbeat import Lost, Pulse, ask_for_stacks, here, kill_frozen
 from launcher.journal import logs, status
 from launcher.journal.console import Console
 from quant_core.errors import DistributedError
 
 _INTERVAL_S = 0.5
+# What `status.json` says of each rank.
+_SHOWN = ("rank", "stage", "done", "total", "step", "memory", "host", "pid")
 # The stage until the ranks have formed their groups: there is nothing to finish yet.
 _STARTING = "starting"
 # How long the cause of a lost connection may take to show: a beat of the watching thread, and the kernel's clean-up.
@@ -123,7 +125,7 @@ class Watch:
         self.board.beat(self._beat)
         self.console.close()
         if self.launch.rank == 0:
-            status.write_ended(self.folder, self._started, None)
+            write_end(self.folder, self._started, None)
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an exception in its main thread, or because of what caused that."""
@@ -156,7 +158,8 @@ class Watch:
 
     def _say_running(self, beats: Iterable[Beat]) -> None:
         if self.launch.rank == 0:
-            status.write_running(self.folder, self._started, beats)
+            ranks = [{name: getattr(beat, name) for name in _SHOWN} for beat in beats]
+            status.write_status(self.folder, "running", self._started, ranks=ranks)
 
     def _listen(self) -> None:
         for number in stop.arrived(self._signals) if self._signals is not None else []:
@@ -216,7 +219,7 @@ class Watch:
         if isinstance(told, DistributedError):
             logs.dump_stacks(self.folder, rank)
             self._end_frozen(first)
-        status.write_ended(self.folder, self._started, first)
+        write_end(self.folder, self._started, first)
         write_error_file(first, is_first=is_mine)
         with suppress(Exception):
             self.console.close()

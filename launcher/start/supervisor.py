@@ -27,9 +27,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from launcher.cli.command_line import Command, RunJob, parse
 from launcher.failure.error_file import pass_on, read_error_files
 from launcher.failure.exit_codes import EXIT_CODES, ExitCode
-from launcher.failure.failures import Failure
+from launcher.failure.failures import Failure, write_end
 from launcher.failure.stop import GRACEFUL, Stopped, stopped_on
-from launcher.journal.status import account_folder, format_time, read_status, write_ended
+from launcher.journal.status import account_folder, format_time, read_status
 from launcher.start.agent import agent_arguments, end_children, heard, run_agent
 from launcher.start.supervisor_flags import split_at_command
 from quant_core.errors import DistributedError, ExplainedError
@@ -133,6 +133,6 @@ def _close(failure: Failure | None, command: Command, started: float) -> ExitCod
     if failure is None:
         return ExitCode.PUBLISHED
     if isinstance(command, RunJob):
-        write_ended(account_folder(command.config), started, failure)
+        write_end(account_folder(command.config), started, failure)
     pass_on(failure)
     return failure.exit_code
