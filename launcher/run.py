@@ -34,7 +34,7 @@ def run(config: JobConfig, watch: Watch | None = None) -> None:
     """Run the job on this rank, together with the others; a caller in Python may do without a watch that is started."""
     watch = watch or Watch(config)
     quiet_diffusers()
-    ranks = join(config, watch.stores.groups)
+    ranks = join(config, watch.launch, watch.stores.groups)
     for reason in ranks.reasons:
         watch.console.say(reason)
     watch.enter("prepare")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.devices import npu
-from launcher.devices.rank_variables import RankVariables
+from launcher.devices.launch import Launch
 from quant_core.errors import ConfigurationError, EnvironmentFailure
 
 Kind = Literal["npu", "cuda", "cpu"]
@@ -30,7 +30,7 @@ class Cards:
     count: int
     visible: str = ""
 
-    def shared_by(self, launch: RankVariables) -> bool:
+    def shared_by(self, launch: Launch) -> bool:
         """Whether several ranks of this host have to use one GPU. Nothing else can be shared."""
         return self.kind == "cuda" and 0 < self.count < launch.local_world
 
@@ -50,7 +50,7 @@ def find_cards(kind: Kind, environ: Mapping[str, str]) -> Cards:
     return Cards(kind, count, f"{_VISIBLE[kind]}={environ.get(_VISIBLE[kind], '(unset)')}")
 
 
-def choose_device_index(cards: Cards, device_id: int, launch: RankVariables) -> tuple[int, str]:
+def choose_device_index(cards: Cards, device_id: int, launch: Launch) -> tuple[int, str]:
     """Return the index of this process's device among those it can see, and why.
 
     Raises:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
-from launcher.devices.rank_variables import RankVariables
+from launcher.devices.launch import Launch
 from launcher.failure.failures import Failure
 from quant_core.errors import DistributedError
 
@@ -47,17 +47,17 @@ class Beat:
 class Board:
     """Post and read short notes in a store that all ranks of one attempt share."""
 
-    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, store: dist.Store, launch: Launch) -> None:
+        self._launch = launch
         self._store = store
 
     def beat(self, beat: Beat) -> None:
         """Replace this rank's beat."""
-        self._store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
+        self._store.set(f"beat/{self._launch.rank}", json.dumps(asdict(beat)))
 
     def beats(self) -> dict[int, Beat]:
         """Return the last beat of every rank that has come so far."""
-        keys = [f"beat/{rank}" for rank in range(self.world)]
+        keys = [f"beat/{rank}" for rank in range(self._launch.world)]
         if not self._store.check(keys):
             keys = [key for key in keys if self._store.check([key])]
         found = [Beat(**json.loads(text)) for text in self._store.multi_get(keys)] if keys else []
@@ -92,14 +92,14 @@ class Stores:
     board: Board
 
 
-def connect(launch: RankVariables, timeout_s: float) -> Stores:
+def connect(launch: Launch, timeout_s: float) -> Stores:
     """Connect with the store that `launch` points to; a single process gets a board of its own.
 
     Raises:
         DistributedError: the host of the store did not answer within `timeout_s` seconds.
     """
     if not launch.is_distributed:
-        return Stores(None, Board(dist.HashStore(), 0, 1))
+        return Stores(None, Board(dist.HashStore(), launch))
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
@@ -112,11 +112,11 @@ def connect(launch: RankVariables, timeout_s: float) -> Stores:
             why=" ".join(str(error).split())[:300],
             advice="read the other ranks' errors; check MASTER_ADDR and MASTER_PORT, and that all ranks were started",
         ) from error
-    board = Board(dist.PrefixStore(f"board/{attempt}", notes), launch.rank, launch.world)
+    board = Board(dist.PrefixStore(f"board/{attempt}", notes), launch)
     return Stores(dist.PrefixStore(f"groups/{attempt}", groups), board)
 
 
-def _store(launch: RankVariables, timeout_s: float, *, hosts: bool) -> dist.TCPStore:
+def _store(launch: Launch, timeout_s: float, *, hosts: bool) -> dist.TCPStore:
     address, port = _address(launch)
     return dist.TCPStore(
         address,
@@ -129,7 +129,7 @@ def _store(launch: RankVariables, timeout_s: float, *, hosts: bool) -> dist.TCPS
     )
 
 
-def _address(launch: RankVariables) -> tuple[str, int]:
+def _address(launch: Launch) -> tuple[str, int]:
     if launch.init_method and launch.init_method != "env://":
         found = urlsplit(launch.init_method)
         return found.hostname or "127.0.0.1", found.port or 0

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from launcher.devices.launch import Launch
 from launcher.failure.board import Beat
 from quant_core.errors import DistributedError
 
@@ -60,8 +61,7 @@ class Pulse:
     `start_limit_s` bounds the wait for a rank that has not come at all.
     """
 
-    rank: int
-    world: int
+    launch: Launch
     hang_limit_s: float
     start_limit_s: float
     now: float
@@ -73,7 +73,7 @@ class Pulse:
         # A process that was stopped itself sees a long silence of all others that proves nothing.
         passed = min(now - self.now, _LONGEST_LOOK_S)
         self.now = now
-        others = [rank for rank in range(self.world) if rank != self.rank]
+        others = [rank for rank in range(self.launch.world) if rank != self.launch.rank]
         for rank in others:
             count = beats[rank].count if rank in beats else -1
             self._silence[rank] = self._silence[rank] + passed if self._counts.get(rank) == count else 0.0

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from launcher.config.job_config import JobConfig
 from launcher.devices import npu
-from launcher.devices.rank_variables import RankVariables, read_rank_variables
+from launcher.devices.launch import Launch, read_launch
 from launcher.failure import stop
 from launcher.failure.board import Beat, Board, Stores, connect
 from launcher.failure.error_file import write_error_file
@@ -56,7 +56,7 @@ class Watch:
 
     def __init__(self, config: JobConfig) -> None:
         self.folder = status.account_folder(config)
-        self.launch: RankVariables = read_rank_variables(os.environ)
+        self.launch: Launch = read_launch(os.environ)
         self.stores: Stores = connect(self.launch, config.ranks.timeout_s)
         self.console = Console(speaks=self.launch.rank == 0, note=self._note)
         self._started = time.time()
@@ -64,7 +64,7 @@ class Watch:
         self._beat = Beat(self.launch.rank, 0, process.pid, process.create_time(), here(), _STARTING)
         self._beats: dict[int, Beat] = {}
         limits = float(config.ranks.hang_timeout), float(config.ranks.timeout_s)
-        self._pulse = Pulse(self.launch.rank, self.launch.world, *limits, now=time.monotonic())
+        self._pulse = Pulse(self.launch, *limits, now=time.monotonic())
         self._signals: int | None = None
         self._interrupts = 0
         self._asked: str | None = None

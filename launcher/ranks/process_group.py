@@ -23,7 +23,7 @@ import torch.distributed as dist
 from launcher.config.job_config import JobConfig
 from launcher.devices import npu
 from launcher.devices.choice import available_cores, choose_backend, choose_device_index, choose_threads, find_cards
-from launcher.devices.rank_variables import RankVariables, read_rank_variables
+from launcher.devices.launch import Launch
 from launcher.ranks.mesh import Mesh, choose_tp_size
 from model_adapters import load_options
 from quant_core.errors import DistributedError
@@ -36,13 +36,9 @@ class Ranks:
     The groups are None in a single process. `reasons` says in a line each what was chosen automatically and why.
     """
 
-    rank: int
-    local_rank: int
-    world: int
+    mesh: Mesh
     device: torch.device
     backend: str
-    mesh: Mesh
-    source: str
     timeout_s: int
     reasons: tuple[str, ...] = ()
     control: dist.ProcessGroup | None = None
@@ -51,13 +47,23 @@ class Ranks:
     dp_control: dist.ProcessGroup | None = None
 
     @property
+    def rank(self) -> int:
+        """Which rank this process is."""
+        return self.mesh.launch.rank
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.mesh.launch.world
+
+    @property
     def is_distributed(self) -> bool:
         """Whether a launcher started this process; then the names of its files carry its rank."""
-        return self.control is not None
+        return self.mesh.launch.is_distributed
 
 
-def join(config: JobConfig, store: dist.Store | None = None) -> Ranks:
-    """Find this process's rank and device, and connect it with the others; every rank calls this once.
+def join(config: JobConfig, launch: Launch, store: dist.Store | None = None) -> Ranks:
+    """Find this process's device, and connect it with the other ranks; every rank calls this once.
 
     `store` is where the ranks meet; left out, one is made from the environment.
 
@@ -65,10 +71,9 @@ def join(config: JobConfig, store: dist.Store | None = None) -> Ranks:
 
     Raises:
         ConfigurationError: the number of ranks does not fit the tensor-parallel size, or `--device_id` the launcher.
-        EnvironmentFailure: rank variables contradict each other, or there is no such device.
+        EnvironmentFailure: there is no such device.
         DistributedError: the other ranks did not come within the timeout.
     """
-    launch = read_rank_variables(os.environ)
     mesh, mesh_reason = lay_out(config, launch)
     cards = find_cards(config.ranks.device, os.environ)
     index, device_reason = choose_device_index(cards, config.ranks.device_id, launch)
@@ -85,15 +90,11 @@ def join(config: JobConfig, store: dist.Store | None = None) -> Ranks:
         f"backend: {backend_reason}",
         f"threads: {threads}, {threads_reason}",
     )
-    groups = _form_groups(launch, mesh, device, backend, config.ranks.timeout_s, store) if launch.is_distributed else {}
+    groups = _form_groups(mesh, device, backend, config.ranks.timeout_s, store) if launch.is_distributed else {}
     return Ranks(
-        rank=launch.rank,
-        local_rank=launch.local_rank,
-        world=launch.world,
+        mesh=mesh,
         device=device,
         backend=backend,
-        mesh=mesh,
-        source=launch.source,
         timeout_s=config.ranks.timeout_s,
         reasons=reasons,
         **groups,
@@ -110,7 +111,7 @@ def leave(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-def lay_out(config: JobConfig, launch: RankVariables) -> tuple[Mesh, str]:
+def lay_out(config: JobConfig, launch: Launch) -> tuple[Mesh, str]:
     """Return the mesh that a configuration means in a world of that size, and why.
 
     Raises:
@@ -124,11 +125,10 @@ def lay_out(config: JobConfig, launch: RankVariables) -> tuple[Mesh, str]:
         device_type=name,
         device_type_tp=known[name].tp_size if name in known else None,
     )
-    return Mesh(launch.world, launch.rank, tp_size), reason
+    return Mesh(launch, tp_size), reason
 
 
 def _form_groups(
-    launch: RankVariables,
     mesh: Mesh,
     device: torch.device,
     backend: str,
@@ -136,6 +136,7 @@ def _form_groups(
     store: dist.Store | None,
 ) -> dict[str, Any]:
     """Connect to all other ranks and make the groups; all ranks make all groups, in the same order."""
+    launch = mesh.launch
     device_options: Any = None
     device_timeout = control_timeout = timedelta(seconds=timeout_s)
     if device.type == "npu":

@@ -15,7 +15,7 @@ import torch
 
 from launcher.cli.command_line import RunJob, parse
 from launcher.config.job_config import JobConfig
-from launcher.devices.rank_variables import RankVariables
+from launcher.devices.launch import Launch
 from launcher.failure.together import all_agree, barrier, gather_objects, run_together
 from launcher.ranks.process_group import join, lay_out, leave
 from quant_core.errors import ConfigurationError, InputError
@@ -187,7 +187,7 @@ def config_of(*words: str) -> JobConfig:
 def test_a_single_process_needs_no_group_and_everything_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
-    ranks = join(config_of(*FLAGS))
+    ranks = join(config_of(*FLAGS), Launch())
     assert (ranks.rank, ranks.world, ranks.device, ranks.is_distributed) == (0, 1, torch.device("cpu"), False)
     assert gather_objects(ranks, "mine") == ["mine"]
     assert all_agree(ranks, True)
@@ -214,10 +214,10 @@ def raise_input_error() -> None:
     ],
 )
 def test_the_mesh_follows_the_device_type_of_the_model(words: tuple[str, ...], world: int, tp_size: int) -> None:
-    mesh, _reason = lay_out(config_of(*words), RankVariables(world=world))
+    mesh, _reason = lay_out(config_of(*words), Launch(world=world))
     assert mesh.tp_size == tp_size
 
 
 def test_a_dual_card_job_in_a_single_process_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigurationError, match="1 rank cannot form groups of 2"):
-        join(config_of(*DUAL))
+        join(config_of(*DUAL), Launch())

@@ -15,11 +15,11 @@ from launcher.devices.choice import (
     choose_threads,
     find_cards,
 )
-from launcher.devices.rank_variables import RankVariables
+from launcher.devices.launch import Launch
 from quant_core.errors import ConfigurationError, EnvironmentFailure
 
-ALONE = RankVariables()
-SECOND_OF_TWO = RankVariables(1, 2, 1, 2, "torchrun", "env://")
+ALONE = Launch()
+SECOND_OF_TWO = Launch(1, 2, 1, 2, "torchrun", "env://")
 NPUS = Cards("npu", 2, "ASCEND_RT_VISIBLE_DEVICES=4,5")
 NO_NPU = Cards("npu", 0, "ASCEND_RT_VISIBLE_DEVICES=(unset)")
 ONE_GPU = Cards("cuda", 1, "CUDA_VISIBLE_DEVICES=0")
@@ -33,11 +33,11 @@ ONE_GPU = Cards("cuda", 1, "CUDA_VISIBLE_DEVICES=0")
         (NPUS, 1, ALONE, 1, "--device_id 1 of 2 visible"),
         (ONE_GPU, 0, SECOND_OF_TWO, 0, "2 ranks share 1 GPU"),
         # 5 of 6 ranks on 4 cards: round and round, 5 modulo 4 is 1.
-        (Cards("cuda", 4), 0, RankVariables(5, 6, 5, 6, "torchrun", "env://"), 1, "6 ranks share 4 GPUs"),
+        (Cards("cuda", 4), 0, Launch(5, 6, 5, 6, "torchrun", "env://"), 1, "6 ranks share 4 GPUs"),
     ],
 )
 def test_the_device_is_picked_by_local_rank_or_by_hand(
-    cards: Cards, device_id: int, launch: RankVariables, index: int, said: str
+    cards: Cards, device_id: int, launch: Launch, index: int, said: str
 ) -> None:
     chosen, reason = choose_device_index(cards, device_id, launch)
     assert chosen == index
@@ -54,7 +54,7 @@ def test_the_device_is_picked_by_local_rank_or_by_hand(
     ],
 )
 def test_a_device_that_does_not_exist_is_refused_with_what_hides_devices(
-    cards: Cards, device_id: int, launch: RankVariables, where: str
+    cards: Cards, device_id: int, launch: Launch, where: str
 ) -> None:
     with pytest.raises(EnvironmentFailure) as caught:
         choose_device_index(cards, device_id, launch)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from launcher.devices.launch import Launch
 from launcher.failure.board import Beat
 from launcher.failure.heartbeat import Pulse, here, is_gone
 
@@ -18,7 +19,7 @@ ELSEWHERE = Beat(rank=1, count=1, pid=1, started=0.0, host="another-host", stage
 
 
 def pulse() -> Pulse:
-    return Pulse(rank=0, world=2, hang_limit_s=HANG_S, start_limit_s=START_S, now=0.0)
+    return Pulse(Launch(0, 2), hang_limit_s=HANG_S, start_limit_s=START_S, now=0.0)
 
 
 def look_each_second(watching: Pulse, beats: list[Beat | None]) -> list[str | None]:
