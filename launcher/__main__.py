@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from launcher.cli.command_line import Command, MergeFiles, parse
 from launcher.config.job_config import JobConfig
-from launcher.devices import npu
+from launcher.devices.kinds import use_only
 from launcher.failure import stop
 from launcher.failure.exit_codes import exit_code
 from launcher.start.supervisor_flags import asks_for_ranks
@@ -61,10 +61,8 @@ def _leave_on_signals(rank: str) -> None:
 
 
 def _execute(command: Command) -> None:
-    if not isinstance(command, MergeFiles) and command.config.ranks.device == "npu":
-        npu.load()  # not later: the thread that watches asks torch for its accelerator, and half of one ends the run
-    else:
-        npu.hide()
+    # Not later: the thread that watches asks torch for its accelerator, and half of one ends the run.
+    use_only("cpu" if isinstance(command, MergeFiles) else command.config.ranks.device)
     if isinstance(command, MergeFiles):
         from launcher.stages.merge import merge_files
 

@@ -108,7 +108,7 @@ def connect(launch: Launch, timeout_s: float) -> Stores:
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"the {launch.world} ranks could not connect",
-            where=f"rank {launch.rank}, {launch.source}, {':'.join(map(str, _address(launch)))}",
+            where=f"{launch.source}, {':'.join(map(str, _address(launch)))}",
             why=" ".join(str(error).split())[:300],
             advice="read the other ranks' errors; check MASTER_ADDR and MASTER_PORT, and that all ranks were started",
         ) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from launcher.devices import npu
+from launcher.devices import kinds
 from launcher.failure.exit_codes import EXIT_CODES, ExitCode, exit_code
 from launcher.journal.status import format_time, write_status
 from quant_core.errors import DistributedError, EnvironmentFailure, ExplainedError, MemoryExhausted
@@ -88,7 +88,7 @@ def explained(error: BaseException) -> ExplainedError:
     if (isinstance(error, OSError) and error.errno in _DISK_FULL) or _says(error, _FAILED_WRITE):
         return _disk_full(error)
     if isinstance(error, RuntimeError):
-        return npu.explain(str(error)) or _lost_peer(error) or _bug(error)
+        return kinds.explain(error) or _lost_peer(error) or _bug(error)
     return _bug(error)
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.config.job_config import JobConfig
-from launcher.devices import npu
+from launcher.devices import kinds
 from launcher.devices.launch import Launch, read_launch
 from launcher.failure import stop
 from launcher.failure.board import Beat, Board, Stores, connect
@@ -181,7 +181,7 @@ class Watch:
         """
         if not isinstance(Failure.of(error, 0).error(), DistributedError) or getattr(error, "shared", False):
             return None
-        if npu.is_about_to_abort(error):
+        if kinds.is_about_to_abort(error):
             return None
         # The thread leaves as soon as it sees the cause, and this process with it.
         until = time.monotonic() + _CAUSE_S

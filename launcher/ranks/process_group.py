@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from launcher.config.job_config import JobConfig
-from launcher.devices import npu
 from launcher.devices.choice import available_cores, choose_backend, choose_device_index, choose_threads, find_cards
+from launcher.devices.kinds import KINDS
 from launcher.devices.launch import Launch
 from launcher.ranks.mesh import Mesh, choose_tp_size
 from model_adapters import load_options
@@ -77,11 +77,11 @@ def join(config: JobConfig, launch: Launch, store: dist.Store | None = None) -> 
     mesh, mesh_reason = lay_out(config, launch)
     cards = find_cards(config.ranks.device, os.environ)
     index, device_reason = choose_device_index(cards, config.ranks.device_id, launch)
-    device = torch.device(cards.kind, index) if cards.kind != "cpu" else torch.device("cpu")
+    device = torch.device(cards.kind.name, *([index] if cards.kind.has_cards else []))
     backend, backend_reason = choose_backend(device, shared=cards.shared_by(launch))
     threads, threads_reason = choose_threads(available_cores(), launch.local_world, os.environ.get("OMP_NUM_THREADS"))
     torch.set_num_threads(threads)
-    if device.type != "cpu":
+    if cards.kind.has_cards:
         torch.accelerator.set_device_index(index)
     reasons = (
         f"ranks: {launch.source}, rank {launch.rank} of {launch.world}",
@@ -136,13 +136,11 @@ def _form_groups(
     store: dist.Store | None,
 ) -> dict[str, Any]:
     """Connect to all other ranks and make the groups; all ranks make all groups, in the same order."""
-    launch = mesh.launch
-    device_options: Any = None
-    device_timeout = control_timeout = timedelta(seconds=timeout_s)
-    if device.type == "npu":
-        npu.set_environment_defaults(os.environ)
-        device_options = npu.group_options(os.environ)
-        device_timeout = timedelta(seconds=npu.group_timeout_s(timeout_s, os.environ))
+    launch, kind = mesh.launch, KINDS[device.type]
+    kind.set_environment(os.environ)
+    options = kind.group_options(os.environ)
+    control_timeout = timedelta(seconds=timeout_s)
+    device_timeout = timedelta(seconds=kind.group_timeout_s(timeout_s, os.environ))
     try:
         dist.init_process_group(
             backend,
@@ -151,19 +149,18 @@ def _form_groups(
             rank=launch.rank,
             world_size=launch.world,
             timeout=device_timeout,
-            # NCCL binds early with it; on npu it would make every later gloo group fail.
-            device_id=device if backend.endswith("cuda:nccl") else None,
+            device_id=device if kind.connects_early and not backend.endswith("gloo") else None,
         )
         return {
             "control": dist.new_group(backend="gloo", timeout=control_timeout),
-            "tp_device_group": _own_group(mesh.tp_groups, timeout=device_timeout, pg_options=device_options),
+            "tp_device_group": _own_group(mesh.tp_groups, timeout=device_timeout, pg_options=options),
             "tp_control": _own_group(mesh.tp_groups, timeout=control_timeout, backend="gloo"),
             "dp_control": _own_group(mesh.dp_groups, timeout=control_timeout, backend="gloo"),
         }
     except RuntimeError as error:
         raise DistributedError(
             f"the {launch.world} ranks could not connect",
-            where=f"rank {launch.rank}, {launch.source}, {backend}",
+            where=f"{launch.source}, {backend}",
             why=" ".join(str(error).split())[:300],
             advice="read the other ranks' errors; check MASTER_ADDR and MASTER_PORT, and that all ranks were started",
         ) from error
