@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from launcher.config.job_config import JobConfig
-from launcher.failure.together import gather_objects, run_together
-from launcher.failure.watch import Watch
+from launcher.failure.monitor import Monitor
+from launcher.failure.phases import run_together
 from launcher.files.identity import calibration_fingerprint, model_fields, quantization_fingerprint
 from launcher.files.manifest import read_manifest
 from launcher.files.run_folder import RunFolder
 from launcher.journal.logs import quiet_diffusers
+from launcher.ranks.agreement import gather_objects
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
 from launcher.stages.images import check_save_path, explain_cache, make_float_images
@@ -30,11 +31,11 @@ from quant_core.errors import InputError
 T = TypeVar("T")
 
 
-def run(config: JobConfig, watch: Watch | None = None) -> None:
-    """Run the job on this rank, together with the others; a caller in Python may do without a watch that is started."""
-    watch = watch or Watch(config)
+def run(config: JobConfig, watch: Monitor | None = None) -> None:
+    """Run the job on this rank, together with the others; a caller in Python may do without a started monitor."""
+    watch = watch or Monitor(config)
     quiet_diffusers()
-    ranks = join(config, watch.launch, watch.stores.groups)
+    ranks = join(config, watch.launch, watch.rendezvous.groups)
     for reason in ranks.reasons:
         watch.console.say(reason)
     watch.enter("prepare")
@@ -60,7 +61,7 @@ def _quantize(job: QuantJob) -> None:
         make_quant_images(job)
 
 
-def _prepare(config: JobConfig, ranks: Ranks, watch: Watch) -> Job:
+def _prepare(config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
     """Check everything that can be checked before anything is loaded or written."""
     session = ModelSession(config, ranks)
     session.check()

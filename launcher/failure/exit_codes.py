@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from launcher.failure.stop import Interrupted, Preempted
+from launcher.failure.signals import Interrupted, Preempted
 from quant_core.errors import (
     ConfigurationError,
     DistributedError,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.failure.together import all_agree, gather_objects, run_together
+from launcher.failure.phases import run_together
 from launcher.files.calibration_parts import CalibrationParts
+from launcher.ranks.agreement import all_agree, gather_objects
 from launcher.stages.encode import encode
 from launcher.stages.images import are_there, have_images, run_pipeline
 from launcher.stages.job import QuantJob

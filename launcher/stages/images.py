@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launcher.failure.together import all_agree, gather_objects
+from launcher.ranks.agreement import all_agree, gather_objects
 from launcher.stages.encode import encode, prompts_of
 from launcher.stages.job import Job
 from model_adapters.pipeline.prompts import Batch, ImageRequest

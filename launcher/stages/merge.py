@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.cli.command_line import MergeFiles
-from launcher.failure.together import run_together
+from launcher.failure.phases import run_together
 from launcher.files.manifest import Manifest
 from launcher.files.run_folder import MANIFEST, STAGING, note_file, tp_suffix
 from launcher.files.shard_checks import OpenedShard, check_shards

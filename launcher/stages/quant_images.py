@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.failure.together import run_together
+from launcher.failure.phases import run_together
 from launcher.stages.calibrate import float_folder
 from launcher.stages.encode import encode
 from launcher.stages.images import have_images, list_images, run_pipeline

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from launcher.cli.command_line import RunJob, parse
 from launcher.devices.launch import read_launch
 from launcher.failure.exit_codes import exit_code
-from launcher.failure.together import all_agree, barrier, gather_objects, run_together
+from launcher.failure.phases import run_together
+from launcher.ranks.agreement import all_agree, barrier, gather_objects
 from launcher.ranks.process_group import Ranks, join, leave
 from quant_core.errors import ExplainedError, InputError
 

@@ -16,7 +16,8 @@ import torch
 from launcher.cli.command_line import RunJob, parse
 from launcher.config.job_config import JobConfig
 from launcher.devices.launch import Launch
-from launcher.failure.together import all_agree, barrier, gather_objects, run_together
+from launcher.failure.phases import run_together
+from launcher.ranks.agreement import all_agree, barrier, gather_objects
 from launcher.ranks.process_group import join, lay_out, leave
 from quant_core.errors import ConfigurationError, InputError
 from tests.support.torchrun import ROOT, run_torchrun
