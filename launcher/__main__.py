@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from launcher.cli.command_line import parse
-from launcher.failure import stop
-from launcher.failure.exit_codes import exit_code
+from launcher.devices.launch import Launch, read_launch
+from launcher.failure.record import STARTING, Failure
+from launcher.failure.signals import on_signals, stopped_on
+from launcher.failure.way_out import leave
 from launcher.start.supervisor_flags import asks_for_ranks
-from quant_core.errors import ExplainedError
+from quant_core.errors import EnvironmentFailure, ExplainedError
 
 # What the supervisor starts on every rank.
 ENTRY = ("-m", "launcher")
@@ -21,55 +22,36 @@ ENTRY = ("-m", "launcher")
 def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> None:
     """Run one command and exit; every error is explained on the standard error, by one rank if all share it."""
     words = sys.argv[1:] if argv is None else argv
-    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
-    _leave_on_signals(rank)
+    launch = _launch()
+    rank = launch.rank if launch else 0
+
+    def speaks() -> bool:
+        return rank == 0
+
+    def leave_on(number: signal.Signals) -> None:  # an exception would be lost inside an import of torch
+        leave(Failure.of(stopped_on(number.name), rank, STARTING), speaks=speaks)
+
+    on_signals(leave_on)
     try:
         if asks_for_ranks(words):
             from launcher.start.supervisor import supervise
 
             sys.exit(supervise(words, entry))
         command = parse(words)
-    except ExplainedError as error:
-        _end(error, quiet=rank != "0")
+    except ExplainedError as error:  # every rank has the same words, so it is as well the first one's
+        leave(Failure.of(error, 0), text=str(error), speaks=speaks)
     try:
-        command.run()
+        command.run(launch)
     except (Exception, KeyboardInterrupt) as error:
-        from launcher.failure.failures import explained
-
-        told = explained(error)
-        if type(told) is ExplainedError:  # a mistake of the program: the traceback is what its authors need
-            import traceback
-
-            traceback.print_exception(error)
-        _end(told, quiet=told.shared and rank != "0")
+        leave(Failure.of(error, rank, STARTING if launch and launch.is_distributed else ""), error)
 
 
-def _leave_on_signals(rank: str) -> None:
-    """End at once on a signal, until a watch listens: an exception would be lost inside an import of torch."""
-
-    def leave(number: int, frame: object) -> None:
-        error = stop.stopped_on(signal.Signals(number).name, f"rank {rank}, starting")
-        if rank == "0":
-            print(error, file=sys.stderr, flush=True)
-        os._exit(exit_code(error))
-
-    for number in stop.GRACEFUL:
-        signal.signal(number, leave)
-    stop.hear_interrupts()
-
-
-def _end(error: BaseException, *, quiet: bool) -> NoReturn:
-    """Exit at once: an orderly exit would wait for ranks that may be waiting for this one."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from launcher.failure.error_file import write_error_file
-        from launcher.failure.failures import Failure
-
-        write_error_file(Failure.of(error, int(os.environ.get("RANK", "0"))), is_first=True)
-    if not quiet:
-        print(error, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code(error))
+def _launch() -> Launch | None:
+    """Return which rank this is; None where the variables contradict each other, which a job refuses by itself."""
+    try:
+        return read_launch(os.environ)
+    except EnvironmentFailure:
+        return None
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ Every stage leaves complete files behind and skips itself when a matching earlie
 from __future__ import annotations
 
 from launcher.config.job_config import JobConfig
-from launcher.failure.together import run_together
-from launcher.failure.watch import Watch
+from launcher.failure.monitor import Monitor
+from launcher.failure.phases import run_together
 from launcher.journal.logs import quiet_diffusers
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
@@ -21,11 +21,11 @@ from launcher.stages.quantize import quantize
 from model_adapters.pipeline.prompts import Batch, even_share, read_batches
 
 
-def run(config: JobConfig, watch: Watch | None = None) -> None:
-    """Run the job on this rank, together with the others; a caller in Python may do without a watch that is started."""
-    watch = watch or Watch(config)
+def run(config: JobConfig, watch: Monitor | None = None) -> None:
+    """Run the job on this rank, together with the others; a caller in Python may do without a started monitor."""
+    watch = watch or Monitor(config)
     quiet_diffusers()
-    ranks = join(config, watch.stores.groups)
+    ranks = join(config, watch.launch, watch.rendezvous.groups)
     for reason in ranks.reasons:
         watch.console.say(reason)
     watch.enter("prepare")
@@ -52,7 +52,7 @@ def _quantize(job: Job) -> None:
         make_quant_images(job, results)
 
 
-def _prepare(config: JobConfig, ranks: Ranks, watch: Watch) -> Job:
+def _prepare(config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
     """Check everything that can be checked before anything is loaded or written."""
     session = ModelSession(config, ranks)
     session.check()

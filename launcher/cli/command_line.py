@@ -18,6 +18,7 @@ from launcher.cli.flag_parser import CONFIG, PROGRAM, flag_parser, typed_values
 from launcher.config.config_errors import Origin, validated
 from launcher.config.option_flags import Flag, flags_of
 from launcher.config.yaml_text import parse_yaml
+from launcher.devices.launch import Launch
 from quant_core.errors import ConfigurationError, nearest
 
 
@@ -28,9 +29,9 @@ class Invocation:
     command: Command
     options: Any
 
-    def run(self) -> None:
-        """Run the command."""
-        self.command.run(self.options)
+    def run(self, launch: Launch | None) -> None:
+        """Run the command in this process, which is the rank that `launch` says."""
+        self.command.run(self.options, launch)
 
 
 def parse(argv: Sequence[str]) -> Invocation:

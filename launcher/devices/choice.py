@@ -6,87 +6,82 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from launcher.devices import npu
-from launcher.devices.rank_variables import RankVariables
+from launcher.devices.kinds import KINDS, DeviceKind
+from launcher.devices.launch import Launch
 from quant_core.errors import ConfigurationError, EnvironmentFailure
-
-Kind = Literal["npu", "cuda", "cpu"]
-
-# Which variable hides cards from a process, and which command lists those of the host.
-_VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
-_LISTING = {"npu": "npu-smi info", "cuda": "nvidia-smi"}
 
 
 @dataclass(frozen=True)
 class Cards:
-    """Count the devices of one kind that this process can see; `visible` is the variable that may hide some."""
+    """Count the devices of one kind that this process can see; `visible` shows the variable that may hide some."""
 
-    kind: Kind
+    kind: DeviceKind
     count: int
     visible: str = ""
 
-    def shared_by(self, launch: RankVariables) -> bool:
-        """Whether several ranks of this host have to use one GPU. Nothing else can be shared."""
-        return self.kind == "cuda" and 0 < self.count < launch.local_world
+    def shared_by(self, launch: Launch) -> bool:
+        """Whether several ranks of this host have to use one card, and can."""
+        return self.kind.is_shareable and 0 < self.count < launch.local_world
 
 
-def find_cards(kind: Kind, environ: Mapping[str, str]) -> Cards:
-    """Look for devices of a kind, importing what that needs.
+def find_cards(name: str, environ: Mapping[str, str]) -> Cards:
+    """Look for devices of the kind of that name, importing what that needs.
 
     Raises:
-        EnvironmentFailure: torch_npu cannot be imported.
+        EnvironmentFailure: what it needs cannot be imported.
     """
-    if kind == "cpu":
-        return Cards("cpu", 1)
-    if kind == "npu":
-        npu.load()
+    kind = KINDS[name]
+    kind.load()
+    if not kind.has_cards:
+        return Cards(kind, 1)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if accelerator is not None and accelerator.type == kind else 0
-    return Cards(kind, count, f"{_VISIBLE[kind]}={environ.get(_VISIBLE[kind], '(unset)')}")
+    count = torch.accelerator.device_count() if accelerator is not None and accelerator.type == name else 0
+    return Cards(kind, count, f"{kind.visible}={environ.get(kind.visible, '(unset)')}")
 
 
-def choose_device_index(cards: Cards, device_id: int, launch: RankVariables) -> tuple[int, str]:
+def choose_device_index(cards: Cards, device_id: int, launch: Launch) -> tuple[int, str]:
     """Return the index of this process's device among those it can see, and why.
 
     Raises:
         ConfigurationError: `--device_id` was given although a launcher places the ranks.
         EnvironmentFailure: there is no such device.
     """
-    if cards.kind == "cpu":
-        return 0, "the processor, as --device cpu asks"
+    kind = cards.kind
+    if not kind.has_cards:
+        return 0, f"the {kind.noun}, as --device {kind.name} asks"
     if launch.is_distributed and device_id:
         raise ConfigurationError(
             f"--device_id {device_id} cannot be given to {launch.world} ranks",
-            where=f"rank {launch.rank}, --device_id",
+            where="--device_id",
             why=f"under {launch.source} each rank takes the device of its local rank",
-            advice=f"drop --device_id, and choose cards with {_VISIBLE[cards.kind]}",
+            advice=f"drop --device_id, and choose cards with {kind.visible}",
         )
     if cards.shared_by(launch):
         index = launch.local_rank % cards.count
-        return index, f"{launch.local_world} ranks share {cards.count} GPU{'s' * (cards.count > 1)}"
+        return index, f"{launch.local_world} ranks share {cards.count} {kind.noun}{'s' * (cards.count > 1)}"
     wanted, source = (launch.local_rank, "local rank") if launch.is_distributed else (device_id, "--device_id")
     if wanted >= cards.count:
         raise EnvironmentFailure(
-            f"{cards.kind} {wanted} does not exist: this process sees {cards.count or 'none'}",
-            where=f"rank {launch.rank}, {source} {wanted}, {cards.visible}",
+            f"{kind.name} {wanted} does not exist: this process sees {cards.count or 'none'}",
+            where=f"{source} {wanted}, {cards.visible}",
             why=f"the {source} picks one of the devices that this process sees",
-            advice=f"{_LISTING[cards.kind]} lists those of the host; start fewer ranks, or use --device cpu",
+            advice=f"{kind.listing} lists those of the host; start fewer ranks, or use --device cpu",
         )
     return wanted, f"{source} {wanted} of {cards.count} visible"
 
 
 def choose_backend(device: torch.device, *, shared: bool) -> tuple[str, str]:
     """Return the backends for `init_process_group`, host tensors always over gloo, and why."""
-    if shared:
-        return f"cpu:gloo,{device.type}:gloo", "gloo, because NCCL refuses two ranks on one GPU"
     native = dist.get_default_backend_for_device(device)
-    if device.type == "cpu":
+    if not KINDS[device.type].has_cards:
         return native, f"{native}, the backend of host memory"
+    if shared:
+        noun = KINDS[device.type].noun
+        return f"cpu:gloo,{device.type}:gloo", f"gloo, because {native.upper()} refuses two ranks on one {noun}"
     return f"cpu:gloo,{device.type}:{native}", f"{native}, the backend of {device.type}"
 
 

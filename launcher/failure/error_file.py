@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from launcher.failure.failures import Failure
+from launcher.failure.record import Failure
 
 _VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
@@ -37,12 +36,6 @@ def read_error_files(folder: Path) -> list[Failure]:
     return sorted(found, key=lambda failure: failure.at)
 
 
-def pass_on(failure: Failure, environ: Mapping[str, str] = os.environ) -> None:
-    """Write the failure of the whole job where this process's own starter wants it."""
-    if _VARIABLE in environ:
-        write_error_file(failure, is_first=True)
-
-
 def _last_attempt(folder: Path) -> list[Path]:
     attempts: dict[int, list[Path]] = {}
     for path in folder.glob("**/attempt_*/*/error.json"):
@@ -52,6 +45,6 @@ def _last_attempt(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> Failure | None:
     try:
-        return Failure(**json.loads(path.read_text())["message"]["extraInfo"]["failure"])
+        return Failure.from_fields(json.loads(path.read_text())["message"]["extraInfo"]["failure"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from launcher.failure.stop import Interrupted, Preempted
+from launcher.failure.signals import Interrupted, Preempted
 from quant_core.errors import (
     ConfigurationError,
     DistributedError,
@@ -28,6 +28,11 @@ class ExitCode(IntEnum):
     VERIFICATION = 7
     PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
     INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+    @property
+    def state(self) -> str:
+        """How `status.json` calls a job that ended so: published, preempted, interrupted, or failed."""
+        return self.name.lower() if self in (self.PUBLISHED, self.PREEMPTED, self.INTERRUPTED) else "failed"
 
 
 EXIT_CODES: dict[type[BaseException], ExitCode] = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.devices.launch import Launch
 from quant_core.errors import ConfigurationError
 
 
@@ -20,9 +21,18 @@ from quant_core.errors import ConfigurationError
 class Mesh:
     """Place one rank in a world of `dp_size` copies of the model, `tp_size` ranks each."""
 
-    world: int = 1
-    rank: int = 0
+    launch: Launch
     tp_size: int = 1
+
+    @property
+    def rank(self) -> int:
+        """Which rank of the world this is."""
+        return self.launch.rank
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.launch.world
 
     @property
     def dp_size(self) -> int:

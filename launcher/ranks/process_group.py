@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from launcher.config.job_config import JobConfig
-from launcher.devices import npu
 from launcher.devices.choice import available_cores, choose_backend, choose_device_index, choose_threads, find_cards
-from launcher.devices.rank_variables import RankVariables, read_rank_variables
+from launcher.devices.kinds import KINDS
+from launcher.devices.launch import Launch
 from launcher.ranks.mesh import Mesh, choose_tp_size
 from quant_core.errors import DistributedError
 
@@ -35,13 +35,9 @@ class Ranks:
     The groups are None in a single process. `reasons` says in a line each what was chosen automatically and why.
     """
 
-    rank: int
-    local_rank: int
-    world: int
+    mesh: Mesh
     device: torch.device
     backend: str
-    mesh: Mesh
-    source: str
     timeout_s: int
     reasons: tuple[str, ...] = ()
     control: dist.ProcessGroup | None = None
@@ -50,13 +46,23 @@ class Ranks:
     dp_control: dist.ProcessGroup | None = None
 
     @property
+    def rank(self) -> int:
+        """Which rank this process is."""
+        return self.mesh.launch.rank
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.mesh.launch.world
+
+    @property
     def is_distributed(self) -> bool:
         """Whether a launcher started this process; then the names of its files carry its rank."""
-        return self.control is not None
+        return self.mesh.launch.is_distributed
 
 
-def join(config: JobConfig, store: dist.Store | None = None) -> Ranks:
-    """Find this process's rank and device, and connect it with the others; every rank calls this once.
+def join(config: JobConfig, launch: Launch, store: dist.Store | None = None) -> Ranks:
+    """Find this process's device, and connect it with the other ranks; every rank calls this once.
 
     `store` is where the ranks meet; left out, one is made from the environment.
 
@@ -64,18 +70,17 @@ def join(config: JobConfig, store: dist.Store | None = None) -> Ranks:
 
     Raises:
         ConfigurationError: the number of ranks does not fit the tensor-parallel size, or `--device_id` the launcher.
-        EnvironmentFailure: rank variables contradict each other, or there is no such device.
+        EnvironmentFailure: there is no such device.
         DistributedError: the other ranks did not come within the timeout.
     """
-    launch = read_rank_variables(os.environ)
     mesh, mesh_reason = lay_out(config, launch)
     cards = find_cards(config.ranks.device, os.environ)
     index, device_reason = choose_device_index(cards, config.ranks.device_id, launch)
-    device = torch.device(cards.kind, index) if cards.kind != "cpu" else torch.device("cpu")
+    device = torch.device(cards.kind.name, *([index] if cards.kind.has_cards else []))
     backend, backend_reason = choose_backend(device, shared=cards.shared_by(launch))
     threads, threads_reason = choose_threads(available_cores(), launch.local_world, os.environ.get("OMP_NUM_THREADS"))
     torch.set_num_threads(threads)
-    if device.type != "cpu":
+    if cards.kind.has_cards:
         torch.accelerator.set_device_index(index)
     reasons = (
         f"ranks: {launch.source}, rank {launch.rank} of {launch.world}",
@@ -84,15 +89,11 @@ def join(config: JobConfig, store: dist.Store | None = None) -> Ranks:
         f"backend: {backend_reason}",
         f"threads: {threads}, {threads_reason}",
     )
-    groups = _form_groups(launch, mesh, device, backend, config.ranks.timeout_s, store) if launch.is_distributed else {}
+    groups = _form_groups(mesh, device, backend, config.ranks.timeout_s, store) if launch.is_distributed else {}
     return Ranks(
-        rank=launch.rank,
-        local_rank=launch.local_rank,
-        world=launch.world,
+        mesh=mesh,
         device=device,
         backend=backend,
-        mesh=mesh,
-        source=launch.source,
         timeout_s=config.ranks.timeout_s,
         reasons=reasons,
         **groups,
@@ -109,7 +110,7 @@ def leave(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-def lay_out(config: JobConfig, launch: RankVariables) -> tuple[Mesh, str]:
+def lay_out(config: JobConfig, launch: Launch) -> tuple[Mesh, str]:
     """Return the mesh that a configuration means in a world of that size, and why.
 
     Raises:
@@ -122,11 +123,10 @@ def lay_out(config: JobConfig, launch: RankVariables) -> tuple[Mesh, str]:
         device_type=hardware and hardware.name,
         device_type_tp=hardware and hardware.tp_size,
     )
-    return Mesh(launch.world, launch.rank, tp_size), reason
+    return Mesh(launch, tp_size), reason
 
 
 def _form_groups(
-    launch: RankVariables,
     mesh: Mesh,
     device: torch.device,
     backend: str,
@@ -134,12 +134,11 @@ def _form_groups(
     store: dist.Store | None,
 ) -> dict[str, Any]:
     """Connect to all other ranks and make the groups; all ranks make all groups, in the same order."""
-    device_options: Any = None
-    device_timeout = control_timeout = timedelta(seconds=timeout_s)
-    if device.type == "npu":
-        npu.set_environment_defaults(os.environ)
-        device_options = npu.group_options(os.environ)
-        device_timeout = timedelta(seconds=npu.group_timeout_s(timeout_s, os.environ))
+    launch, kind = mesh.launch, KINDS[device.type]
+    kind.set_environment(os.environ)
+    options = kind.group_options(os.environ)
+    control_timeout = timedelta(seconds=timeout_s)
+    device_timeout = timedelta(seconds=kind.group_timeout_s(timeout_s, os.environ))
     try:
         dist.init_process_group(
             backend,
@@ -148,19 +147,18 @@ def _form_groups(
             rank=launch.rank,
             world_size=launch.world,
             timeout=device_timeout,
-            # NCCL binds early with it; on npu it would make every later gloo group fail.
-            device_id=device if backend.endswith("cuda:nccl") else None,
+            device_id=device if kind.connects_early and not backend.endswith("gloo") else None,
         )
         return {
             "control": dist.new_group(backend="gloo", timeout=control_timeout),
-            "tp_device_group": _own_group(mesh.tp_groups, timeout=device_timeout, pg_options=device_options),
+            "tp_device_group": _own_group(mesh.tp_groups, timeout=device_timeout, pg_options=options),
             "tp_control": _own_group(mesh.tp_groups, timeout=control_timeout, backend="gloo"),
             "dp_control": _own_group(mesh.dp_groups, timeout=control_timeout, backend="gloo"),
         }
     except RuntimeError as error:
         raise DistributedError(
             f"the {launch.world} ranks could not connect",
-            where=f"rank {launch.rank}, {launch.source}, {backend}",
+            where=f"{launch.source}, {backend}",
             why=" ".join(str(error).split())[:300],
             advice="read the other ranks' errors; check MASTER_ADDR and MASTER_PORT, and that all ranks were started",
         ) from error

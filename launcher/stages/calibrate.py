@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.failure.together import gather_objects, run_together
+from launcher.failure.phases import run_together
 from launcher.files.calibration_parts import CalibrationParts, load_sound_dump
+from launcher.ranks.agreement import gather_objects
 from launcher.stages.encode import encode
 from launcher.stages.images import Gallery, lacking, run_pipeline
 from launcher.stages.job import Job, Results

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.failure.together import run_together
+from launcher.failure.phases import run_together
 from launcher.ranks.process_group import Ranks
 from launcher.stages.job import Job
 from model_adapters.adapter import Embeddings

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from launcher.failure.together import gather_objects, run_together
+from launcher.failure.phases import run_together
 from launcher.files.identity import calibration_fingerprint, model_fields, quantization_fingerprint
 from launcher.files.manifest import read_manifest
 from launcher.files.run_folder import RunFolder
+from launcher.ranks.agreement import gather_objects
 from launcher.ranks.process_group import Ranks
 from launcher.stages.job import Job, Results
 from launcher.stages.quantize import quant_type

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from launcher.failure.together import gather_objects
 from launcher.files.image_record import record, shows
+from launcher.ranks.agreement import gather_objects
 from launcher.stages.encode import encode, prompts_of
 from launcher.stages.job import Job
 from model_adapters.pipeline.prompts import Batch, ImageRequest

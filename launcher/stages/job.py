@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.config.job_config import JobConfig
-from launcher.failure.watch import Watch
+from launcher.failure.monitor import Monitor
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.run_folder import RunFolder
 from launcher.journal.console import Console
@@ -21,7 +21,7 @@ class Job:
     config: JobConfig
     ranks: Ranks
     model: ModelSession
-    watch: Watch
+    watch: Monitor
     batches: list[Batch]
 
     @property

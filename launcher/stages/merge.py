@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from launcher.failure.together import run_together
+from launcher.failure.phases import run_together
 from launcher.files.manifest import Manifest, read_manifest
 from launcher.files.run_folder import MANIFEST, STAGING, note_file, tp_suffix
 from launcher.files.shard_checks import OpenedShard, check_shards

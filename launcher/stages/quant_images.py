@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.failure.together import run_together
+from launcher.failure.phases import run_together
 from launcher.files.identity import image_fingerprint
 from launcher.stages.calibrate import float_images
 from launcher.stages.encode import encode

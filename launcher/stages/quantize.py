@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.failure.together import all_agree, run_together
+from launcher.failure.phases import run_together
 from launcher.files.shard_note import read_note, write_note
+from launcher.ranks.agreement import all_agree
 from launcher.stages.job import Job, Results
 from launcher.stages.processors import processors, session_of
 from model_adapters.parallel.tensor_parallel import assert_collectives

@@ -21,7 +21,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from launcher.failure.stop import GRACEFUL, arrived, hear_interrupts, numbers
+from launcher.failure.signals import arrived, on_signals
 from quant_core.errors import ConfigurationError, DistributedError
 
 # Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
@@ -72,33 +72,32 @@ def run_agent(arguments: Any) -> None:
 
 
 @contextmanager
-def heard(insist: Callable[[], object], leave: Callable[[str], object]) -> Iterator[None]:
+def signals_heard(insist: Callable[[], object], give_up: Callable[[str], object]) -> Iterator[None]:
     """See to it that signals have an effect although the agent has the main thread.
 
     They raise SignalException, as they do in the agent from the moment it starts ranks. For calls that let none through
-    a thread listens too: `insist` is called when SIGINT comes a second time, `leave` with a signal's name when the
+    a thread listens too: `insist` is called when SIGINT comes a second time, `give_up` with a signal's name when the
     block goes on although it came, and no child process is there to wait for.
 
-    Processes that the block starts have SIGINT blocked until they call `hear_interrupts`: an interpreter that gets it
-    before its first line of ours ends with a traceback of its own.
+    Processes that the block starts have SIGINT blocked until they call `on_signals`: an interpreter that gets it before
+    its first line of ours ends with a traceback of its own.
     """
-    pipe, over = numbers(), threading.Event()
-    thread = threading.Thread(target=_hear, args=(pipe.readable, over, insist, leave), name="signals", daemon=True)
-    thread.start()
-    for number in GRACEFUL:
-        signal.signal(number, _raise)
+    over = threading.Event()
+    on_signals(_raise)
+    thread = threading.Thread(target=_hear, args=(over, insist, give_up), name="signals", daemon=True)
+    thread.start()  # before this thread blocks SIGINT: one thread of the process has to take it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
+        on_signals(lambda number: None)  # the end is near
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         over.set()
         thread.join()
-        pipe.close()
 
 
-def _raise(number: int, frame: object) -> NoReturn:
-    raise SignalException("asked to leave", signal.Signals(number))
+def _raise(number: signal.Signals) -> NoReturn:
+    raise SignalException("asked to leave", number)
 
 
 def end_children() -> None:
@@ -107,18 +106,17 @@ def end_children() -> None:
         child.kill()
 
 
-def _hear(readable: int, over: threading.Event, insist: Callable[[], object], leave: Callable[[str], object]) -> None:
-    hear_interrupts()  # one thread of this process has to
+def _hear(over: threading.Event, insist: Callable[[], object], give_up: Callable[[str], object]) -> None:
     seen: list[signal.Signals] = []
     unanswered = 0.0
     while not over.wait(_LOOK_S):
-        seen += arrived(readable)
+        seen += arrived()
         if seen.count(signal.SIGINT) > 1:
             insist()
         if not seen or psutil.Process().children():
             unanswered = time.monotonic()
         elif time.monotonic() - unanswered > _ANSWER_S:
-            leave(seen[0].name)
+            give_up(seen[0].name)
 
 
 def _knows(parser: Any, option: str) -> bool:

@@ -11,13 +11,14 @@ rank that could not write any more (kill -9) is known to the agent by its signal
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,16 +26,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from launcher.config.job_config import JobConfig
-from launcher.failure.error_file import pass_on, read_error_files
+from launcher.failure.error_file import read_error_files, write_error_file
 from launcher.failure.exit_codes import EXIT_CODES, ExitCode
-from launcher.failure.failures import Failure
-from launcher.failure.stop import GRACEFUL, Stopped, stopped_on
-from launcher.journal.status import account_folder, format_time, read_status, write_ended
-from launcher.start.agent import agent_arguments, end_children, heard, run_agent
+from launcher.failure.record import STARTING, Failure, write_end
+from launcher.failure.signals import GRACEFUL, Stopped, stopped_on
+from launcher.failure.way_out import leave
+from launcher.journal.status import account_folder, format_time, read_status
+from launcher.start.agent import agent_arguments, end_children, run_agent, signals_heard
 from launcher.start.supervisor_flags import job_on_ranks, split_at_command
 from quant_core.errors import DistributedError, ExplainedError
-
-_UNTOLD = ("it could not write down why, only end with the status of that kind", "read its output above")
 
 
 def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
@@ -44,94 +44,99 @@ def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
     Raises ConfigurationError before any rank is started when the command makes no sense.
     """
     flags, command_words = split_at_command(words)
-    job = job_on_ranks(command_words)
+    config = job_on_ranks(command_words)
     logging.disable(logging.CRITICAL)  # the agent's account of its workers repeats what they say
-    started = time.time()
     with tempfile.TemporaryDirectory(prefix="launcher_") as folder:
         arguments = agent_arguments(flags, [*entry, *command_words], Path(folder))
-        reports = Path(arguments.log_dir)
+        job = _Job(config, Path(arguments.log_dir), time.time())
 
-        def leave(signal_name: str) -> NoReturn:  # from a thread, so this is the only way out
-            status = _close(_end_on_signal(signal_name, reports, job, started), job, started)
-            shutil.rmtree(folder, ignore_errors=True)
-            os._exit(status)
+        def give_up(signal_name: str) -> NoReturn:  # from a thread, so an exception would end nothing
+            end = job.end_on_signal(signal_name)
+            job.write(end)
+            leave(end, text="", account=lambda: shutil.rmtree(folder, ignore_errors=True))
 
+        end: Failure | None = None
         try:
-            with heard(insist=end_children, leave=leave):
+            with signals_heard(insist=end_children, give_up=give_up):
                 run_agent(arguments)
-            return ExitCode.PUBLISHED
         except ChildFailedError as error:
-            failure = _first_failure(error, reports)
+            end = job.first_failure(error)
         except SignalException as error:
-            failure = _end_on_signal(error.sigval.name, reports, job, started)
+            end = job.end_on_signal(error.sigval.name)
         except DistributedError as error:
-            failure = _told(reports) or _say(error)
+            end = job.told_first() or _said(Failure.of(error, 0))
         finally:
             end_children()
-    return _close(failure, job, started)
+    job.write(end)
+    return end.exit_code if end else ExitCode.PUBLISHED
 
 
-def _first_failure(error: ChildFailedError, reports: Path) -> Failure:
-    """Return what the ranks say ended the job; what the agent saw if none of them could say anything."""
-    told = read_error_files(reports)
-    rank, process = error.get_first_failure()
-    # The agent asks the others to leave when a rank has ended: that they did is no cause.
-    others_left = told and isinstance(told[0].error(), Stopped) and rank not in [failure.rank for failure in told]
-    if told and not others_left:
-        return told[0]
-    return _say(_ended_silently(rank, process.exitcode), rank)
+@dataclass(frozen=True)
+class _Job:
+    """What the ranks were started for, the folder of their error files, and when, in seconds of the epoch."""
+
+    config: JobConfig
+    reports: Path
+    started: float
+
+    def told_first(self) -> Failure | None:
+        """Return the failure that a rank wrote first, if any did."""
+        return next(iter(read_error_files(self.reports)), None)
+
+    def first_failure(self, error: ChildFailedError) -> Failure:
+        """Return what the ranks say ended the job; what the agent saw if none of them could say anything."""
+        told = read_error_files(self.reports)
+        rank, process = error.get_first_failure()
+        # The agent asks the others to leave when a rank has ended: that they did is no cause.
+        others_left = told and isinstance(told[0].error(), Stopped) and rank not in [failure.rank for failure in told]
+        if told and not others_left:
+            return told[0]
+        return _said(_ended_silently(rank, process.exitcode))
+
+    def end_on_signal(self, name: str) -> Failure | None:
+        """Return how the ranks ended after this process got a signal; None when they had finished by then."""
+        if told := self.told_first():
+            return told
+        status = read_status(account_folder(self.config))
+        if status is not None and status["state"] == "published" and status["updated"] >= format_time(self.started):
+            return None
+        return _said(replace(Failure.of(stopped_on(name), 0), where=STARTING))
+
+    def write(self, end: Failure | None) -> None:
+        """Write down how the job ended, for whoever looks, and where this process's own starter wants it."""
+        if end is None:
+            return
+        write_end(account_folder(self.config), self.started, end)
+        write_error_file(end, is_first=True)
 
 
-def _ended_silently(rank: int, exitcode: int) -> ExplainedError:
-    if name := _left_on(exitcode):
-        return stopped_on(name, f"rank {rank}, starting")
+def _ended_silently(rank: int, exitcode: int) -> Failure:
+    """Return what is known of a rank that could write nothing, by the status that its process ended with."""
+    if -exitcode in GRACEFUL:
+        return Failure.of(stopped_on(signal.Signals(-exitcode).name), rank, STARTING)
+    where = f"rank {rank}"
     if known := next((kind for kind, code in EXIT_CODES.items() if code == exitcode), None):
-        return Failure(rank, known.__name__, f"rank {rank} failed", f"rank {rank}", *_UNTOLD, time.time()).error()
-    if exitcode >= 0:
-        return ExplainedError(
+        why = "it could not write down why, only end with the status of that kind"
+        return Failure(rank, known.__name__, f"rank {rank} failed", where, why, "read its output above", time.time())
+    if exitcode < 0:
+        error: ExplainedError = DistributedError(
+            f"rank {rank} was ended by {signal.Signals(-exitcode).name}",
+            where=where,
+            why="it was killed (kill -9, or the kernel for lack of memory) or crashed",
+            advice="look for 'Killed process' in dmesg; then run the same command again: finished parts are reused",
+        )
+    else:
+        error = ExplainedError(
             f"rank {rank} ended with status {exitcode} without a word",
-            where=f"rank {rank}",
+            where=where,
             why="this is a mistake of the program, not of yours",
             advice="report it with the output above",
         )
-    return DistributedError(
-        f"rank {rank} was ended by {signal.Signals(-exitcode).name}",
-        where=f"rank {rank}",
-        why="it was killed (kill -9, or the kernel for lack of memory) or crashed",
-        advice="look for 'Killed process' in dmesg; then run the same command again: finished parts are reused",
-    )
-
-
-def _left_on(exitcode: int) -> str | None:
-    """Return the signal that a rank left on before it could write anything; None when it ended otherwise."""
-    by_status = {int(ExitCode.PREEMPTED): "SIGTERM", int(ExitCode.INTERRUPTED): "SIGINT"}
-    return by_status.get(exitcode) or next((each.name for each in GRACEFUL if each == -exitcode), None)
-
-
-def _end_on_signal(name: str, reports: Path, job: JobConfig, started: float) -> Failure | None:
-    """Return how the ranks ended after this process got a signal; None when they had finished by then."""
-    if told := _told(reports):
-        return told
-    status = read_status(account_folder(job))
-    if status is not None and status["state"] == "published" and status["updated"] >= format_time(started):
-        return None
-    return _say(stopped_on(name, "starting"))
-
-
-def _told(reports: Path) -> Failure | None:
-    """Return the failure that a rank wrote first, if any did."""
-    return next(iter(read_error_files(reports)), None)
-
-
-def _say(error: ExplainedError, rank: int = 0) -> Failure:
-    """Print what no rank has said, and return it."""
-    print(error, file=sys.stderr, flush=True)
     return Failure.of(error, rank)
 
 
-def _close(failure: Failure | None, job: JobConfig, started: float) -> ExitCode:
-    if failure is None:
-        return ExitCode.PUBLISHED
-    write_ended(account_folder(job), started, failure)
-    pass_on(failure)
-    return failure.exit_code
+def _said(failure: Failure) -> Failure:
+    """Print what no rank has said, and return it."""
+    with suppress(OSError):
+        print(failure.error(), file=sys.stderr, flush=True)
+    return failure

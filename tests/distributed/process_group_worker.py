@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 from launcher.cli.command_line import parse
+from launcher.devices.launch import read_launch
 from launcher.failure.exit_codes import exit_code
-from launcher.failure.together import all_agree, barrier, gather_objects, run_together
+from launcher.failure.phases import run_together
+from launcher.ranks.agreement import all_agree, barrier, gather_objects
 from launcher.ranks.process_group import Ranks, join, leave
 from quant_core.errors import ExplainedError, InputError
 
@@ -98,14 +100,14 @@ def late_rank(ranks: Ranks) -> dict[str, Any]:
 
 def main(folder: Path, words: list[str]) -> None:
     """Join, check, write, and leave; with ABSENT_RANK=last a rank stays away, and nobody can leave in order."""
-    ranks = join(parse(words).options)
+    ranks = join(parse(words).options, read_launch(os.environ))
     report: dict[str, Any] = {
         "rank": ranks.rank,
-        "local_rank": ranks.local_rank,
+        "local_rank": ranks.mesh.launch.local_rank,
         "world": ranks.world,
         "device": str(ranks.device),
         "backend": ranks.backend,
-        "source": ranks.source,
+        "source": ranks.mesh.launch.source,
         "is_distributed": ranks.is_distributed,
         "mesh": [ranks.mesh.dp_rank, ranks.mesh.tp_rank, ranks.mesh.tp_size],
         "reasons": ranks.reasons,

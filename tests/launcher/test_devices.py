@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from launcher.config.job_config import RankOptions
 from launcher.devices.choice import (
     Cards,
     available_cores,
@@ -15,29 +17,30 @@ from launcher.devices.choice import (
     choose_threads,
     find_cards,
 )
-from launcher.devices.rank_variables import RankVariables
+from launcher.devices.kinds import KINDS
+from launcher.devices.launch import Launch
 from quant_core.errors import ConfigurationError, EnvironmentFailure
 
-ALONE = RankVariables()
-SECOND_OF_TWO = RankVariables(1, 2, 1, 2, "torchrun", "env://")
-NPUS = Cards("npu", 2, "ASCEND_RT_VISIBLE_DEVICES=4,5")
-NO_NPU = Cards("npu", 0, "ASCEND_RT_VISIBLE_DEVICES=(unset)")
-ONE_GPU = Cards("cuda", 1, "CUDA_VISIBLE_DEVICES=0")
+ALONE = Launch()
+SECOND_OF_TWO = Launch(1, 2, 1, 2, "torchrun", "env://")
+NPUS = Cards(KINDS["npu"], 2, "ASCEND_RT_VISIBLE_DEVICES=4,5")
+NO_NPU = Cards(KINDS["npu"], 0, "ASCEND_RT_VISIBLE_DEVICES=(unset)")
+ONE_GPU = Cards(KINDS["cuda"], 1, "CUDA_VISIBLE_DEVICES=0")
 
 
 @pytest.mark.parametrize(
     ("cards", "device_id", "launch", "index", "said"),
     [
-        (Cards("cpu", 1), 0, SECOND_OF_TWO, 0, "--device cpu"),
+        (Cards(KINDS["cpu"], 1), 0, SECOND_OF_TWO, 0, "--device cpu"),
         (NPUS, 0, SECOND_OF_TWO, 1, "local rank 1 of 2 visible"),
         (NPUS, 1, ALONE, 1, "--device_id 1 of 2 visible"),
         (ONE_GPU, 0, SECOND_OF_TWO, 0, "2 ranks share 1 GPU"),
         # 5 of 6 ranks on 4 cards: round and round, 5 modulo 4 is 1.
-        (Cards("cuda", 4), 0, RankVariables(5, 6, 5, 6, "torchrun", "env://"), 1, "6 ranks share 4 GPUs"),
+        (Cards(KINDS["cuda"], 4), 0, Launch(5, 6, 5, 6, "torchrun", "env://"), 1, "6 ranks share 4 GPUs"),
     ],
 )
 def test_the_device_is_picked_by_local_rank_or_by_hand(
-    cards: Cards, device_id: int, launch: RankVariables, index: int, said: str
+    cards: Cards, device_id: int, launch: Launch, index: int, said: str
 ) -> None:
     chosen, reason = choose_device_index(cards, device_id, launch)
     assert chosen == index
@@ -49,12 +52,17 @@ def test_the_device_is_picked_by_local_rank_or_by_hand(
     [
         (NO_NPU, 0, ALONE, "ASCEND_RT_VISIBLE_DEVICES=(unset)"),
         (NPUS, 2, ALONE, "--device_id 2, ASCEND_RT_VISIBLE_DEVICES=4,5"),
-        (Cards("npu", 1, "ASCEND_RT_VISIBLE_DEVICES=4"), 0, SECOND_OF_TWO, "rank 1, local rank 1"),
-        (Cards("cuda", 0, "CUDA_VISIBLE_DEVICES="), 0, SECOND_OF_TWO, "CUDA_VISIBLE_DEVICES="),
+        (
+            Cards(KINDS["npu"], 1, "ASCEND_RT_VISIBLE_DEVICES=4"),
+            0,
+            SECOND_OF_TWO,
+            "local rank 1, ASCEND_RT",
+        ),
+        (Cards(KINDS["cuda"], 0, "CUDA_VISIBLE_DEVICES="), 0, SECOND_OF_TWO, "CUDA_VISIBLE_DEVICES="),
     ],
 )
 def test_a_device_that_does_not_exist_is_refused_with_what_hides_devices(
-    cards: Cards, device_id: int, launch: RankVariables, where: str
+    cards: Cards, device_id: int, launch: Launch, where: str
 ) -> None:
     with pytest.raises(EnvironmentFailure) as caught:
         choose_device_index(cards, device_id, launch)
@@ -77,7 +85,11 @@ def test_an_npu_job_without_torch_npu_says_what_to_install() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_cuda_job_without_a_gpu_finds_no_card() -> None:
-    assert find_cards("cuda", {"CUDA_VISIBLE_DEVICES": "3"}) == Cards("cuda", 0, "CUDA_VISIBLE_DEVICES=3")
+    assert find_cards("cuda", {"CUDA_VISIBLE_DEVICES": "3"}) == Cards(KINDS["cuda"], 0, "CUDA_VISIBLE_DEVICES=3")
+
+
+def test_the_option_offers_exactly_the_kinds_of_the_table() -> None:
+    assert set(get_args(RankOptions.model_fields["device"].annotation)) == set(KINDS)
 
 
 @pytest.mark.parametrize(

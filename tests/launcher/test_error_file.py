@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from launcher.failure.error_file import read_error_files, write_error_file
 from launcher.failure.exit_codes import ExitCode
-from launcher.failure.failures import Failure
+from launcher.failure.record import Failure
 from quant_core.errors import InputError
 
 ERROR = InputError("weights are truncated", where="rank 1, load: w.safetensors", why="8 bytes miss", advice="copy it")

@@ -7,8 +7,9 @@ import errno
 import pytest
 import torch
 
-from launcher.failure.failures import Failure, explained
-from launcher.failure.together import combine
+from launcher.failure.explain import explained
+from launcher.failure.phases import combine
+from launcher.failure.record import Failure
 from quant_core.errors import (
     ConfigurationError,
     DistributedError,
@@ -53,13 +54,13 @@ def test_a_bug_says_where_it_happened() -> None:
 
 
 def failure(rank: int, kind: type[ExplainedError], what: str, at: float) -> Failure:
-    return Failure(rank, kind.__name__, what, "", "because", "do this", at)
+    return Failure(rank, kind.__name__, what, "", "because", "do this", at, stage="quantize")
 
 
 def test_an_error_about_other_ranks_is_never_the_first_cause() -> None:
     lost = failure(0, DistributedError, "another rank is gone", at=1.0)
     cause = failure(3, InputError, "weights are truncated", at=2.0)
-    error = combine([lost, cause], "quantize")
+    error = combine([lost, cause]).error()
     assert isinstance(error, InputError)
     assert error.where == "rank 3, quantize"
     assert error.why == "because; then rank 0: another rank is gone"
@@ -67,14 +68,14 @@ def test_an_error_about_other_ranks_is_never_the_first_cause() -> None:
 
 def test_the_same_error_on_several_ranks_is_told_once() -> None:
     failures = [failure(rank, ConfigurationError, "no such layout", at=float(rank)) for rank in (2, 0, 1)]
-    error = combine(failures, "load")
-    assert error.where == "ranks 0, 1, 2, load"
+    error = combine(failures).error()
+    assert error.where == "ranks 0, 1, 2, quantize"
     assert error.why == "because"
 
 
 def test_of_two_causes_the_earlier_speaks() -> None:
     late, early = failure(0, InputError, "late", at=2.0), failure(1, MemoryExhausted, "early", at=1.0)
-    error = combine([late, early], "quantize")
+    error = combine([late, early]).error()
     assert isinstance(error, MemoryExhausted)
     assert error.what == "early"
     assert "rank 0: late" in error.why

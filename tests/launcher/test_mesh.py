@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.devices.launch import Launch
 from launcher.ranks.mesh import Mesh, choose_tp_size
 from quant_core.errors import ConfigurationError
 
@@ -16,7 +17,7 @@ SIZES = st.integers(min_value=1, max_value=8)
 @given(dp_size=SIZES, tp_size=SIZES)
 def test_every_rank_is_in_one_tp_group_and_one_dp_group_which_meet_only_in_it(dp_size: int, tp_size: int) -> None:
     world = dp_size * tp_size
-    meshes = [Mesh(world, rank, tp_size) for rank in range(world)]
+    meshes = [Mesh(Launch(rank, world), tp_size) for rank in range(world)]
     for mesh in meshes:
         assert set(mesh.tp_ranks) & set(mesh.dp_ranks) == {mesh.rank}
         assert mesh.tp_ranks[mesh.tp_rank] == mesh.rank
@@ -28,12 +29,12 @@ def test_every_rank_is_in_one_tp_group_and_one_dp_group_which_meet_only_in_it(dp
 
 @given(dp_size=SIZES, tp_size=SIZES)
 def test_a_tensor_parallel_group_is_made_of_neighbours(dp_size: int, tp_size: int) -> None:
-    for group in Mesh(dp_size * tp_size, 0, tp_size).tp_groups:
+    for group in Mesh(Launch(0, dp_size * tp_size), tp_size).tp_groups:
         assert group == list(range(group[0], group[0] + tp_size))
 
 
 def test_the_worked_example_of_the_module_holds() -> None:
-    meshes = [Mesh(6, rank, 2) for rank in range(6)]
+    meshes = [Mesh(Launch(rank, 6), 2) for rank in range(6)]
     assert [mesh.tp_rank for mesh in meshes] == [0, 1, 0, 1, 0, 1]
     assert [mesh.dp_rank for mesh in meshes] == [0, 0, 1, 1, 2, 2]
     assert meshes[0].tp_groups == [[0, 1], [2, 3], [4, 5]]

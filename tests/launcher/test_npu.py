@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.devices import npu
+from launcher.devices import kinds, npu, npu_faults
 from launcher.failure.exit_codes import ExitCode, exit_code
 from quant_core.errors import DistributedError, EnvironmentFailure, ExplainedError, MemoryExhausted
 
@@ -23,7 +23,7 @@ EI0006: [PID: 1292363] Getting socket times out. Reason: Remote Rank did not sen
 
 
 def test_the_library_that_noticed_first_explains_more_than_the_runtime() -> None:
-    error = npu.explain(TIMEOUT)
+    error = npu_faults.explain(TIMEOUT)
     assert isinstance(error, DistributedError)
     assert "EI0002" in error.what
     assert "HCCL_EXEC_TIMEOUT" in error.why
@@ -44,26 +44,26 @@ def test_the_library_that_noticed_first_explains_more_than_the_runtime() -> None
     ],
 )
 def test_known_codes_become_errors_for_people(text: str, kind: type, said: str) -> None:
-    error = npu.explain(text)
+    error = npu_faults.explain(text)
     assert type(error) is kind
     assert said in str(error)
 
 
 def test_only_an_error_of_hccl_itself_leaves_no_time_to_look_for_its_cause() -> None:
-    assert npu.is_about_to_abort(RuntimeError(TIMEOUT))
-    assert npu.is_about_to_abort(RuntimeError(SOCKET))
-    assert not npu.is_about_to_abort(RuntimeError("NPU out of memory. Tried to allocate 3.00 GiB"))
-    assert not npu.is_about_to_abort(RuntimeError("Connection closed by peer"))
-    assert not npu.is_about_to_abort(DistributedError("rank 1 did not come to merging (EI0002)"))
+    assert kinds.is_about_to_abort(RuntimeError(TIMEOUT))
+    assert kinds.is_about_to_abort(RuntimeError(SOCKET))
+    assert not kinds.is_about_to_abort(RuntimeError("NPU out of memory. Tried to allocate 3.00 GiB"))
+    assert not kinds.is_about_to_abort(RuntimeError("Connection closed by peer"))
+    assert not kinds.is_about_to_abort(DistributedError("rank 1 did not come to merging (EI0002)"))
 
 
 @pytest.mark.parametrize("text", ["", "size mismatch", "error code is 999999", "EI9999: unknown", "EXIT0002"])
 def test_an_unknown_code_is_not_guessed_at(text: str) -> None:
-    assert npu.explain(text) is None
+    assert npu_faults.explain(text) is None
 
 
 def test_every_code_has_all_four_parts_and_an_exit_status() -> None:
-    for code, fault in npu.FAULTS.items():
+    for code, fault in npu_faults.FAULTS.items():
         error = fault.kind(fault.what)
         assert all((fault.what, fault.why, fault.advice)), code
         assert exit_code(error) in set(ExitCode) - {ExitCode.PUBLISHED}

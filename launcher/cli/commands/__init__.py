@@ -2,8 +2,8 @@
 
 A command's file has two functions and imports no torch, so that `--help` is quick:
 
-    options(name)   the pydantic class whose fields are the flags (`launcher.config.option_flags`)
-    run(options)    does the work; what it needs is imported inside
+    options(name)           the pydantic class whose fields are the flags (`launcher.config.option_flags`)
+    run(options, launch)    does the work as the rank that `launch` says; what it needs is imported inside
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from launcher.devices.launch import Launch
 from model_adapters import adapter_names
 
 
@@ -35,9 +36,9 @@ class Command:
         """Return the class of what may follow the command's name."""
         return import_module(self.module).options(self.name)
 
-    def run(self, options: Any) -> None:
-        """Run the command with an instance of its options."""
-        import_module(self.module).run(options)
+    def run(self, options: Any, launch: Launch | None) -> None:
+        """Run the command with an instance of its options; `launch` is None where the rank's variables contradict."""
+        import_module(self.module).run(options, launch)
 
 
 def commands() -> dict[str, Command]:

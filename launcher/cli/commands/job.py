@@ -1,10 +1,11 @@
-"""A job (`flux`, `sd3`, ...): calibrate, quantize and publish a model, or make images with it, on one or many ranks."""
+"""A job, called after its model: calibrate, quantize and publish it, or make what it generates, on all ranks."""
 
 from __future__ import annotations
 
 from launcher.config.job_config import JobConfig
 from launcher.config.resolve import job_config_class
-from launcher.devices import npu
+from launcher.devices.kinds import use_only
+from launcher.devices.launch import Launch
 
 
 def options(name: str) -> type[JobConfig]:
@@ -12,24 +13,22 @@ def options(name: str) -> type[JobConfig]:
     return job_config_class(name)
 
 
-def run(options: JobConfig) -> None:
-    """Run a job under watch; returns only when it is done."""
-    if options.ranks.device == "npu":
-        npu.load()  # not later: the thread that watches asks torch for its accelerator, and half of one ends the run
-    else:
-        npu.hide()
+def run(options: JobConfig, launch: Launch | None) -> None:
+    """Run a job under a monitor; returns only when it is done."""
+    # Not later: the monitor asks torch for its accelerator, which must have been loaded by then, in one piece.
+    use_only(options.ranks.device)
     from launcher.journal.logs import quiet_libraries
     from model_adapters.weights.offline import stay_offline
 
     stay_offline(options.pipeline.path)
     quiet_libraries()
-    from launcher.failure.watch import Watch
+    from launcher.failure.monitor import Monitor
 
-    watch = Watch(options)
-    watch.start()
+    monitor = Monitor(options, launch)
+    monitor.start()
     try:
-        from launcher.run import run as run_job  # takes seconds, under watch
+        from launcher.run import run as run_job  # takes seconds, under the monitor
 
-        run_job(options, watch)
+        run_job(options, monitor)
     except (Exception, KeyboardInterrupt) as error:
-        watch.fail(error)
+        monitor.fail(error)

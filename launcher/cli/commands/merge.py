@@ -9,7 +9,8 @@ from pydantic import AliasChoices, Field
 
 from launcher.config.job_config import QuantType, Section
 from launcher.config.option_flags import POSITIONAL
-from launcher.devices import npu
+from launcher.devices.kinds import use_only
+from launcher.devices.launch import Launch
 
 
 class MergeOptions(Section):
@@ -29,9 +30,9 @@ def options(name: str) -> type[MergeOptions]:
     return MergeOptions
 
 
-def run(options: MergeOptions) -> None:
+def run(options: MergeOptions, launch: Launch | None) -> None:
     """Check and publish, in this process, without a device."""
-    npu.hide()
+    use_only("cpu")
     from launcher.stages.merge import merge_files
 
     merge_files(options.folder, options.quant_type)

@@ -1,19 +1,13 @@
-"""Give any exception the four parts of an error for people, and carry it to the other ranks as plain text."""
+"""Give any exception the four parts of an error for people."""
 
 from __future__ import annotations
 
 import errno
-import json
 import re
-import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 
-import torch
-
-from launcher.devices import npu
-from launcher.failure.exit_codes import EXIT_CODES, ExitCode, exit_code
+from launcher.devices import kinds
 from quant_core.errors import DistributedError, EnvironmentFailure, ExplainedError, MemoryExhausted
 
 # How gloo, NCCL and torch's store say that a peer is gone or silent; they raise RuntimeError for everything.
@@ -27,63 +21,23 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAILED_WRITE = re.compile(r"No space left|quota exceeded|File too large|PytorchStreamWriter failed", re.IGNORECASE)
 _NO_HOST_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|std::bad_alloc", re.IGNORECASE)
 
-_KINDS: dict[str, type[ExplainedError]] = {
-    kind.__name__: kind for kind in EXIT_CODES if issubclass(kind, ExplainedError)
-}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Carry a rank's error to the others, as plain text; `at` is the time it happened, in seconds of the epoch."""
-
-    rank: int
-    kind: str
-    what: str
-    where: str
-    why: str
-    advice: str
-    at: float
-
-    @classmethod
-    def of(cls, error: BaseException, rank: int) -> Failure:
-        """Describe an exception that happened on this rank just now."""
-        told = explained(error)
-        kind = next((name for name, kind in _KINDS.items() if isinstance(told, kind)), "")
-        return cls(rank, kind, told.what, told.where, told.why, told.advice, time.time())
-
-    @classmethod
-    def from_json(cls, text: str) -> Failure:
-        """Read what `to_json` wrote."""
-        return cls(**json.loads(text))
-
-    def to_json(self) -> str:
-        """Return the failure as a JSON object."""
-        return json.dumps(asdict(self))
-
-    def error(self) -> ExplainedError:
-        """Return the error again, of the same kind and with the same text."""
-        return _KINDS.get(self.kind, ExplainedError)(self.what, where=self.where, why=self.why, advice=self.advice)
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """The exit status of a job that ended so."""
-        return exit_code(self.error())
-
 
 def explained(error: BaseException) -> ExplainedError:
     """Return the error itself if it is explained already, else one that says what its kind usually means."""
     if isinstance(error, ExplainedError):
         return error
+    import torch  # not above: an error in the words of a command is told before it is there
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, _NO_HOST_MEMORY):
         return _out_of_memory(error)
     if (isinstance(error, OSError) and error.errno in _DISK_FULL) or _says(error, _FAILED_WRITE):
         return _disk_full(error)
     if isinstance(error, RuntimeError):
-        return npu.explain(str(error)) or _lost_peer(error) or _bug(error)
+        return kinds.explain(error) or _lost_peer(error) or _bug(error)
     return _bug(error)
 
 
-def place(error: BaseException) -> str:
+def _place(error: BaseException) -> str:
     """Return the layer an exception passed through, if any, and the line of code it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     code = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
@@ -96,6 +50,8 @@ def _says(error: BaseException, words: re.Pattern[str]) -> bool:
 
 def _layer(error: BaseException) -> str:
     """Return the name of the innermost layer, as the outermost model on the way to it calls it."""
+    import torch
+
     modules = [found for found in _locals_named_self(error) if isinstance(found, torch.nn.Module)]
     names = {id(module): name for name, module in modules[0].named_modules()} if modules else {}
     return next((f"layer {names[id(found)]}" for found in reversed(modules) if names.get(id(found))), "")
@@ -109,7 +65,7 @@ def _locals_named_self(error: BaseException) -> Iterator[object]:
 def _out_of_memory(error: BaseException) -> MemoryExhausted:
     return MemoryExhausted(
         "out of memory",
-        where=place(error),
+        where=_place(error),
         why=_line(error) or "the host could not give more",
         advice="use more ranks for one copy of the model (--tp_size), a smaller image, or --device cpu",
     )
@@ -118,7 +74,7 @@ def _out_of_memory(error: BaseException) -> MemoryExhausted:
 def _disk_full(error: BaseException) -> EnvironmentFailure:
     return EnvironmentFailure(
         "the disk is full",
-        where=str(getattr(error, "filename", None) or place(error)),
+        where=str(getattr(error, "filename", None) or _place(error)),
         why=_line(error),
         advice="free space, then run the same command again: finished parts are reused",
     )
@@ -129,7 +85,7 @@ def _lost_peer(error: RuntimeError) -> DistributedError | None:
         return None
     return DistributedError(
         "another rank is gone or does not answer",
-        where=place(error),
+        where=_place(error),
         why=_line(error),
         advice="read the other ranks' errors: the first one is the cause",
     )
@@ -138,7 +94,7 @@ def _lost_peer(error: RuntimeError) -> DistributedError | None:
 def _bug(error: BaseException) -> ExplainedError:
     return ExplainedError(
         f"{type(error).__name__}: {_line(error)}",
-        where=place(error),
+        where=_place(error),
         why="this is a mistake of the program, not of yours",
         advice="report it with the traceback",
     )

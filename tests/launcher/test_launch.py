@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.devices.rank_variables import RankVariables, read_rank_variables
+from launcher.devices.launch import Launch, read_launch
 from quant_core.errors import EnvironmentFailure
 
 TORCHRUN = {
@@ -27,36 +27,36 @@ SRUN = {
 
 
 def test_without_a_launcher_there_is_one_process() -> None:
-    found = read_rank_variables({})
-    assert found == RankVariables()
+    found = read_launch({})
+    assert found == Launch()
     assert not found.is_distributed
 
 
 def test_torchrun_tells_rank_local_rank_and_world() -> None:
-    assert read_rank_variables(TORCHRUN) == RankVariables(5, 8, 1, 4, "torchrun", "env://")
+    assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "torchrun", "env://")
 
 
 def test_one_process_under_torchrun_is_distributed() -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    assert read_rank_variables({**TORCHRUN, **alone, "GROUP_WORLD_SIZE": "1"}).is_distributed
+    assert read_launch({**TORCHRUN, **alone, "GROUP_WORLD_SIZE": "1"}).is_distributed
 
 
 def test_variables_that_a_scheduler_gives_each_pod_do_not_make_a_rank() -> None:
-    assert read_rank_variables({"RANK": "3", "WORLD_SIZE": "1"}) == RankVariables()
+    assert read_launch({"RANK": "3", "WORLD_SIZE": "1"}) == Launch()
 
 
 def test_srun_on_one_host_works_without_torchrun_on_a_port_of_the_job() -> None:
-    found = read_rank_variables(SRUN)
+    found = read_launch(SRUN)
     # 70001 modulo 20000 is 10001, above the base of 20000.
-    assert found == RankVariables(1, 2, 1, 2, "srun", "tcp://127.0.0.1:30001")
+    assert found == Launch(1, 2, 1, 2, "srun", "tcp://127.0.0.1:30001")
 
 
 def test_torchrun_inside_srun_is_torchrun() -> None:
-    assert read_rank_variables({**SRUN, **TORCHRUN}).source == "torchrun"
+    assert read_launch({**SRUN, **TORCHRUN}).source == "torchrun"
 
 
 def test_a_batch_script_outside_srun_is_a_single_process() -> None:
-    assert read_rank_variables({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}) == RankVariables()
+    assert read_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}) == Launch()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_batch_script_outside_srun_is_a_single_process() -> None:
 )
 def test_broken_variables_are_refused_and_shown(environ: dict[str, str], what: str) -> None:
     with pytest.raises(EnvironmentFailure) as caught:
-        read_rank_variables(environ)
+        read_launch(environ)
     assert what in caught.value.what
     assert "=" in caught.value.where
     assert "torchrun" in caught.value.advice

@@ -16,8 +16,8 @@ _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True)
-class RankVariables:
-    """Say which rank of how many this process is, on its host and in the whole job.
+class Launch:
+    """Say which rank of how many this process is, on its host and in the whole job; whatever needs to know refers here.
 
     `init_method` is how the ranks find each other; None for a single process that was started without a launcher.
     """
@@ -35,7 +35,7 @@ class RankVariables:
         return self.init_method is not None
 
 
-def read_rank_variables(environ: Mapping[str, str]) -> RankVariables:
+def read_launch(environ: Mapping[str, str]) -> Launch:
     """Read the variables of torchrun, else of srun, else find a single process.
 
     Raises:
@@ -52,10 +52,10 @@ def read_rank_variables(environ: Mapping[str, str]) -> RankVariables:
             why="without a local rank several processes would take the same device and write the same files",
             advice="start with torchrun --nproc_per_node N -m launcher, or unset RANK WORLD_SIZE for one process",
         )
-    return RankVariables()
+    return Launch()
 
 
-def _from_torchrun(environ: Mapping[str, str]) -> RankVariables:
+def _from_torchrun(environ: Mapping[str, str]) -> Launch:
     missing = [name for name in _TORCHRUN if not environ.get(name)]
     if missing:
         raise EnvironmentFailure(
@@ -64,7 +64,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> RankVariables:
             why="a launcher sets all of them, and the ranks find each other by them",
             advice="start with torchrun --nproc_per_node N -m launcher, or unset LOCAL_RANK for one process",
         )
-    found = RankVariables(
+    found = Launch(
         **_numbers(
             environ,
             {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"},
@@ -76,7 +76,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> RankVariables:
     return found
 
 
-def _require_consistent(found: RankVariables, environ: Mapping[str, str]) -> None:
+def _require_consistent(found: Launch, environ: Mapping[str, str]) -> None:
     one_node = environ.get("GROUP_WORLD_SIZE") == "1"
     contradictions = {
         f"RANK={found.rank} is not below WORLD_SIZE={found.world}": not 0 <= found.rank < found.world,
@@ -97,7 +97,7 @@ def _require_consistent(found: RankVariables, environ: Mapping[str, str]) -> Non
         )
 
 
-def _from_srun(environ: Mapping[str, str]) -> RankVariables:
+def _from_srun(environ: Mapping[str, str]) -> Launch:
     if environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
         raise EnvironmentFailure(
             f"srun started tasks on {environ['SLURM_STEP_NUM_NODES']} hosts without torchrun",
@@ -111,7 +111,7 @@ def _from_srun(environ: Mapping[str, str]) -> RankVariables:
     job = _numbers(environ, {"job": "SLURM_JOB_ID"})["job"]
     # A port of its own for each job, in the range that hosts leave to applications.
     address = f"tcp://127.0.0.1:{20000 + job % 20000}"
-    return RankVariables(**numbers, local_world=numbers["world"], source="srun", init_method=address)
+    return Launch(**numbers, local_world=numbers["world"], source="srun", init_method=address)
 
 
 def _numbers(environ: Mapping[str, str], names: Mapping[str, str]) -> dict[str, int]:

@@ -1,0 +1,63 @@
+"""The one way out of a process that cannot go on, or shall not."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from launcher.failure.error_file import write_error_file
+from launcher.failure.exit_codes import ExitCode
+from launcher.failure.record import Failure
+
+# Held by the thread that leaves; the same thread may come again, out of a signal.
+_leaving = threading.RLock()
+# Within this time the process is gone, whatever hangs on the way (a disk, a terminal).
+_LIMIT_S = 8.0
+
+
+def leave(
+    failure: Failure | None,
+    error: BaseException | None = None,
+    *,
+    speaks: Callable[[], bool] = lambda: True,
+    account: Callable[[], object] = lambda: None,
+    text: str | None = None,
+) -> NoReturn:
+    """Say how it ended (None: well) and end the process at once: an orderly exit would wait for other ranks.
+
+    `error` is the exception that happened in this process. `speaks` tells whether this process tells the whole story,
+    in its error file and on the terminal; `text` is what it prints in place of the failure's four lines. `account`
+    writes down what only the caller knows. A second thread that wants to leave waits here for the end.
+    """
+    with _leaving:
+        status = failure.exit_code if failure else ExitCode.PUBLISHED
+        try:
+            _leave_within(_LIMIT_S, status)
+            is_first = speaks()
+            with suppress(Exception):
+                account()
+            if failure:
+                write_error_file(failure, is_first=is_first)
+            if failure and is_first and text != "":
+                _print(failure, error, text)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def _leave_within(seconds: float, status: int) -> None:
+    clock = threading.Timer(seconds, os._exit, [status])
+    clock.daemon = True
+    clock.start()
+
+
+def _print(failure: Failure, error: BaseException | None, text: str | None) -> None:
+    if failure.is_bug and error is not None:
+        traceback.print_exception(error)
+    print(failure.error() if text is None else text, file=sys.stderr)

@@ -1,0 +1,64 @@
+"""Exchanges between all ranks, on the control group, with bounded waits that name who is missing."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from launcher.ranks.process_group import Ranks
+from quant_core.errors import DistributedError
+
+T = TypeVar("T")
+
+
+def all_agree(ranks: Ranks, mine: bool, *, what: str = "an agreement") -> bool:
+    """Return on all ranks whether every rank said yes."""
+    return all(gather_objects(ranks, mine, what=what))
+
+
+def gather_objects(ranks: Ranks, mine: T, *, what: str = "an exchange", timeout_s: float | None = None) -> list[T]:
+    """Return every rank's object, in the order of ranks, on all ranks.
+
+    Raises:
+        DistributedError: a rank did not arrive within the timeout; it is named.
+    """
+    if ranks.control is None:
+        return [mine]
+    barrier(ranks, what, timeout_s)
+    gathered: list[Any] = [None] * ranks.world
+    try:
+        dist.all_gather_object(gathered, mine, group=ranks.control)
+    except RuntimeError as error:
+        raise _not_all_came(what, ranks.timeout_s, error) from error
+    return gathered
+
+
+def barrier(ranks: Ranks, what: str, timeout_s: float | None = None) -> None:
+    """Wait until every rank has come here, at most the group's timeout.
+
+    Raises:
+        DistributedError: naming the ranks that did not come (rank 0 knows; the others point to it).
+    """
+    if ranks.control is None:
+        return
+    limit = ranks.timeout_s if timeout_s is None else timeout_s
+    try:
+        dist.monitored_barrier(ranks.control, timeout=timedelta(seconds=limit), wait_all_ranks=True)
+    except RuntimeError as error:
+        raise _not_all_came(what, limit, error) from error
+
+
+def _not_all_came(what: str, limit: float, error: RuntimeError) -> DistributedError:
+    text = " ".join(str(error).split())
+    # torch's own sentence on rank 0: "Ranks 1, 3 failed to pass monitoredBarrier in 1000 ms"
+    named = re.search(r"Ranks ([\d, ]+) failed to pass", text)
+    missing = f"rank {named[1].strip()}" if named else "another rank (rank 0, or the one that rank 0 names)"
+    return DistributedError(
+        f"{missing} did not come to {what}",
+        where=what,
+        why=f"waited at most {limit:g} s: {text[:200]}",
+        advice="that rank died, hangs or is slower than --timeout_s: read its log first",
+    )
