@@ -12,6 +12,7 @@ from launcher.devices.launch import Launch, read_launch
 from launcher.failure.record import STARTING, Failure
 from launcher.failure.signals import on_signals, stopped_on
 from launcher.failure.way_out import leave
+from launcher.journal.terminal import survive_its_loss
 from launcher.start.supervisor_flags import asks_for_ranks
 from quant_core.errors import EnvironmentFailure, ExplainedError
 
@@ -21,6 +22,7 @@ ENTRY = ("-m", "launcher")
 
 def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> None:
     """Run one command and exit; every error is explained on the standard error, by one rank if all share it."""
+    survive_its_loss()
     words = sys.argv[1:] if argv is None else argv
     launch = _launch()
     rank = launch.rank if launch else 0

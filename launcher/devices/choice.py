@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -85,15 +86,28 @@ def choose_backend(device: torch.device, *, shared: bool) -> tuple[str, str]:
     return f"cpu:gloo,{device.type}:{native}", f"{native}, the backend of {device.type}"
 
 
-def choose_threads(cores: int, local_world: int, omp_num_threads: str | None) -> tuple[int, str]:
-    """Return how many threads torch may use in this process, and why.
-
-    torchrun sets OMP_NUM_THREADS=1 for every rank it starts, so 1 is nobody's wish; another number is.
-    """
-    if omp_num_threads and omp_num_threads.isdecimal() and int(omp_num_threads) > 1:
+def choose_threads(cores: int, local_world: int, omp_num_threads: str | None, *, is_default: bool) -> tuple[int, str]:
+    """Return how many threads torch may use in this process, and why: what the user set, else a share of the cores."""
+    if omp_num_threads and omp_num_threads.isdecimal() and int(omp_num_threads) and not is_default:
         return int(omp_num_threads), f"OMP_NUM_THREADS={omp_num_threads}"
-    share = max(1, cores // local_world)
-    return share, f"{cores} cores, {local_world} rank{'s' * (local_world > 1)} on this host"
+    remark = f"; OMP_NUM_THREADS={omp_num_threads} is torchrun's own" if is_default else ""
+    return max(
+        1, cores // local_world
+    ), f"{cores} cores, {local_world} rank{'s' * (local_world > 1)} on this host{remark}"
+
+
+def is_torchruns_default(launch: Launch, environ: Mapping[str, str]) -> bool:
+    """Tell whether OMP_NUM_THREADS=1 comes from torchrun, which sets it for its ranks where the user has set nothing.
+
+    It does so in its own process, this one's parent, whose environment at its start the kernel still shows. Where that
+    cannot be read, 1 is taken for torchrun's.
+    """
+    if launch.source != "torchrun" or environ.get("OMP_NUM_THREADS") != "1":
+        return False
+    try:
+        return "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):
+        return True
 
 
 def available_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -102,8 +102,7 @@ class Liveness:
 
 def is_gone(heartbeat: Heartbeat) -> bool:
     """Tell whether a rank's process has ended; False when it runs on another host, where nothing can be seen."""
-    process = _process(heartbeat)
-    return heartbeat.host == here() and (process is None or process.status() == psutil.STATUS_ZOMBIE)
+    return heartbeat.host == here() and _status(heartbeat) in (None, psutil.STATUS_ZOMBIE)
 
 
 def end_frozen(heartbeat: Heartbeat) -> None:
@@ -112,23 +111,28 @@ def end_frozen(heartbeat: Heartbeat) -> None:
     Before that it is asked for the stacks of its threads, which it can still write unless it was stopped.
     """
     for number, patience_s in ((signal.SIGUSR2, _STACKS_S), (signal.SIGKILL, 0.0)):
-        if heartbeat.host == here() and _process(heartbeat) is not None:
+        if not is_gone(heartbeat) and heartbeat.host == here():
             os.kill(heartbeat.pid, number)
             time.sleep(patience_s)
 
 
-def _process(heartbeat: Heartbeat) -> psutil.Process | None:
-    """Return the rank's process on this host; another process with its number is not it."""
+def _status(heartbeat: Heartbeat) -> str | None:
+    """Return the kernel's status of a rank's process on this host; None when it is gone.
+
+    Another process with its number is not it; one that must not be looked at is there.
+    """
     try:
         found = psutil.Process(heartbeat.pid)
-        return found if abs(found.create_time() - heartbeat.started) < 1 else None
-    except psutil.Error:
+        return found.status() if abs(found.create_time() - heartbeat.started) < 1 else None
+    except psutil.NoSuchProcess:
         return None
+    except psutil.Error:
+        return "unknown"
 
 
 def _state(heartbeat: Heartbeat) -> str:
-    process = _process(heartbeat) if heartbeat.host == here() else None
-    return _STATES.get(process.status(), f"its state is {process.status()}") if process else "its host may be down"
+    status = _status(heartbeat) if heartbeat.host == here() else None
+    return _STATES.get(status, f"its state is {status}") if status else "its host may be down"
 
 
 def _lost(heartbeat: Heartbeat, how: str, why: str, advice: str, *, frozen: bool = False) -> Failure:

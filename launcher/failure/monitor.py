@@ -40,6 +40,8 @@ from launcher.journal.status import account_folder, write_status
 from launcher.ranks.rendezvous import meet
 
 _INTERVAL_S = 0.5
+# So many looks in a row that fail are no accident; fewer are survived.
+_FAILED_LOOKS = 3
 # How long the cause of a lost connection may take to show: a look of the monitors, and the kernel's clean-up.
 _CAUSE_S = 3.0
 # Within that time, how long a silence is no accident.
@@ -126,11 +128,19 @@ class Monitor:
         self._leave(self._state.claim(cause or mine), error)
 
     def _run(self) -> None:
-        try:
-            while not self._over.wait(_INTERVAL_S):
+        """Look until the job is over; a thread that died of an error would have this rank, which is well, killed."""
+        failed = 0
+        while not self._over.wait(_INTERVAL_S):
+            try:
                 self._tick()
-        except StateLost as error:
-            self._leave(self._failure(error), error)
+                failed = 0
+            except StateLost as error:
+                self._leave(self._failure(error), error)
+            except Exception as error:
+                failed += 1
+                logs.log("the monitor could not look", level=40, error=error)
+                if failed == _FAILED_LOOKS:
+                    self._leave(self._state.claim(self._failure(error)), error)
 
     def _tick(self) -> None:
         self._listen()

@@ -103,7 +103,7 @@ class SharedState:
     def _answering(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise StateLost(
                 f"{self._host}, which keeps the ranks together, is gone or does not answer",
                 why=" ".join(str(error).split())[:200],

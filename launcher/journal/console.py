@@ -25,7 +25,7 @@ class Console:
     speaks: bool
     interval_s: float = 5.0
     note: Callable[[], str] = lambda: ""
-    live: bool = field(default_factory=sys.stdout.isatty)
+    live: bool = field(default_factory=lambda: sys.stdout is not None and sys.stdout.isatty())
     _last: float = field(default=0.0, repr=False)
     _stage: str = field(default="", repr=False)
     _began: tuple[float, float] = field(default=(0.0, 0.0), repr=False)

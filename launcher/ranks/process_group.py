@@ -21,7 +21,14 @@ import torch
 import torch.distributed as dist
 
 from launcher.config.job_config import JobConfig
-from launcher.devices.choice import available_cores, choose_backend, choose_device_index, choose_threads, find_cards
+from launcher.devices.choice import (
+    available_cores,
+    choose_backend,
+    choose_device_index,
+    choose_threads,
+    find_cards,
+    is_torchruns_default,
+)
 from launcher.devices.kinds import KINDS
 from launcher.devices.launch import Launch
 from launcher.ranks.mesh import Mesh, choose_tp_size
@@ -78,7 +85,12 @@ def join(config: JobConfig, launch: Launch, store: dist.Store | None = None) -> 
     index, device_reason = choose_device_index(cards, config.ranks.device_id, launch)
     device = torch.device(cards.kind.name, *([index] if cards.kind.has_cards else []))
     backend, backend_reason = choose_backend(device, shared=cards.shared_by(launch))
-    threads, threads_reason = choose_threads(available_cores(), launch.local_world, os.environ.get("OMP_NUM_THREADS"))
+    threads, threads_reason = choose_threads(
+        available_cores(),
+        launch.local_world,
+        os.environ.get("OMP_NUM_THREADS"),
+        is_default=is_torchruns_default(launch, os.environ),
+    )
     torch.set_num_threads(threads)
     if cards.kind.has_cards:
         torch.accelerator.set_device_index(index)

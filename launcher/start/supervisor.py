@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -137,6 +136,5 @@ def _ended_silently(rank: int, exitcode: int) -> Failure:
 
 def _said(failure: Failure) -> Failure:
     """Print what no rank has said, and return it."""
-    with suppress(OSError):
-        print(failure.error(), file=sys.stderr, flush=True)
+    print(failure.error(), file=sys.stderr, flush=True)
     return failure

@@ -199,6 +199,31 @@ def test_a_single_process_needs_no_group_and_everything_still_works(monkeypatch:
     torch.set_num_threads(threads)
 
 
+def test_one_thread_is_used_where_the_user_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        ranks = join(config_of(*FLAGS), Launch())
+        assert torch.get_num_threads() == 1
+        assert "threads: 1, OMP_NUM_THREADS=1" in ranks.reasons
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("set_by_user", [True, False])
+def test_what_the_user_set_is_told_apart_from_what_torchrun_sets(set_by_user: bool, tmp_path: Path) -> None:
+    environ = [] if set_by_user else ["-u", "OMP_NUM_THREADS"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["env", *environ, *torchrun, str(WORKER), str(tmp_path), *FLAGS]
+    inherited = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=inherited, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for report in reports_in(tmp_path):
+        said = next(reason for reason in report["reasons"] if reason.startswith("threads: "))
+        assert ("is torchrun's own" in said) is not set_by_user
+
+
 def raise_input_error() -> None:
     raise InputError("no")
 

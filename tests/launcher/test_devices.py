@@ -107,16 +107,20 @@ def test_the_backend_follows_the_device(device: str, shared: bool, backend: str,
 
 
 @pytest.mark.parametrize(
-    ("cores", "ranks", "omp", "threads", "said"),
+    ("cores", "ranks", "omp", "default", "threads", "said"),
     [
-        (192, 8, "1", 24, "192 cores, 8 ranks"),  # torchrun's OMP_NUM_THREADS=1 is nobody's wish
-        (2, 8, None, 1, "2 cores"),
-        (192, 8, "4", 4, "OMP_NUM_THREADS=4"),
-        (16, 1, None, 16, "1 rank on this host"),
+        (192, 8, "1", True, 24, "192 cores, 8 ranks on this host; OMP_NUM_THREADS=1 is torchrun's own"),
+        (192, 8, "1", False, 1, "OMP_NUM_THREADS=1"),
+        (2, 8, None, False, 1, "2 cores"),
+        (192, 8, "4", False, 4, "OMP_NUM_THREADS=4"),
+        (16, 1, None, False, 16, "1 rank on this host"),
+        (16, 1, "0", False, 16, "16 cores"),
     ],
 )
-def test_the_ranks_of_a_host_share_its_cores(cores: int, ranks: int, omp: str | None, threads: int, said: str) -> None:
-    chosen, reason = choose_threads(cores, ranks, omp)
+def test_the_ranks_of_a_host_share_its_cores_unless_the_user_says_otherwise(
+    cores: int, ranks: int, omp: str | None, default: bool, threads: int, said: str
+) -> None:
+    chosen, reason = choose_threads(cores, ranks, omp, is_default=default)
     assert chosen == threads
     assert said in reason
 

@@ -85,6 +85,20 @@ def test_another_process_with_the_number_of_the_rank_is_not_the_rank() -> None:
     assert is_gone(Heartbeat(1, 1, os.getpid(), started, here()))
 
 
+@pytest.mark.parametrize(("trouble", "gone"), [(psutil.AccessDenied, False), (psutil.NoSuchProcess, True)])
+def test_a_process_that_cannot_be_looked_at_is_there_and_one_that_ends_meanwhile_is_gone(
+    trouble: type[psutil.Error], gone: bool, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat = Heartbeat(1, 1, child.pid, psutil.Process(child.pid).create_time(), here())
+
+    def status(process: psutil.Process) -> str:
+        raise trouble(process.pid)  # pyright: ignore[reportCallIssue]
+
+    monkeypatch.setattr(psutil.Process, "status", status)
+    assert is_gone(heartbeat) is gone
+    child.kill()
+
+
 def test_nothing_is_said_about_processes_of_other_hosts() -> None:
     assert not is_gone(replace(ELSEWHERE, pid=2**22))
 
