@@ -91,6 +91,8 @@ def heard(insist: Callable[[], object], leave: Callable[[str], object]) -> Itera
     try:
         yield
     finally:
+        for number in GRACEFUL:  # how the job ends is known now; Slurm signals again when another host has ended
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         over.set()
         thread.join()
