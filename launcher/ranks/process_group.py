@@ -80,7 +80,7 @@ def join(config: JobConfig, store: dist.Store | None = None) -> Ranks:
         torch.accelerator.set_device_index(index)
     reasons = (
         f"ranks: {launch.source}, rank {launch.rank} of {launch.world}",
-        f"mesh: {mesh}, {mesh_reason}",
+        *f"mesh: {mesh}, {mesh_reason}".splitlines(),
         f"device: {device}, {device_reason}",
         f"backend: {backend_reason}",
         f"threads: {threads}, {threads_reason}",
@@ -123,6 +123,7 @@ def lay_out(config: JobConfig, launch: RankVariables) -> tuple[Mesh, str]:
         requested=config.ranks.tp_size,
         device_type=name,
         device_type_tp=known[name].tp_size if name in known else None,
+        one_copy=next((other for other, kind in known.items() if kind.tp_size == launch.world), None),
     )
     return Mesh(launch.world, launch.rank, tp_size), reason
 
