@@ -34,6 +34,9 @@ class PipelineOptions(BaseModel):
         {"path", "prompt_path", "prompt_type", "max_num_prompt", "info_file_save_path", "dtype"}
     )
 
+    # The hardware set-ups that may be chosen.
+    DEVICE_TYPES: ClassVar[tuple[DeviceType, ...]] = ()
+
     path: str = Field(min_length=1, description="folder of the float pipeline (or its hub id, owner/name)")
     prompt_path: str = Field(default="./calib_prompts.txt", min_length=1, description="file with the prompts")
     prompt_type: PromptType = Field(default="plain", description="format of the prompt file")

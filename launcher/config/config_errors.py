@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,12 +76,16 @@ class _Reader:
         if isinstance(told, ConfigurationError):
             return told
         location = tuple(str(part) for part in entry["loc"])
-        readers: dict[str, Callable[[Any, tuple[str, ...]], ConfigurationError]] = {
-            "extra_forbidden": self._unknown_key,
-            "missing": self._missing,
-            "model_type": self._no_section,
-        }
-        return readers.get(entry["type"], self._bad_value)(entry, location)
+        flag = self._flag_at(location)
+        if entry["type"] == "extra_forbidden":
+            return self._unknown_key(location)
+        if entry["type"] == "model_type":
+            return self._no_section(location, entry["input"])
+        if flag is None:
+            return self._misfit(location, entry["msg"])
+        if entry["type"] == "missing":
+            return self._missing(flag)
+        return self._bad_value(flag, entry["input"], entry["msg"])
 
     def _flag_at(self, location: tuple[str, ...]) -> Flag | None:
         """Find the flag by its path or alias; deeper parts of a location (an index, a union's branch) are dropped."""
@@ -92,10 +96,7 @@ class _Reader:
                     return flag
         return None
 
-    def _missing(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
-        flag = self._flag_at(location)
-        if flag is None:
-            return ConfigurationError(f"{'.'.join(location)} is missing", where=str(self.origin.config or "options"))
+    def _missing(self, flag: Flag) -> ConfigurationError:
         return ConfigurationError(
             f"{flag.option} is missing",
             where=self.origin.where(flag.path, flag.option),
@@ -103,7 +104,7 @@ class _Reader:
             advice=f"add {flag.usage}",
         )
 
-    def _unknown_key(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
+    def _unknown_key(self, location: tuple[str, ...]) -> ConfigurationError:
         *section, key = location
         siblings = _keys_of(self.options, section)
         home = next((flag for flag in self.flags if key in (flag.path[-1], flag.name)), None)
@@ -119,29 +120,26 @@ class _Reader:
             advice=advice,
         )
 
-    def _bad_value(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
-        flag = self._flag_at(location)
-        if flag is None:
-            return self._misfit(entry, location)
+    def _bad_value(self, flag: Flag, value: object, message: str) -> ConfigurationError:
         return ConfigurationError(
-            f"{flag.option} cannot be {entry['input']!r}",
+            f"{flag.option} cannot be {value!r}",
             where=self.origin.where(flag.path, flag.option),
-            why=_plain(entry["msg"]),
-            advice=_advice(flag, entry["input"]),
+            why=_plain(message),
+            advice=_advice(flag, value),
         )
 
-    def _no_section(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
+    def _no_section(self, location: tuple[str, ...], value: object) -> ConfigurationError:
         section = ".".join(location)
         return ConfigurationError(
-            f"the section {section} cannot be {entry['input']!r}",
+            f"the section {section} cannot be {value!r}",
             where=f"{section} in {self.origin.config or 'the options'}",
             why="a section maps the names of options to their values",
             advice=f"options of this section: {', '.join(_keys_of(self.options, location))}",
         )
 
-    def _misfit(self, entry: Any, location: tuple[str, ...]) -> ConfigurationError:
+    def _misfit(self, location: tuple[str, ...], message: str) -> ConfigurationError:
         """Explain options of one section that an adapter's own rule refuses together."""
-        text = _plain(entry["msg"])
+        text = _plain(message)
         named = [flag.option for flag in self.flags if flag.path[-1] in re.findall(r"\w+", text)]
         return ConfigurationError(
             text,
@@ -161,7 +159,7 @@ def _keys_of(options: type[BaseModel], section: Sequence[str]) -> list[str]:
 
 
 def _plain(message: str) -> str:
-    text = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    text = message.removeprefix("Value error, ")
     return text.replace("Input should be", "it must be")
 
 

@@ -6,8 +6,11 @@ Importable anywhere; only `load` and `group_options` need torch_npu and CANN.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from launcher.devices.npu_faults import first_line
@@ -28,8 +31,9 @@ def load() -> None:
     """Import torch_npu and turn just-in-time compilation of operators off.
 
     Raises:
-        EnvironmentFailure: torch_npu or CANN is not installed, or not set up in this shell.
+        EnvironmentFailure: torch_npu or CANN is not installed, not set up in this shell, or of another version.
     """
+    _check_pair()
     try:
         importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError) as error:
@@ -100,17 +104,79 @@ def _seconds(environ: Mapping[str, str], name: str, default: int) -> int:
     return int(value)
 
 
+def _check_pair() -> None:
+    """Refuse a torch_npu that is not of torch's version, before importing it fails in a way that nobody understands."""
+    try:
+        built_for, installed = (_release(version(package)) for package in ("torch_npu", "torch"))
+    except PackageNotFoundError:
+        return
+    if built_for != installed:
+        raise EnvironmentFailure(
+            f"torch_npu {version('torch_npu')} does not go with torch {version('torch')}",
+            where="--device npu",
+            why="each torch_npu is built for the torch of the same version",
+            advice=f"pip install '.[npu-{built_for.rsplit('.', 1)[0]}]', which keeps torch_npu, as it has to fit CANN",
+        )
+
+
+def _release(text: str) -> str:
+    """Return a version without what follows its three numbers: `2.9.0` of `2.9.0.post9` and of `2.9.0+cpu`."""
+    return ".".join(re.findall(r"\d+", text)[:3])
+
+
+@dataclass(frozen=True)
+class ImportCause:
+    """Say what a message of the dynamic linker means when it comes from torch_npu."""
+
+    pattern: str
+    why: str
+    advice: str
+
+
+# The first that fits counts.
+IMPORT_CAUSES = (
+    ImportCause(
+        r"lib(ascend_hal|dcmi|drvdsmi_host)\S*: cannot open",
+        "that library belongs to the NPU's driver",
+        "install the driver, or mount it into the container: /usr/local/Ascend/driver",
+    ),
+    ImportCause(
+        r"lib(torch|c10)\S*: cannot open|undefined symbol: _ZNK?(2at|3c10|5torch)",
+        "it was built for another torch",
+        "install the pair anew: pip install --force-reinstall '.[npu-X.Y]', with the X.Y that fits CANN (README)",
+    ),
+    ImportCause(
+        r"lib\S+: cannot open",
+        "that library belongs to CANN, which is not installed or not set up in this shell",
+        "source CANN's set_env.sh (/usr/local/Ascend/ascend-toolkit/set_env.sh), or use --device cpu",
+    ),
+    ImportCause(
+        r"undefined symbol|version `\S+' not found",
+        "a library that it found, most likely CANN's, is of another release",
+        "pip install '.[npu-X.Y]', with the X.Y that fits the installed CANN (README)",
+    ),
+    ImportCause(
+        r"No module named",
+        "it needs that package",
+        "pip install the package that is named",
+    ),
+)
+_UNKNOWN_CAUSE = ImportCause("", "", 'TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -c "import torch_npu" shows all of it')
+
+
 def _import_failure(error: Exception) -> EnvironmentFailure:
     if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
         return EnvironmentFailure(
             "torch_npu is not installed",
             where="--device npu",
             why="torch drives an NPU through this package, of the same version as torch",
-            advice="pip install '.[npu]', or use --device cpu",
+            advice="pip install '.[npu-X.Y]', with the X.Y that fits CANN (README), or use --device cpu",
         )
+    said = str(error)
+    cause = next((cause for cause in IMPORT_CAUSES if re.search(cause.pattern, said)), _UNKNOWN_CAUSE)
     return EnvironmentFailure(
         "torch_npu is installed but cannot be imported",
         where="--device npu",
-        why=first_line(str(error)),
-        advice="source CANN's set_env.sh (/usr/local/Ascend/ascend-toolkit/set_env.sh), or use --device cpu",
+        why=": ".join(filter(None, [first_line(said), cause.why])),
+        advice=cause.advice,
     )

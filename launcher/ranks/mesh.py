@@ -79,11 +79,12 @@ def choose_tp_size(
     requested: int | None = None,
     device_type: str | None = None,
     device_type_tp: int | None = None,
+    one_copy: str | None = None,
 ) -> tuple[int, str]:
-    """Return how many ranks hold one copy of the model, and why.
+    """Return how many ranks hold one copy of the model, and why; a second line of the reason is a warning.
 
     `requested` is `--tp_size` and wins; `device_type_tp` is what the model's device type asks for; a model that
-    knows no device types is spread over the whole world.
+    knows no device types is spread over the whole world. `one_copy` is the device type that would do that.
 
     Raises:
         ConfigurationError: the world cannot be divided into groups of that size.
@@ -97,7 +98,14 @@ def choose_tp_size(
     else:
         tp_size, wish = world, "one copy of the model over all ranks, as no device type or --tp_size says otherwise"
     _require_divisible(world, tp_size, wish)
-    return tp_size, f"tp {tp_size}: {wish}"
+    warning = _whole_copies(world, one_copy) if tp_size == 1 < world and requested is None else ""
+    return tp_size, f"tp {tp_size}: {wish}{warning}"
+
+
+def _whole_copies(world: int, one_copy: str | None) -> str:
+    """Say what several ranks mean for a device type of one card: who wants to divide the model is easily mistaken."""
+    flag = f"--device_type {one_copy}" if one_copy else f"--tp_size {world}"
+    return f"\nwarning: {world} whole copies of the model, one per rank; for one copy over {world} cards: {flag}"
 
 
 def _require_divisible(world: int, tp_size: int, wish: str) -> None:

@@ -96,7 +96,7 @@ def join(config: JobConfig, launch: Launch, store: dist.Store | None = None) -> 
         torch.accelerator.set_device_index(index)
     reasons = (
         f"ranks: {launch.source}, rank {launch.rank} of {launch.world}",
-        f"mesh: {mesh}, {mesh_reason}",
+        *f"mesh: {mesh}, {mesh_reason}".splitlines(),
         f"device: {device}, {device_reason}",
         f"backend: {backend_reason}",
         f"threads: {threads}, {threads_reason}",
@@ -134,6 +134,7 @@ def lay_out(config: JobConfig, launch: Launch) -> tuple[Mesh, str]:
         requested=config.ranks.tp_size,
         device_type=hardware and hardware.name,
         device_type_tp=hardware and hardware.tp_size,
+        one_copy=next((each.name for each in config.pipeline.DEVICE_TYPES if each.tp_size == launch.world), None),
     )
     return Mesh(launch, tp_size), reason
 

@@ -8,12 +8,6 @@ from pydantic import Field
 
 from model_adapters.options import DeviceType, ImageOptions
 
-_DEVICE_TYPES = (
-    DeviceType(name="A2-64g", tp_size=1),
-    DeviceType(name="A2-32g-single", tp_size=1, cpu_offload=True),
-    DeviceType(name="A2-32g-dual", tp_size=2),
-)
-
 DEFAULTS: dict[str, object] = {"quant_type": "w8a8_timestep", "save_path": "./res"}
 
 
@@ -22,6 +16,11 @@ class FluxOptions(ImageOptions):
 
     # Never in a calibration; a hardware set-up is known by the number of ranks it leads to.
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = ImageOptions.OUTSIDE_IDENTITY | {"use_cache", "device_type"}
+    DEVICE_TYPES: ClassVar[tuple[DeviceType, ...]] = (
+        DeviceType(name="A2-64g", tp_size=1),
+        DeviceType(name="A2-32g-single", tp_size=1, cpu_offload=True),
+        DeviceType(name="A2-32g-dual", tp_size=2),
+    )
 
     use_cache: bool = Field(
         default=False,
@@ -34,7 +33,7 @@ class FluxOptions(ImageOptions):
     @property
     def hardware(self) -> DeviceType:
         """Return what the device type means."""
-        return next(found for found in _DEVICE_TYPES if found.name == self.device_type)
+        return next(found for found in self.DEVICE_TYPES if found.name == self.device_type)
 
     @property
     def approximation(self) -> str | None:

@@ -67,6 +67,22 @@ def test_slurms_warning_stops_after_the_batch_and_the_next_run_goes_on(
     assert status_of(tmp_path)["state"] == "published"
 
 
+def test_a_signal_that_comes_while_a_stopped_job_ends_changes_nothing(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Slurm ends a step when its first host has ended: the others get a second signal, at any moment."""
+    job = start(tiny_flux_folder, prompt_file, tmp_path)
+    part = tmp_path / "dumps" / ".calib_parts" / "calib_data_rank0" / "batch_00000.pth"
+    wait_for(part.exists, job)
+    job.send_signal(signal.SIGTERM)
+    wait_for(lambda: status_of(tmp_path)["state"] == "preempted", job)
+    while job.poll() is None:
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    assert job.returncode == 75, job.communicate()[0]
+    assert status_of(tmp_path)["state"] == "preempted"
+
+
 def test_a_signal_to_one_of_two_copies_stops_both_and_both_go_on(tiny_flux_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"lighthouse number {n}\n" for n in range(12)))

@@ -72,3 +72,15 @@ def test_a_world_that_cannot_be_divided_is_refused_with_what_fits(world: int, wi
         choose_tp_size(world, **wish)
     assert caught.value.advice == advice
     assert str(world) in caught.value.what
+
+
+def test_a_whole_model_on_each_of_several_ranks_is_warned_of_unless_the_size_was_asked_for() -> None:
+    one_card = {"device_type": "A2-64g", "device_type_tp": 1}
+    _, reason = choose_tp_size(2, **one_card, one_copy="A2-32g-dual")
+    warning = "warning: 2 whole copies of the model, one per rank; for one copy over 2 cards: --device_type A2-32g-dual"
+    assert reason.splitlines() == ["tp 1: --device_type A2-64g", warning]
+    _, reason = choose_tp_size(8, **one_card)
+    assert "8 whole copies" in reason
+    assert "--tp_size 8" in reason
+    for world, wish in ((1, one_card), (2, {"device_type_tp": 2}), (2, {"requested": 1})):
+        assert "warning" not in choose_tp_size(world, **wish)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from launcher.devices import kinds, npu, npu_faults
 from launcher.failure.exit_codes import ExitCode, exit_code
 from quant_core.errors import DistributedError, EnvironmentFailure, ExplainedError, MemoryExhausted
 
+ROOT = Path(__file__).resolve().parents[2]
 # Messages as torch_npu prints them, shortened, from public reports of users.
 TIMEOUT = """npuSynchronizeDevice:compiler_depend.ts:479 NPU function error: AclrtSynchronize, error code is 507048
 [Error]: The execution of the internal task times out.
@@ -100,18 +102,78 @@ def run_python(program: str, *paths: Path) -> str:
 
 def test_the_launcher_keeps_torch_from_importing_backends_by_itself(tmp_path: Path) -> None:
     """A machine with the torch_npu wheel but without CANN: `import torch` alone would raise."""
-    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
-    metadata = tmp_path / "torch_npu-2.13.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.13.0\n")
+    metadata = installed(tmp_path, TORCH, "libhccl.so: cannot open shared object file") / "torch_npu.dist-info"
     (metadata / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:autoload\n")
     assert "fine" in run_python("import launcher, torch; print('fine')", tmp_path)
     with pytest.raises(subprocess.CalledProcessError):  # the control: without the launcher it does raise
         run_python("import torch", tmp_path)
-    loading = "from launcher.devices import npu\ntry: npu.load()\nexcept Exception as error: print(error)"
-    message = run_python(loading, tmp_path)
+    message = run_python(LOADING, tmp_path)
     assert "why    libhccl.so: cannot open shared object file" in message
     assert "set_env.sh" in message
+
+
+def installed(folder: Path, npu_version: str, import_fails_with: str) -> Path:
+    """Leave a torch_npu of some version whose import fails with a message."""
+    (folder / "torch_npu.py").write_text(f"raise ImportError({import_fails_with!r})\n")
+    metadata = folder / "torch_npu.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {npu_version}\n")
+    return folder
+
+
+LOADING = "from launcher.devices import npu\ntry: npu.load()\nexcept Exception as error: print(error)"
+TORCH = ".".join(version("torch").split("+")[0].split(".")[:3])
+
+
+def test_a_torch_npu_of_another_version_than_torch_is_refused_before_it_is_imported(tmp_path: Path) -> None:
+    message = run_python(LOADING, installed(tmp_path, "2.6.0.post5", "never imported"))
+    assert f"error: torch_npu 2.6.0.post5 does not go with torch {version('torch')}" in message
+    assert "pip install '.[npu-2.6]'" in message
+
+
+@pytest.mark.parametrize("suffix", ["", ".post9", "+git1234"])
+def test_a_torch_npu_of_the_version_of_torch_is_imported_whatever_follows_the_three_numbers(
+    suffix: str, tmp_path: Path
+) -> None:
+    assert "imported after all" in run_python(LOADING, installed(tmp_path, TORCH + suffix, "imported after all"))
+
+
+@pytest.mark.parametrize(
+    ("said", "why", "advice"),
+    [
+        ("libascendcl.so: cannot open shared object file: No such file or directory", "belongs to CANN", "set_env.sh"),
+        ("libhccl.so: cannot open shared object file: No such file or directory", "belongs to CANN", "set_env.sh"),
+        ("libascend_hal.so: cannot open shared object file: No such file", "the NPU's driver", "mount it"),
+        ("libtorch_cpu.so: cannot open shared object file: No such file", "another torch", "--force-reinstall"),
+        ("libtorch_npu.so: undefined symbol: _ZN3c1011SymIntEv", "another torch", "--force-reinstall"),
+        ("libtorch_npu.so: undefined symbol: aclrtGetResInCurrentThread", "another release", "fits the installed CANN"),
+        ("No module named 'decorator'", "it needs that package", "pip install"),
+        ("something new", "something new", "shows all of it"),
+    ],
+)
+def test_a_failing_import_is_explained_by_its_cause(said: str, why: str, advice: str, tmp_path: Path) -> None:
+    message = run_python(LOADING, installed(tmp_path, TORCH, said))
+    what, where, reason, attempt = message.splitlines()
+    assert (what, where.split()) == (
+        "error: torch_npu is installed but cannot be imported",
+        ["where", "--device", "npu"],
+    )
+    assert said in reason
+    assert why in reason
+    assert advice in attempt
+    assert ("set_env.sh" in attempt) == ("belongs to CANN" in why), "setting up the shell helps against nothing else"
+
+
+def test_every_extra_for_npus_pairs_torch_npu_with_the_torch_of_its_version() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="part of Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pairs = {name: pair for name, pair in project["optional-dependencies"].items() if name.startswith("npu-")}
+    assert list(pairs) == [f"npu-2.{minor}" for minor in range(6, 14)]
+    for name, (torch_pin, npu_pin) in pairs.items():
+        release = torch_pin.removeprefix("torch==")
+        assert release.startswith(f"{name.removeprefix('npu-')}.")
+        assert npu_pin == f"torch_npu=={release}.*"
+        assert f"`'.[{name}]'`" in (ROOT / "README.md").read_text()
 
 
 def test_a_job_without_npus_never_imports_torch_npu(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_job_of_several_hosts_that_is_asked_to_stop_ends_with_the_status_that_
     job = QueuedJob(cluster, SEVERAL_NODES, tmp_path / "two", tiny_flux_folder, ranks="1", **{"--nodes": "2"})
     wait_until(lambda: has_begun(job), "calibration has begun", timeout_s=60)
     cluster.call("scancel", "--batch", "--signal=TERM", job.number)
-    wait_until(lambda: "queued again" in job.log, "the script asks for another start", timeout_s=30)
+    wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", "the job is queued again", timeout_s=30)
     cluster.call("scancel", job.number)
     cluster.wait_for_end(job.number)
 
