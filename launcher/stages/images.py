@@ -115,8 +115,9 @@ def lacking(job: Job, gallery: Gallery) -> list[Batch] | None:
 
     None, on all ranks, when no copy lacks any: then nothing need be loaded.
     """
-    mine = [index for index, batch in enumerate(job.batches) if not _is_shown(job, gallery, batch)]
-    found = gather_objects(job.ranks, mine if _saves(job) else [], what="looking at the images")
+    seen = job.batches if _saves(job) else []
+    mine = [index for index, batch in enumerate(seen) if not _is_shown(job, gallery, batch)]
+    found = gather_objects(job.ranks, mine, what="looking at the images")
     if not any(found):
         return None
     return [job.batches[index] for index in found[job.ranks.mesh.tp_ranks[0]]]

@@ -176,7 +176,7 @@ def test_the_boundary_between_dynamic_and_static_steps_may_be_either_end(boundar
 
 def test_all_problems_are_told_and_not_only_the_first() -> None:
     problems = problems_of(pipeline={"width": "wide", "infer_steps": 0}, ranks={"tp_size": 0})
-    assert [problem.where for problem in problems] == ["--width", "--infer_steps", "--tp_size"]
+    assert [problem.where for problem in problems] == ["--infer_steps", "--width", "--tp_size"]
     rules = problems_of(output={"quant_weight_save_folder": None, "quant_dump_calib_folder": None})
     assert len(rules) == 2
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
-from model_adapters.weights.loading import LoadedTransformer, load_transformer
-from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, pipeline_folder
+from model_adapters.weights.loading import LoadedTransformer, load_part, load_transformer
+from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, open_weights, pipeline_folder
+from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.parallel.sharding import join
+from quant_core.parallel.sharding import cut, join
 from tests.support.tiny_models import HEADS, KINDS, build, save
 
 ADAPTERS = {name: load_adapter(name) for name in ("flux", "sd3")}
@@ -83,14 +87,106 @@ def test_a_row_split_layer_has_its_bias_on_the_first_rank_only(flux):
     assert biases[1] is None
 
 
+class Counter:
+    """Open safetensors files as the library does, and count the bytes that are taken out of them."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def open(self, *args: Any, **options: Any) -> CountedFile:
+        return CountedFile(safe_open(*args, **options), self)
+
+    def count(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.bytes += tensor.nbytes
+        return tensor
+
+
+@dataclass
+class CountedFile:
+    """An open file; what it does not count it leaves to the library."""
+
+    file: Any
+    counter: Counter
+
+    def __enter__(self) -> CountedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.counter.count(self.file.get_tensor(name))
+
+    def get_slice(self, name: str) -> CountedSlice:
+        return CountedSlice(self.file.get_slice(name), self.counter)
+
+
+@dataclass
+class CountedSlice:
+    """A tensor that is read when it is indexed, and no more of it than the index names."""
+
+    view: Any
+    counter: Counter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.view, name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.counter.count(self.view[index])
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Count everything that is read of a safetensors file from here on."""
+    counter = Counter()
+    monkeypatch.setattr("quant_core.checkpoint.tensor_parts.safe_open", counter.open)
+    return counter
+
+
+def own_bytes(folder: Path, loaded: LoadedTransformer) -> int:
+    """Return the bytes of a rank's tensors in the dtypes of the file."""
+    stored = load_file(folder / "transformer" / WEIGHTS_NAME)
+    return sum(stored[name].element_size() * t.numel() for name, t in loaded.model.state_dict().items())
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_bytes_read_are_those_of_the_shard(flux, tp_size):
-    stored = load_file(flux / "transformer" / WEIGHTS_NAME)
+def test_a_rank_reads_the_bytes_of_its_own_shard_from_the_files(flux, counter, tp_size):
     for rank in range(tp_size):
+        counter.bytes = 0
         loaded = load("flux", flux, tp_rank=rank, tp_size=tp_size, dtype=torch.bfloat16)
-        own = sum(stored[name].element_size() * t.numel() for name, t in loaded.model.state_dict().items())
-        assert loaded.bytes_read <= 1.02 * own  # the bound of the specification
-        assert loaded.bytes_read == own
+        assert counter.bytes == own_bytes(flux, loaded)
+        assert loaded.bytes_read == counter.bytes
+
+
+class ReadsWholeTensors(TransformerPart):
+    """A reader that must not pass: it takes the whole tensor and cuts it in memory."""
+
+    def read(self, name: str) -> torch.Tensor:
+        layer, _, tensor = name.rpartition(".")
+        with open_weights(self.files[name]) as file:
+            whole = file.get_tensor(name)
+        shard = self.shards.get(layer)
+        return whole if shard is None else cut(whole, shard.slices(tensor, whole.shape))
+
+
+class ReadsWholeSlices(ReadsWholeTensors):
+    """The same with the library's slices, taken whole."""
+
+    def read(self, name: str) -> torch.Tensor:
+        with open_weights(self.files[name]) as file:
+            file.get_slice(name)[...]
+        return super().read(name)
+
+
+@pytest.mark.parametrize("mutant", [ReadsWholeTensors, ReadsWholeSlices])
+def test_a_reader_of_whole_tensors_would_be_found_out(flux, counter, mutant):
+    part = describe_transformer(ADAPTERS["flux"], str(flux), tp_rank=1, tp_size=2, dtype=torch.bfloat16)
+    loaded = load_part(mutant(**vars(part)), "cpu")
+    assert loaded.bytes_read == own_bytes(flux, loaded), "what it returns is right"
+    assert counter.bytes > 1.4 * own_bytes(flux, loaded)  # half of most layers is another rank's
 
 
 def test_a_size_that_does_not_divide_is_refused_before_any_weight_is_looked_for(flux):
