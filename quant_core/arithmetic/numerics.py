@@ -34,6 +34,9 @@ from quant_core.arithmetic.scales import (
 )
 
 _INT32 = torch.iinfo(torch.int32)
+# Units of the integer product that a bias may take: half of int32. The rest is for the product less the offset's share,
+# at most 255 * 127 for each input channel, and for the share itself, which is half of that.
+_BIAS_ROOM = 2**30
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,29 @@ class Numerics:
             return x_BHSD.transpose(1, 2).reshape(x_BHSD.shape[2], -1)
         return x_BHSD.transpose(0, 1).flatten(1)
 
-    def deq_scale(self, input_scale: Tensor, weight_scale_O1: Tensor) -> Tensor:
-        """Return what one unit of the integer product stands for, (O,) float32; input_scale: (1,)."""
+    def deq_scale(self, input_scale_T1: Tensor, weight_scale_O1: Tensor) -> Tensor:
+        """Return what one unit of the integer product stands for in each of T steps, (T, O) float32."""
         compute = self._compute_dtype(weight_scale_O1)
-        return (input_scale.to(compute) * weight_scale_O1.to(compute)).squeeze(-1).to(torch.float32)
+        return (input_scale_T1.to(compute) * weight_scale_O1.to(compute).squeeze(-1)).to(torch.float32)
 
-    def quant_bias(self, bias_O: Tensor | None, deq_scale_O: Tensor, codes_OI: Tensor, offset: Tensor) -> Tensor:
-        """Return the bias in units of the integer product, less the share of the input offset, (O,) int32."""
+    def least_weight_scale(self, bias_O: Tensor, input_scale_T1: Tensor) -> Tensor:
+        """Return the scales (O, 1) of a weight's rows below which their bias has no room in the integer product.
+
+        Worked example: a row of weights around 1e-5 has the scale 1.2e-7; inputs of 0.1 have the scale 4e-4. A bias
+        of 1.0 would be 2.1e10 units of the product, ten times what int32 holds. With the scale 2.3e-6 it is 2^30.
+        """
+        unit = input_scale_T1.to(torch.float32).min() * _BIAS_ROOM
+        return (bias_O.to(torch.float32).abs() / unit).unsqueeze(1)
+
+    def quant_bias(self, bias_O: Tensor | None, deq_scale_TO: Tensor, codes_OI: Tensor, offset_T1: Tensor) -> Tensor:
+        """Return the bias in units of the integer product, less the share of each step's offset, (T, O) int32."""
         # Row sums times an offset reach 2**31; float32 has 24 bits, so the better numerics counts in float64.
         exact = torch.float32 if self.is_reference else torch.float64
-        deq_O = deq_scale_O.to(exact)
-        bias = torch.zeros_like(deq_O) if bias_O is None else bias_O.to(deq_O)
-        row_sums_O = codes_OI.to(exact).sum(1)
-        points_O = torch.round(bias / deq_O - row_sums_O * offset.to(exact))
-        return points_O.clamp(_INT32.min, _INT32.max).to(torch.int32)
+        deq_TO = deq_scale_TO.to(exact)
+        bias_O = deq_TO.new_zeros(len(codes_OI)) if bias_O is None else bias_O.to(deq_TO)
+        row_sums_O = codes_OI.sum(1, dtype=torch.int64).to(exact)
+        points_TO = torch.round(bias_O / deq_TO - row_sums_O * offset_T1.to(exact))
+        return points_TO.clamp(_INT32.min, _INT32.max).to(torch.int32)
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype if self.is_reference else torch.float32

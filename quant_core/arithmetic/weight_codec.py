@@ -48,6 +48,23 @@ class Int8Rows:
         fake_OI = dequantize(points_OI if numerics.is_reference else codes_OI, scale_O1.to(compute))
         return QuantizedWeight(codes_OI.to(torch.int8), scale_O1, fake_OI.to(dtype))
 
+    def coarsen(self, codes_OI: Tensor, scale_O1: Tensor, least_O1: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and scales of the same weight in which no scale is below the least; most rows stay as they are.
+
+        least_O1: float32, on the host as the codes are; a changed scale is rounded up to its dtype.
+        """
+        import torch
+
+        host_O1, kind = scale_O1.cpu(), torch.finfo(scale_O1.dtype)
+        rows = (host_O1.float() < least_O1).squeeze(1)
+        if not rows.any():
+            return codes_OI, scale_O1
+        wider = (least_O1[rows] * (1 + kind.eps) + kind.smallest_normal * kind.eps).to(host_O1)
+        codes_OI, coarse_O1 = codes_OI.clone(), host_O1.clone()
+        codes_OI[rows] = (self.decode(codes_OI[rows], host_O1[rows]) / wider.float()).round().to(codes_OI)
+        coarse_O1[rows] = wider
+        return codes_OI, coarse_O1.to(scale_O1)
+
     def decode(self, codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
         """Return the weight that stored codes stand for, (O, I) float32."""
         return codes_OI.float() * scale_O1.float()

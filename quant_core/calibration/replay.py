@@ -27,11 +27,13 @@ def replay(
     *,
     stage: str,
     measured: Iterable[str] = (),
+    begin: Callable[[int], None] = lambda index: None,
     progress: Progress = silent,
 ) -> None:
     """Call the model with every record on the model's device, its denoising step set for whoever asks.
 
-    Progress is reported after each record, under the name of the stage. Raises InputError when one of the `measured`
+    `begin` is told the index of each record before it, and progress is reported after it, under the name of the stage.
+    Raises InputError when one of the `measured`
     layers gets numbers that are not finite.
     """
     device = next(model.parameters()).device
@@ -40,6 +42,7 @@ def replay(
         with finite_inputs(model, measured) as inputs:
             for done, record in enumerate(records, start=1):
                 TimestepManager.set_timestep_idx(record.step)
+                begin(done - 1)
                 model(*to_device(list(record.args), device), **to_device(dict(record.kwargs), device))
                 inputs.check(_name_of(done - 1, record))
                 progress(stage, done, len(records))

@@ -64,6 +64,28 @@ def reduce_over(group: Group | None, op: Reduction, tensor: Tensor) -> Tensor:
     return host.to(tensor)
 
 
+def gather_rows(group: Group | None, rows: Tensor) -> Tensor:
+    """Return the rows of all ranks below each other, in the order of the ranks, on the host; without a group, its own.
+
+    Ranks may have different numbers of rows, none too; what a row is must be the same everywhere.
+    """
+    if group is None:
+        return rows
+    host = rows.detach().to("cpu").contiguous()
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([len(host)]), group=group)
+    padded = host.new_zeros(int(max(counts)), *host.shape[1:])
+    padded[: len(host)] = host
+    pieces = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(pieces, padded, group=group)
+    return torch.cat([piece[: int(count)] for piece, count in zip(pieces, counts)])
+
+
+def count_before(group: Group | None, count: int) -> int:
+    """Return what the ranks in front of this one in the group count together."""
+    return 0 if group is None else int(gather_rows(group, torch.tensor([count]))[: dist.get_rank(group)].sum())
+
+
 def reduce_many(group: Group | None, parts: Iterable[tuple[Reduction, Tensor, Callable[[Tensor], None]]]) -> None:
     """Reduce many small tensors with few collectives.
 

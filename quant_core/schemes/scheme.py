@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from quant_core.arithmetic.numerics import Numerics
     from quant_core.arithmetic.runtime import Tensors
+    from quant_core.parallel.groups import Group
     from quant_core.schemes.quantized_layer import QuantizedLayer
 
 # The numbers that this family of tools has for the same estimators, in Python and on a command line.
@@ -79,7 +80,9 @@ class Call(NamedTuple):
     timestep_sep: int | None
 
 
-def weight_tensors(layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics) -> dict[str, Tensor]:
+def weight_tensors(
+    layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics, scale_group: Group | None
+) -> dict[str, Tensor]:
     """Return what every scheme stores of the weight: codes, bias if there is one, scale, zero offset."""
     bias = {} if layer.bias_O is None else {"bias": layer.bias_O}
     scale_O1 = layer.weight_scale_O1
@@ -93,7 +96,8 @@ class Scheme:
 
     config: its processor; the key is its name in a session and on a command line, and in capitals (`quant_type`) in
     the description. summary: for the help. inputs: what becomes of a layer's input. rules: the tensors of a layer.
-    layer_tensors: makes them, in the checkpoint's order, of a layer for the steps (or [None]). output: what the runtime
+    layer_tensors: makes them, in the checkpoint's order, of a layer for the steps (or [None]), where ranks of a group
+    share the scales. output: what the runtime
     makes of an input (..., I) and the stored tensors, (..., O) in the input's dtype. codec: how weights become codes.
     multiplies_input: the runtime multiplies a smoothed layer's input. with_attention: attention scales may go with it.
     """
@@ -103,7 +107,9 @@ class Scheme:
     inputs: Inputs
     rules: TensorRules
     output: Callable[[Tensor, Tensors, Call], Tensor]
-    layer_tensors: Callable[[QuantizedLayer, Sequence[int | None], Numerics], dict[str, Tensor]] = weight_tensors
+    layer_tensors: Callable[[QuantizedLayer, Sequence[int | None], Numerics, Group | None], dict[str, Tensor]] = (
+        weight_tensors
+    )
     codec: Int8Rows = INT8_ROWS
     multiplies_input: bool = True
     with_attention: bool = False

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from quant_core.arithmetic.numerics import Numerics
     from quant_core.arithmetic.runtime import Tensors
+    from quant_core.parallel.groups import Group
     from quant_core.schemes.quantized_layer import QuantizedLayer
 
 
@@ -22,30 +23,39 @@ class W8A8ProcessorConfig(SchemeConfig):
     key: ClassVar[str] = "w8a8"
 
 
-def layer_tensors(layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics) -> dict[str, Tensor]:
-    """Return the static tensors: input_scale, input_offset (1,), quant_bias, deq_scale (O,)."""
-    return weight_tensors(layer, steps, numerics) | static_row(layer, None, numerics)
+def layer_tensors(
+    layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics, scale_group: Group | None
+) -> dict[str, Tensor]:
+    """Return the weight's tensors and the static ones: input_scale, input_offset (1,), quant_bias, deq_scale (O,)."""
+    static = static_tensors(layer, steps, numerics, scale_group)
+    return weight_tensors(layer, steps, numerics, scale_group) | {name: rows[0] for name, rows in static.items()}
 
 
-def static_row(layer: QuantizedLayer, step: int | None, numerics: Numerics) -> dict[str, Tensor]:
-    """Return the input's scale and offset in one step, and what the integer product needs to become the output.
+def static_tensors(
+    layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics, scale_group: Group | None
+) -> dict[str, Tensor]:
+    """Return the input's scales and offsets (T, 1), and what makes the integer product the output (T, O), of T steps.
 
-    `y = (q_x @ codes.T + quant_bias) * deq_scale` (spec: static activations).
+    `y = (q_x @ codes.T + quant_bias) * deq_scale` (spec: static activations). Rows of the weight whose scale is too
+    small for their bias get a larger one first.
     """
+    import torch
+
     from quant_core.arithmetic.scales import pack_deq_scale
 
     if layer.observer is None:
         raise AssertionError(f"{layer.name} was quantized without an observer")
     dtype = layer.weight_scale_O1.dtype
-    scale, offset = numerics.input_scale(*layer.observer.range(step), dtype)
-    scale, offset = scale.cpu(), offset.cpu()
-    deq_scale_O = numerics.deq_scale(scale, layer.weight_scale_O1.cpu())
+    found = [numerics.input_scale(*layer.observer.range(step), dtype) for step in steps]
+    scale_T1, offset_T1 = (torch.stack(parts).cpu() for parts in zip(*found))
+    layer.make_room_for_bias(scale_T1, numerics, scale_group)
+    deq_scale_TO = numerics.deq_scale(scale_T1, layer.weight_scale_O1.cpu())
     bias_O = None if layer.bias_O is None else layer.bias_O.cpu()
     return {
-        "input_scale": scale,
-        "input_offset": offset,
-        "quant_bias": numerics.quant_bias(bias_O, deq_scale_O, layer.codes_OI, offset),
-        "deq_scale": pack_deq_scale(deq_scale_O, dtype),
+        "input_scale": scale_T1,
+        "input_offset": offset_T1,
+        "quant_bias": numerics.quant_bias(bias_O, deq_scale_TO, layer.codes_OI, offset_T1),
+        "deq_scale": pack_deq_scale(deq_scale_TO, dtype),
     }
 
 

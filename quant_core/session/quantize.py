@@ -81,8 +81,7 @@ def quant_model(
     smoothing = _smooth(session)
     layers = _quantize_weights(session, smoothing)
     _observe(session, layers)
-    for layer in layers.values():
-        layer.tensors = session.scheme.layer_tensors(layer, session.steps, session.numerics)
+    _derive_tensors(session, layers)
     files = _save(session, timestep_sep)
     deploy(model, timestep_sep=timestep_sep)
     timesteps = len(session.steps) if session.scheme.per_step else None
@@ -114,7 +113,7 @@ def _smooth(session: Session) -> Smoothing:
 
 def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, QuantizedLayer]:
     layers = {}
-    for name in session.targets:
+    for done, name in enumerate(session.targets, start=1):
         linear = session.model.get_submodule(name)
         assert isinstance(linear, nn.Linear), "targets are linears"
         layers[name] = layer = quantize_linear(
@@ -126,6 +125,7 @@ def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, Quant
             rescaling=smoothing.rescalings.get(name),
         )
         layer.observer = input_observer(session, layer)
+        session.progress("weights", done, len(session.targets))
     return layers
 
 
@@ -142,6 +142,13 @@ def _observe(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
             )
     reduce_ranges(session, layers)
     reduce_attentions(session.attentions, session.parallel.dp_group)
+
+
+def _derive_tensors(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
+    for done, layer in enumerate(layers.values(), start=1):
+        group = session.parallel.scale_group(layer.name)
+        layer.tensors = session.scheme.layer_tensors(layer, session.steps, session.numerics, group)
+        session.progress("derive", done, len(layers))
 
 
 def _save(session: Session, timestep_sep: int | None) -> CheckpointFiles | None:

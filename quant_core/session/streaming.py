@@ -105,7 +105,7 @@ def describe_layers(
         assert isinstance(linear, nn.Linear), "target_layers returns linears"
         codes_OI = torch.empty_like(linear.weight, dtype=torch.int8)
         layer = QuantizedLayer(name, scheme, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
-        layer.tensors = scheme.layer_tensors(layer, [None], numerics)
+        layer.tensors = scheme.layer_tensors(layer, [None], numerics, None)
         linear.__class__ = CalibratedLinear
         linear.layer = layers[name] = layer  # type: ignore[assignment]
     return layers
@@ -137,7 +137,7 @@ class _LayerStream:
             part = QuantizedLayer(
                 name, self.scheme, weight.codes, weight.scale, None if bias_O is None else bias_O[rows]
             )
-            for tensor_name, tensor in self.scheme.layer_tensors(part, [None], self.numerics).items():
+            for tensor_name, tensor in self.scheme.layer_tensors(part, [None], self.numerics, group).items():
                 file.write_rows(f"{name}.{tensor_name}", tensor, first)
             first = rows.stop
 

@@ -40,7 +40,7 @@ def _candidate(mean_I: Tensor, ratio: float) -> Tensor:
 def _loss(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
     """Return the mean squared error of each linear's output, added up and weighted by the tokens it is the mean of."""
     loss = torch.zeros((), device=group.device)
-    for _, x_NI, weights in group.samples():
+    for x_NI, weights in group.samples():
         for w_OI in weights:
             scaled_OI = w_OI * factor_I
             weight = group.codec.encode(scaled_OI, group.codec.row_maxima(scaled_OI), scaled_OI.dtype, group.numerics)

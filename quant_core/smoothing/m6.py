@@ -68,26 +68,16 @@ def exponents(group: MeasuredGroup, config: M6ProcessorConfig) -> Exponents:
 def _best(group: MeasuredGroup, candidates: Sequence[Exponents]) -> Exponents:
     """Return the candidate with the least error, of equals the last; the same on all ranks that share the factor."""
     factors = [_unbounded_factor(group, candidate) for candidate in candidates]
-    ends = group.over_records(torch.stack([_ends(group, factor_I) for factor_I in factors]))
-    errors = group.total(torch.stack([_squares(group, *pair) for pair in zip(factors, ends)]))
+    errors = group.total(torch.stack([_squares(group, factor_I) for factor_I in factors]))
     relative = (errors[:, 0] / errors[:, 1]).tolist()
     return candidates[max(range(len(candidates)), key=lambda index: (-relative[index], index))]
 
 
-def _ends(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
-    """Return how far each divided input reaches below and above zero, (inputs, 2); no sample reaches nowhere."""
-    ends = group.amax_I.new_full((len(group.inputs), 2), -torch.inf)
-    for index, x_NI, _ in group.samples():
-        low, high = (x_NI / factor_I).aminmax()
-        ends[index] = torch.stack((-low, high))
-    return ends
-
-
-def _squares(group: MeasuredGroup, factor_I: Tensor, ends: Tensor) -> Tensor:
+def _squares(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
     """Return the squared error of the quantized product and the square of the exact one, summed over all, (2,)."""
     sums = torch.zeros(2, device=group.device)
-    for index, x_NI, weights in group.samples():
-        x_quantized_NI = _quantized_activation(x_NI / factor_I, *ends[index])
+    for x_NI, weights in group.samples():
+        x_quantized_NI = _quantized_activation(x_NI / factor_I)
         for w_OI in weights:
             exact = F.linear(x_NI, w_OI).to(torch.float32)
             product = F.linear(x_quantized_NI, group.codec.round_trip(w_OI * factor_I)).to(torch.float32)
@@ -102,10 +92,11 @@ def _unbounded_factor(group: MeasuredGroup, candidate: Exponents) -> Tensor:
     return balance(group, *candidate)
 
 
-def _quantized_activation(x_NI: Tensor, below: Tensor, above: Tensor) -> Tensor:
+def _quantized_activation(x_NI: Tensor) -> Tensor:
     """Quantize between the extremes: nothing lies outside, so nothing is clamped."""
-    scale = (above + below) / LEVELS
-    offset = torch.round(below / scale) + QMIN
+    low, high = x_NI.aminmax()
+    scale = (high - low) / LEVELS
+    offset = torch.round(-low / scale) + QMIN
     return (torch.round(x_NI / scale + offset) - offset) * scale
 
 

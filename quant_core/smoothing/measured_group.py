@@ -28,8 +28,7 @@ class MeasuredGroup:
     """Answer a method's questions about a group.
 
     codec: how the weights will become codes. alpha, floor: the model's own for m4, and the least factor. tp_group:
-    ranks that must come to the same factor, because they hold other rows of the same layers; dp_group: ranks that saw
-    other records.
+    ranks that must come to the same factor, because they hold other rows of the same layers.
     """
 
     inputs: Sequence[SharedInput]
@@ -38,7 +37,6 @@ class MeasuredGroup:
     alpha: float
     floor: float
     tp_group: Group | None = None
-    dp_group: Group | None = None
 
     @property
     def device(self) -> torch.device:
@@ -63,20 +61,13 @@ class MeasuredGroup:
         each = [shared.statistics.tokens.mean_abs().to(self.device) for shared in self.inputs]
         return self.numerics.working(torch.stack(each).mean(0) if len(each) > 1 else each[0])
 
-    def samples(self) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-        """Yield each input's index, its kept tokens (N, I) and the weights (O, I) that read them, to compute with.
-
-        An input of which this rank saw nothing is left out.
-        """
-        for index, shared in enumerate(self.inputs):
+    def samples(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield each input's kept tokens (N, I) and the weights (O, I) that read them, to compute with."""
+        for shared in self.inputs:
             if kept := shared.statistics.tokens.rows():
                 x_NI = self.numerics.working(torch.cat(kept).to(self.device))
-                yield index, x_NI, [self.numerics.working(weight) for weight in shared.weights]
-
-    def over_records(self, ends: Tensor) -> Tensor:
-        """Return the largest of the ends over the ranks that saw other records; any shape."""
-        return reduce_over(self.dp_group, "max", ends)
+                yield x_NI, [self.numerics.working(weight) for weight in shared.weights]
 
     def total(self, losses: Tensor) -> Tensor:
         """Return losses summed over the ranks that must choose alike; any shape, every rank the same."""
-        return reduce_over(self.dp_group, "sum", reduce_over(self.tp_group, "sum", losses))
+        return reduce_over(self.tp_group, "sum", losses)

@@ -27,7 +27,7 @@ from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.errors import InputError
 from quant_core.layers.rescaling import Rescaling
-from quant_core.parallel.groups import Parallel, reduce_many, reduce_over
+from quant_core.parallel.groups import Parallel, count_before, reduce_many, reduce_over
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import absorb, check_fusible
 from quant_core.smoothing.groups import LinearGroup, ResolvedGroups, resolve
@@ -72,7 +72,7 @@ def smooth(
         for group in resolved.smoothed
         for shared in group.inputs
     }
-    _measure(model, statistics, records, progress)
+    _measure(model, statistics, records, count_before(parallel.dp_group, len(records)), progress)
     _combine(statistics, parallel)
     rescalings: dict[str, Rescaling] = {}
     for group in resolved.smoothed:
@@ -112,19 +112,31 @@ def _fresh_statistics(
 
 
 def _measure(
-    model: nn.Module, statistics: Mapping[str, InputStatistics], records: Sequence[Record], progress: Progress
+    model: nn.Module,
+    statistics: Mapping[str, InputStatistics],
+    records: Sequence[Record],
+    first: int,
+    progress: Progress,
 ) -> None:
-    """Replay the records and show each watched linear's input to its statistics."""
-    hooks = [_linear(model, name).register_forward_pre_hook(_observer(of)) for name, of in statistics.items()]
+    """Replay the records and show each watched linear's input to its statistics.
+
+    first: the index of the first record among those of all ranks.
+    """
+    running = first
+
+    def begin(index: int) -> None:
+        nonlocal running
+        running = first + index
+
+    def observing(of: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda linear, inputs: of.update(inputs[0], running)
+
+    hooks = [_linear(model, name).register_forward_pre_hook(observing(of)) for name, of in statistics.items()]
     try:
-        replay(model, records, stage="smooth", measured=statistics, progress=progress)
+        replay(model, records, stage="smooth", measured=statistics, begin=begin, progress=progress)
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _observer(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda linear, inputs: statistics.update(inputs[0])
 
 
 def _combine(statistics: Mapping[str, InputStatistics], parallel: Parallel) -> None:
@@ -139,6 +151,8 @@ def _combine(statistics: Mapping[str, InputStatistics], parallel: Parallel) -> N
             advice="calibrate with records that run the whole model, or drop the outlier suppression (--anti_method)",
         )
     reduce_many(parallel.dp_group, (part for each in statistics.values() for part in each.state()))
+    for each in statistics.values():
+        each.tokens.gather(parallel.dp_group)
 
 
 def _measured(
@@ -163,7 +177,6 @@ def _measured(
         alpha=structure.m4_alpha,
         floor=structure.smoothing_floor,
         tp_group=None if row_split else parallel.tp_group,
-        dp_group=parallel.dp_group,
     )
 
 

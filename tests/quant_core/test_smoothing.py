@@ -193,13 +193,13 @@ def test_each_weight_is_quantized_once_however_many_records_there_are(scheme: An
 
 
 @settings(max_examples=30)
-@given(calls=st.lists(st.integers(1, 700), min_size=1, max_size=12))
-def test_a_sample_is_bounded_evenly_spaced_and_has_no_use_for_the_length_of_calls(calls: list[int]):
-    total = sum(calls)
+@given(count=st.integers(1, 12), length=st.integers(1, 700))
+def test_a_sample_of_equally_long_calls_is_bounded_and_evenly_spaced(count: int, length: int):
+    total = count * length
     stream = torch.arange(total, dtype=torch.float32).unsqueeze(1)
     sample = TokenSample(1)
-    for call in stream.split(calls):
-        sample.update(call)
+    for record, call in enumerate(stream.split(length)):
+        sample.update(call, record)
     kept = torch.cat(sample.rows()).flatten()
     assert len(kept) <= SAMPLE_SIZE
     assert len(kept) >= min(total, SAMPLE_SIZE // 3)
@@ -208,12 +208,24 @@ def test_a_sample_is_bounded_evenly_spaced_and_has_no_use_for_the_length_of_call
     torch.testing.assert_close(sample.mean_abs(), stream.mean(0))
 
 
+@settings(max_examples=30)
+@given(calls=st.lists(st.integers(1, 700), min_size=1, max_size=12))
+def test_a_sample_is_bounded_and_has_a_share_of_each_long_call(calls: list[int]):
+    sample = TokenSample(1)
+    for record, length in enumerate(calls):
+        sample.update(torch.full((length, 1), float(record)), record)
+    kept = torch.cat(sample.rows()).flatten()
+    assert len(kept) <= SAMPLE_SIZE
+    spacing = sum(calls) / len(kept)
+    assert {float(record) for record, length in enumerate(calls) if length > 3 * spacing} <= set(kept.tolist())
+
+
 def test_a_sample_of_images_has_tokens_of_every_column():
     """Rows of images are powers of two wide: a spacing of a power of two would always meet the same columns."""
     width, columns = 64, torch.arange(64.0).repeat(64).unsqueeze(1)
     sample = TokenSample(1)
-    for _ in range(10):
-        sample.update(columns)
+    for record in range(10):
+        sample.update(columns, record)
     assert len(torch.cat(sample.rows()).unique()) == width
 
 
@@ -221,8 +233,8 @@ def test_statistics_do_not_grow_with_the_records():
     kept = []
     for count in (40, 400):
         statistics = InputStatistics(8, torch.float32, TokenSample(8))
-        for _ in range(count):
-            statistics.update(torch.randn(1, 100, 8))
+        for record in range(count):
+            statistics.update(torch.randn(1, 100, 8), record)
         kept.append(sum(map(len, statistics.tokens.rows())))
     assert max(kept) <= SAMPLE_SIZE
 
@@ -233,7 +245,7 @@ def test_statistics_do_not_grow_with_the_records():
 def measured(x_NI: Tensor, *weights: Tensor, tokens: Any = NoTokens) -> MeasuredGroup:
     """A group of linears that all read x."""
     statistics = InputStatistics(x_NI.shape[1], torch.float32, tokens())
-    statistics.update(x_NI)
+    statistics.update(x_NI, 0)
     return MeasuredGroup([SharedInput(weights, statistics)], NUMERICS["float32"], INT8_ROWS, alpha=0.5, floor=1e-5)
 
 
@@ -288,7 +300,7 @@ def test_m6_keeps_the_exponent_it_is_given(config: M6Config, alpha: float | None
 def test_m6_of_the_reference_searches_both_when_one_is_missing():
     x, w = outlier_input()
     statistics = InputStatistics(16, torch.float32, AllCalls())
-    statistics.update(x)
+    statistics.update(x, 0)
     group = MeasuredGroup([SharedInput((w,), statistics)], NUMERICS["reference"], INT8_ROWS, alpha=0.5, floor=1e-5)
     given_alpha = exponents(group, M6ProcessorConfig(cfg=M6Config(alpha=0.05)))
     assert given_alpha == exponents(group, M6ProcessorConfig())
