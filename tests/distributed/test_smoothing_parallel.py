@@ -18,14 +18,9 @@ from model_adapters.parallel.tensor_parallel import make_local
 from quant_core import M3ProcessorConfig, M4ProcessorConfig, M6Config, M6ProcessorConfig
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
-<<<<<<< HEAD
 from quant_core.smoothing.method import SmoothingConfig
 from quant_core.smoothing.smooth import Smoothing
 from tests.support.smoothed_models import apply_in_float, outlier_model, outputs, records, relative_error, smoothed
-=======
-from tests.distributed.smoothing_worker import LAYOUTS, MANY_RECORDS, METHODS, RECORDS, config_of, disabled, factors
-from tests.support.smoothed_models import outlier_model, records, smoothed
->>>>>>> core
 from tests.support.tiny_models import KINDS, build
 
 pytestmark = pytest.mark.distributed
@@ -49,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "m6_searched": {"kind": M6ProcessorConfig},
 }
 RECORDS = 4
+# Above the limit of a sample of tokens, and shared out unevenly: where each of two ranks begins.
+MANY_RECORDS, FIRST_RECORDS = 130, (0, 90, 130)
 
 
 def config_of(method: str, fused: bool) -> SmoothingConfig:
@@ -92,7 +89,7 @@ def on_each_rank(results: Path) -> None:
                 apply_in_float(model, smoothing)
                 errors[case] = relative_error(outputs(model, of), exact)
     for method in METHODS:
-        mine = records("flux", RECORDS)[rank :: dist.get_world_size()]
+        mine = records("flux", MANY_RECORDS)[FIRST_RECORDS[rank] : FIRST_RECORDS[rank + 1]]
         shared = Parallel(dp_group=dist.group.WORLD)
         smoothing = smoothed("flux", outlier_model("flux"), config_of(method, False), mine, (), shared)
         save_file(factors(smoothing), results / f"flux_data_{method}_{rank}.safetensors")
