@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.config.resolve import job_config, job_config_class
+from launcher.devices.launch import Launch
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import (
     OUTSIDE_IDENTITY,
@@ -73,7 +74,9 @@ class Asked:
         }
         config, adapter = job_config("flux", tree), load_adapter("flux")
         batches = read_batches(config.pipeline)
-        calibration = calibration_fingerprint(config, adapter, Mesh(2, 0, tp_size), model_fields(config), batches)
+        calibration = calibration_fingerprint(
+            config, adapter, Mesh(Launch(world=2), tp_size), model_fields(config), batches
+        )
         chosen = config.quantization.disable_names
         disabled = adapter.disabled_layers[config.quantization.quant_type] if chosen is None else chosen
         quantization = quantization_fingerprint(calibration, config, disabled)

@@ -5,7 +5,7 @@ other kernels for processors of other makers, and those round some results the o
 the timestep embedding for instance. MKL asks one exported function who made the processor; answering "Intel" there
 gives any processor with AVX-512 the kernels of the reference, and all nine cases come out equal to the last bit.
 
-    python tests/support/reference_kernels.py FOLDER CASE...
+    python -m tests.support.reference_kernels FOLDER CASE...
 
 writes each case to FOLDER/CASE. Exit code 3: this machine cannot run those kernels; the reason is on stderr.
 """
