@@ -47,6 +47,13 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """Return the linear layer of that full name, which is known to be one."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
+    return linear
+
+
 def get_disable_layer_names(model: nn.Module, layer_include: Patterns, layer_exclude: Patterns) -> list[str]:
     """Return the names of the linear layers to keep float.
 

@@ -24,6 +24,7 @@ from model_adapters.memory.live_bytes import peak_bytes
 from model_adapters.options import PipelineOptions
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
+from quant_core.naming import linear_at
 from quant_core.schemes import QUANT_TYPES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session.streaming import BLOCK_NUMEL
@@ -141,8 +142,7 @@ def _quantized_bytes(model: nn.Module, targets: list[str], scheme: Scheme, steps
     quantized = {f"{name}.{own}" for name in targets for own in ("weight", "bias")}
     total = size({name: tensor for name, tensor in model.state_dict().items() if name not in quantized})
     for name in targets:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear), "target_layers returns linears"
+        linear = linear_at(model, name)
         sizes = {"O": linear.out_features, "I": linear.in_features, "T": steps, "1": 1}
         for tensor, rule in scheme.rules.items():
             if tensor != "bias" or linear.bias is not None:

@@ -17,6 +17,7 @@ from quant_core.checkpoint.inventory import StoredGroup
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from quant_core.errors import VerificationError
 from quant_core.layers.deployed import DeployedLinear, deploy_linear
+from quant_core.naming import linear_at
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def load_deployed(model: nn.Module, files: CheckpointFiles, *, load_floats: bool
             problem[0], where=str(files.description), why=problem[1], advice="load it into the model that was quantized"
         )
     for name in checkpoint.inventory.layers:
-        deploy_linear(_linear(model, name), checkpoint.read_layer(name))
+        deploy_linear(linear_at(model, name), checkpoint.read_layer(name))
     for name in checkpoint.inventory.floats if load_floats else ():
         _put(model, name, checkpoint.read_float(name))
     return checkpoint
@@ -77,12 +78,6 @@ def _layer_problems(
         if ("bias" in group.members) != (linear.bias is not None):
             side = "checkpoint" if "bias" in group.members else "model"
             yield f"only the {side} has a bias for '{name}'", "of a row-split layer the first rank alone has one"
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear), "compared before"
-    return linear
 
 
 def _own_floats(model: nn.Module, quantized: Mapping[str, StoredGroup]) -> dict[str, Tensor]:

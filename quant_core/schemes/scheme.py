@@ -80,9 +80,18 @@ class Call(NamedTuple):
     timestep_sep: int | None
 
 
-def weight_tensors(
-    layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics, scale_group: Group | None
-) -> dict[str, Tensor]:
+class Derivation(NamedTuple):
+    """Say what a layer's tensors follow from besides the layer.
+
+    steps: the denoising steps that have a range, or [None]. scale_group: ranks that share the layer's scales.
+    """
+
+    steps: Sequence[int | None]
+    numerics: Numerics
+    scale_group: Group | None = None
+
+
+def weight_tensors(layer: QuantizedLayer, given: Derivation) -> dict[str, Tensor]:
     """Return what every scheme stores of the weight: codes, bias if there is one, scale, zero offset."""
     bias = {} if layer.bias_O is None else {"bias": layer.bias_O}
     scale_O1 = layer.weight_scale_O1
@@ -96,8 +105,7 @@ class Scheme:
 
     config: its processor; the key is its name in a session and on a command line, and in capitals (`quant_type`) in
     the description. summary: for the help. inputs: what becomes of a layer's input. rules: the tensors of a layer.
-    layer_tensors: makes them, in the checkpoint's order, of a layer for the steps (or [None]), where ranks of a group
-    share the scales. output: what the runtime
+    layer_tensors: makes them, in the checkpoint's order. output: what the runtime
     makes of an input (..., I) and the stored tensors, (..., O) in the input's dtype. codec: how weights become codes.
     multiplies_input: the runtime multiplies a smoothed layer's input. with_attention: attention scales may go with it.
     """
@@ -107,9 +115,7 @@ class Scheme:
     inputs: Inputs
     rules: TensorRules
     output: Callable[[Tensor, Tensors, Call], Tensor]
-    layer_tensors: Callable[[QuantizedLayer, Sequence[int | None], Numerics, Group | None], dict[str, Tensor]] = (
-        weight_tensors
-    )
+    layer_tensors: Callable[[QuantizedLayer, Derivation], dict[str, Tensor]] = weight_tensors
     codec: Int8Rows = INT8_ROWS
     multiplies_input: bool = True
     with_attention: bool = False

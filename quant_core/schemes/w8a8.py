@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from quant_core.schemes.scheme import Call, Inputs, Scheme, SchemeConfig, weight_tensors
+from quant_core.schemes.scheme import Call, Derivation, Inputs, Scheme, SchemeConfig, weight_tensors
 from quant_core.schemes.tensor_rules import STATIC_RULES, WEIGHT_RULES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quant_core.arithmetic.numerics import Numerics
     from quant_core.arithmetic.runtime import Tensors
-    from quant_core.parallel.groups import Group
     from quant_core.schemes.quantized_layer import QuantizedLayer
 
 
@@ -23,17 +20,13 @@ class W8A8ProcessorConfig(SchemeConfig):
     key: ClassVar[str] = "w8a8"
 
 
-def layer_tensors(
-    layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics, scale_group: Group | None
-) -> dict[str, Tensor]:
+def layer_tensors(layer: QuantizedLayer, given: Derivation) -> dict[str, Tensor]:
     """Return the weight's tensors and the static ones: input_scale, input_offset (1,), quant_bias, deq_scale (O,)."""
-    static = static_tensors(layer, steps, numerics, scale_group)
-    return weight_tensors(layer, steps, numerics, scale_group) | {name: rows[0] for name, rows in static.items()}
+    static = static_tensors(layer, given)
+    return weight_tensors(layer, given) | {name: rows[0] for name, rows in static.items()}
 
 
-def static_tensors(
-    layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics, scale_group: Group | None
-) -> dict[str, Tensor]:
+def static_tensors(layer: QuantizedLayer, given: Derivation) -> dict[str, Tensor]:
     """Return the input's scales and offsets (T, 1), and what makes the integer product the output (T, O), of T steps.
 
     `y = (q_x @ codes.T + quant_bias) * deq_scale` (spec: static activations). Rows of the weight whose scale is too
@@ -45,10 +38,10 @@ def static_tensors(
 
     if layer.observer is None:
         raise AssertionError(f"{layer.name} was quantized without an observer")
-    dtype = layer.weight_scale_O1.dtype
-    found = [numerics.input_scale(*layer.observer.range(step), dtype) for step in steps]
+    dtype, numerics = layer.weight_scale_O1.dtype, given.numerics
+    found = [numerics.input_scale(*layer.observer.range(step), dtype) for step in given.steps]
     scale_T1, offset_T1 = (torch.stack(parts).cpu() for parts in zip(*found))
-    layer.make_room_for_bias(scale_T1, numerics, scale_group)
+    layer.make_room_for_bias(scale_T1, numerics, given.scale_group)
     deq_scale_TO = numerics.deq_scale(scale_T1, layer.weight_scale_O1.cpu())
     bias_O = None if layer.bias_O is None else layer.bias_O.cpu()
     return {

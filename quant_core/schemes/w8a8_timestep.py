@@ -5,20 +5,17 @@ The runtime runs steps below `timestep_sep` dynamic and the others static, each 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from quant_core.errors import ConfigurationError
-from quant_core.schemes.scheme import Call, Inputs, PerStepConfig, Scheme, W8A8QuantConfig, weight_tensors
+from quant_core.schemes.scheme import Call, Derivation, Inputs, PerStepConfig, Scheme, W8A8QuantConfig, weight_tensors
 from quant_core.schemes.tensor_rules import STATIC_RULES, WEIGHT_RULES, per_step
 from quant_core.schemes.w8a8 import static_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quant_core.arithmetic.numerics import Numerics
     from quant_core.arithmetic.runtime import Tensors
-    from quant_core.parallel.groups import Group
     from quant_core.schemes.quantized_layer import QuantizedLayer
 
 
@@ -32,12 +29,10 @@ class W8A8TimeStepProcessorConfig(PerStepConfig):
     key: ClassVar[str] = "w8a8_timestep"
 
 
-def layer_tensors(
-    layer: QuantizedLayer, steps: Sequence[int | None], numerics: Numerics, scale_group: Group | None
-) -> dict[str, Tensor]:
+def layer_tensors(layer: QuantizedLayer, given: Derivation) -> dict[str, Tensor]:
     """Return the tensors of the weight and a row for each step: input_scale, input_offset (T, 1), the others (T, O)."""
-    static = static_tensors(layer, steps, numerics, scale_group)
-    return weight_tensors(layer, steps, numerics, scale_group) | static
+    static = static_tensors(layer, given)
+    return weight_tensors(layer, given) | static
 
 
 def output(x: Tensor, tensors: Tensors, call: Call) -> Tensor:

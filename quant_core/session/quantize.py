@@ -31,8 +31,10 @@ from quant_core.checkpoint.entries import (
 )
 from quant_core.layers.calibrated import quantize_linear
 from quant_core.layers.deployed import deploy
+from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel
 from quant_core.schemes.quantized_layer import QuantizedLayer
+from quant_core.schemes.scheme import Derivation
 from quant_core.session.checks import check_float, check_numerics, check_records, first_static_step
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.observation import input_observer, reduce_ranges
@@ -114,11 +116,9 @@ def _smooth(session: Session) -> Smoothing:
 def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, QuantizedLayer]:
     layers = {}
     for done, name in enumerate(session.targets, start=1):
-        linear = session.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear), "targets are linears"
         layers[name] = layer = quantize_linear(
             name,
-            linear,
+            linear_at(session.model, name),
             session.scheme,
             session.numerics,
             scale_group=session.parallel.scale_group(name),
@@ -146,8 +146,8 @@ def _observe(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
 
 def _derive_tensors(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
     for done, layer in enumerate(layers.values(), start=1):
-        group = session.parallel.scale_group(layer.name)
-        layer.tensors = session.scheme.layer_tensors(layer, session.steps, session.numerics, group)
+        given = Derivation(session.steps, session.numerics, session.parallel.scale_group(layer.name))
+        layer.tensors = session.scheme.layer_tensors(layer, given)
         session.progress("derive", done, len(layers))
 
 

@@ -27,10 +27,11 @@ from quant_core.checkpoint.entries import description_text, entries
 from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import ConfigurationError
 from quant_core.layers.calibrated import CalibratedLinear
+from quant_core.naming import linear_at
 from quant_core.parallel.groups import Group, Parallel, reduce_over
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.quantized_layer import QuantizedLayer
-from quant_core.schemes.scheme import Scheme
+from quant_core.schemes.scheme import Derivation, Scheme
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
 from quant_core.session.targets import target_layers
@@ -101,11 +102,10 @@ def describe_layers(
     """Make each target layer of a model on the meta device look as if it had been quantized; return them by name."""
     layers = {}
     for name in targets:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear), "target_layers returns linears"
+        linear = linear_at(model, name)
         codes_OI = torch.empty_like(linear.weight, dtype=torch.int8)
         layer = QuantizedLayer(name, scheme, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
-        layer.tensors = scheme.layer_tensors(layer, [None], numerics, None)
+        layer.tensors = scheme.layer_tensors(layer, Derivation([None], numerics))
         linear.__class__ = CalibratedLinear
         linear.layer = layers[name] = layer  # type: ignore[assignment]
     return layers
@@ -130,14 +130,13 @@ class _LayerStream:
         amax_O1 = torch.cat([codec.row_maxima(block) for block in blocks])
         check_weight(name, amax_O1)
         amax_O1 = reduce_over(group, "max", amax_O1)
-        first = 0
+        given, first = Derivation([None], self.numerics, group), 0
         for block in blocks:
             rows = slice(first, first + len(block))
             weight = codec.encode(block, amax_O1[rows], dtype, self.numerics)
-            part = QuantizedLayer(
-                name, self.scheme, weight.codes, weight.scale, None if bias_O is None else bias_O[rows]
-            )
-            for tensor_name, tensor in self.scheme.layer_tensors(part, [None], self.numerics, group).items():
+            bias = None if bias_O is None else bias_O[rows]
+            part = QuantizedLayer(name, self.scheme, weight.codes, weight.scale, bias)
+            for tensor_name, tensor in self.scheme.layer_tensors(part, given).items():
                 file.write_rows(f"{name}.{tensor_name}", tensor, first)
             first = rows.stop
 

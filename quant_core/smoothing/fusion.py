@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quant_core.errors import ConfigurationError
 from quant_core.layers.rescaling import Rescaling
+from quant_core.naming import linear_at
 from quant_core.smoothing.groups import LinearGroup
 from quant_core.structure import Modulation
 
@@ -47,7 +48,7 @@ def _problems(model: nn.Module, group: LinearGroup, targets: Collection[str]) ->
         if name not in targets:
             yield f"{name} (for {group.name}) stays float"
         elif group.modulation:
-            yield from _modulation_problems(_linear(model, name), group, _linear(model, group.name).in_features)
+            yield from _modulation_problems(linear_at(model, name), group, linear_at(model, group.name).in_features)
 
 
 def _modulation_problems(linear: nn.Linear, group: LinearGroup, width: int) -> Iterator[str]:
@@ -60,12 +61,6 @@ def _modulation_problems(linear: nn.Linear, group: LinearGroup, width: int) -> I
         yield f"{group.modulation.linear} (for {group.name}) has no bias to shift"
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear), "groups and targets are linears"
-    return linear
-
-
 def _few(problems: list[str], shown: int = 3) -> str:
     rest = len(problems) - shown
     return "; ".join(problems[:shown]) + (f"; and {rest} more" if rest > 0 else "")
@@ -76,7 +71,7 @@ def absorb(model: nn.Module, group: LinearGroup, factor_I: Tensor) -> dict[str, 
     if group.modulation is not None:
         return {
             group.modulation.linear: modulate(
-                group.modulation, _linear(model, group.modulation.linear).out_features, factor_I
+                group.modulation, linear_at(model, group.modulation.linear).out_features, factor_I
             )
         }
     return {name: Rescaling(rows_O=1 / factor_I.to(torch.float32)) for name in group.values}

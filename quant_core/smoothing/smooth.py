@@ -27,6 +27,7 @@ from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.errors import InputError
 from quant_core.layers.rescaling import Rescaling
+from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel, count_before, reduce_many, reduce_over
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.fusion import absorb, check_fusible
@@ -97,16 +98,10 @@ def groups_to_smooth(
     return resolved
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear), "groups are made of linears"
-    return linear
-
-
 def _fresh_statistics(
     model: nn.Module, name: str, method: SmoothingMethod, config: SmoothingConfig, numerics: Numerics
 ) -> InputStatistics:
-    linear = _linear(model, name)
+    linear = linear_at(model, name)
     dtype = numerics.working(linear.weight).dtype
     return InputStatistics(linear.in_features, dtype, method.tokens(config, numerics, linear.in_features))
 
@@ -122,21 +117,21 @@ def _measure(
 
     first: the index of the first record among those of all ranks.
     """
-    running = first
 
     def begin(index: int) -> None:
-        nonlocal running
-        running = first + index
+        for each in statistics.values():
+            each.record = first + index
 
-    def observing(of: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda linear, inputs: of.update(inputs[0], running)
-
-    hooks = [_linear(model, name).register_forward_pre_hook(observing(of)) for name, of in statistics.items()]
+    hooks = [linear_at(model, name).register_forward_pre_hook(_observer(of)) for name, of in statistics.items()]
     try:
         replay(model, records, stage="smooth", measured=statistics, begin=begin, progress=progress)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _observer(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda linear, inputs: statistics.update(inputs[0])
 
 
 def _combine(statistics: Mapping[str, InputStatistics], parallel: Parallel) -> None:
@@ -165,7 +160,7 @@ def _measured(
     parallel: Parallel,
 ) -> MeasuredGroup:
     inputs = [
-        SharedInput(tuple(_linear(model, name).weight.detach() for name in shared), statistics[shared[0]])
+        SharedInput(tuple(linear_at(model, name).weight.detach() for name in shared), statistics[shared[0]])
         for shared in group.inputs
     ]
     # Row-split layers see channels of their own, so each rank chooses for itself.
@@ -186,5 +181,5 @@ def _rescale(
     """Return how the group's linears change, and with them the linears in front when the factor is fused."""
     if config.fused:
         return {name: Rescaling(columns_I=factor_I) for name in group.linears} | absorb(model, group, factor_I)
-    columns_I, mul_scale_I = numerics.split_factor(factor_I, _linear(model, group.name).weight.dtype)
+    columns_I, mul_scale_I = numerics.split_factor(factor_I, linear_at(model, group.name).weight.dtype)
     return {name: Rescaling(columns_I=columns_I, mul_scale_I=mul_scale_I) for name in group.linears}

@@ -152,19 +152,23 @@ class AllCalls(FirstCall):
 
 
 class InputStatistics:
-    """Gather what is known of one input: the channels' maxima over all calls, and what `tokens` keeps."""
+    """Gather what is known of one input: the channels' maxima over all calls, and what `tokens` keeps.
+
+    record: the index of the record that is running, among those of all ranks.
+    """
 
     def __init__(self, channels: int, dtype: torch.dtype, tokens: Tokens) -> None:
         self.amax_I = torch.zeros(channels, dtype=dtype)
         self.calls = 0
+        self.record = 0
         self.tokens = tokens
 
-    def update(self, x: Tensor, record: int) -> None:
-        """Take in one call; x: (..., I); record: the index of its record among those of all ranks."""
+    def update(self, x: Tensor) -> None:
+        """Take in one call; x: (..., I)."""
         x_NI = x.detach().reshape(-1, x.shape[-1])
         self.calls += 1
         self.amax_I = torch.maximum(self.amax_I.to(x_NI.device), x_NI.abs().amax(0).to(self.amax_I.dtype))
-        self.tokens.update(x_NI, record)
+        self.tokens.update(x_NI, self.record)
 
     def state(self) -> Iterator[tuple[Reduction, Tensor, Callable[[Tensor], None]]]:
         """Yield each state tensor with its reduction over data-parallel ranks and where the reduced one goes."""

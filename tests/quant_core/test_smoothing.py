@@ -234,7 +234,8 @@ def test_statistics_do_not_grow_with_the_records():
     for count in (40, 400):
         statistics = InputStatistics(8, torch.float32, TokenSample(8))
         for record in range(count):
-            statistics.update(torch.randn(1, 100, 8), record)
+            statistics.record = record
+            statistics.update(torch.randn(1, 100, 8))
         kept.append(sum(map(len, statistics.tokens.rows())))
     assert max(kept) <= SAMPLE_SIZE
 
@@ -245,7 +246,7 @@ def test_statistics_do_not_grow_with_the_records():
 def measured(x_NI: Tensor, *weights: Tensor, tokens: Any = NoTokens) -> MeasuredGroup:
     """A group of linears that all read x."""
     statistics = InputStatistics(x_NI.shape[1], torch.float32, tokens())
-    statistics.update(x_NI, 0)
+    statistics.update(x_NI)
     return MeasuredGroup([SharedInput(weights, statistics)], NUMERICS["float32"], INT8_ROWS, alpha=0.5, floor=1e-5)
 
 
@@ -300,7 +301,7 @@ def test_m6_keeps_the_exponent_it_is_given(config: M6Config, alpha: float | None
 def test_m6_of_the_reference_searches_both_when_one_is_missing():
     x, w = outlier_input()
     statistics = InputStatistics(16, torch.float32, AllCalls())
-    statistics.update(x, 0)
+    statistics.update(x)
     group = MeasuredGroup([SharedInput((w,), statistics)], NUMERICS["reference"], INT8_ROWS, alpha=0.5, floor=1e-5)
     given_alpha = exponents(group, M6ProcessorConfig(cfg=M6Config(alpha=0.05)))
     assert given_alpha == exponents(group, M6ProcessorConfig())
