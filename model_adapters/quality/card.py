@@ -81,9 +81,9 @@ class Origin(_Data):
     model: str = Field(description="name of the adapter")
     quant_type: str
     fingerprint: str = Field(description="digest of the job that made the checkpoint")
-    width: int
-    height: int
-    infer_steps: int
+    options: Mapping[str, int | float | str | None] = Field(
+        default_factory=dict, description="options of the pipeline that the pictures depend on"
+    )
     dtype: str = Field(description="what float and quantized model compute in between the layers")
     floor_dtype: str = Field(description="what the noise floor computes in")
     versions: Mapping[str, str] = Field(default_factory=dict)

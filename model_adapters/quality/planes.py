@@ -36,7 +36,7 @@ def _planes(picture: Any) -> Tensor:
             why="a picture is (height, width, 3), uint8 or floating in [0, 1]",
             advice="convert it to RGB first",
         )
-    planes = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1).double()
+    planes = torch.tensor(array, dtype=torch.float64).permute(2, 0, 1)
     return planes / 255 if array.dtype == np.uint8 else planes.clamp(0, 1)
 
 
