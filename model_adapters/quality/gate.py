@@ -71,8 +71,8 @@ def _of_layers(card: QualityCard, thresholds: Thresholds) -> Iterator[str]:
         yield "SQNR of the layers was not measured"
     elif below:
         worst, name = below[0]
-        others = f" and {len(below) - 1} other layers" if len(below) > 1 else ""
-        yield f"SQNR of '{name}' is {worst:g} dB{others}, below {least:g}"
+        others = f" ({len(below)} layers fall short)" if len(below) > 1 else ""
+        yield f"SQNR of '{name}' is {worst:g} dB, below {least:g}{others}"
 
 
 def _advice(card: QualityCard, thresholds: Thresholds) -> str:

@@ -20,7 +20,7 @@ from quant_core.atomic_file import write_atomically
 from quant_core.errors import InputError
 
 # In pixels: a picture's cell, the column of text, space around everything, the size of letters.
-_CELL, _TEXT, _GAP, _LETTER = 224, 224, 12, 15
+_CELL, _TEXT, _GAP, _LETTER = 256, 224, 12, 15
 _PAPER, _INK, _FAINT = (255, 255, 255), (24, 24, 24), (110, 110, 110)
 _AMPLIFICATIONS = (1, 2, 4, 8, 16, 32, 64)
 # More rows than this make a sheet that nobody looks through; the pictures themselves lie beside it.
@@ -65,10 +65,10 @@ def draw_sheet(rows: Sequence[Row], *, title: str) -> Image.Image:
 
 
 def amplification(differences: Sequence[np.ndarray]) -> int:
-    """Return the largest factor that keeps all but one in a thousand differences (0 to 255) within white."""
+    """Return the largest factor that keeps all but one in a hundred differences (0 to 255) within white."""
     if not differences:
         return 1
-    largest = max(float(np.quantile(difference, 0.999)) for difference in differences)
+    largest = max(float(np.quantile(difference, 0.99)) for difference in differences)
     return max(factor for factor in _AMPLIFICATIONS if factor == 1 or factor * largest <= 255)
 
 
