@@ -68,8 +68,8 @@ def test_ratios_of_two_ranks_add_up_step_by_step():
 def test_each_layer_is_compared_on_the_float_models_own_input(model: TwoLayers):
     """A first layer that is off by 10 % leaves the second one's ratio alone."""
     layers = {
-        "first": lambda x, step: model.first(x) * 1.1,
-        "second": lambda x, step: model.second(x) * (1.01 if step == 1 else 1.001),
+        "first": lambda x, step: model.first.forward(x) * 1.1,
+        "second": lambda x, step: model.second.forward(x) * (1.01 if step == 1 else 1.001),
     }
     found = compare_layers(model, layers, layers.__getitem__, records([0, 1, 1]))
     assert found["first"].overall.decibels == pytest.approx(20, abs=1e-3)
@@ -82,14 +82,14 @@ def test_a_layer_is_asked_for_only_when_its_turn_comes(model: TwoLayers):
 
     def deployed(name: str):
         asked.append(name)
-        return lambda x, step: getattr(model, name)(x)
+        return lambda x, step: getattr(model, name).forward(x)
 
     compare_layers(model, ["second", "first"], deployed, records([0, 1]))
     assert asked == ["first", "second"] * 2
 
 
 def test_a_layer_is_compared_behind_its_collective(model: TwoLayers):
-    layers = {"first": lambda x, step: model.first(x) + 1}
+    layers = {"first": lambda x, step: model.first.forward(x) + 1}
     shifted = compare_layers(
         model, layers, layers.__getitem__, records([0]), combines={"first": lambda m, i, y: y + 100}
     )
@@ -98,7 +98,7 @@ def test_a_layer_is_compared_behind_its_collective(model: TwoLayers):
 
 
 def test_comparing_leaves_no_hook_and_no_step_behind(model: TwoLayers):
-    layers = {"first": lambda x, step: model.first(x)}
+    layers = {"first": lambda x, step: model.first.forward(x)}
     with kept_outputs(model):
         compare_layers(model, layers, layers.__getitem__, records([3]))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
