@@ -104,7 +104,7 @@ def test_a_scale_broken_on_purpose_in_one_layer_fails_the_gate(
     kind: str, subjects: dict[str, Subject], folders: dict[str, Path], tmp_path: Path
 ):
     subject = subjects[kind]
-    layer = "transformer_blocks.0.attn.to_q"
+    layer = "transformer_blocks.1.ff.net.0.proj"
     broken = subject.with_files(with_wrong_scale(subject.files, layer, tmp_path / "broken"))
     card = broken.card(broken.evaluate(tmp_path / "quality"))
     assert card.worst_layers[0].name == layer
