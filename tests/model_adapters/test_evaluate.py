@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from model_adapters.pipeline.arithmetic import other_arithmetic, own_arithmetic
 from model_adapters.quality.card import QualityCard, read_card
 from model_adapters.quality.evaluate import evaluate_layers, published
 from model_adapters.quality.gate import Thresholds, check_quality, shortfalls
@@ -200,42 +199,3 @@ def test_latents_and_decoder_are_float32_while_the_transformer_keeps_its_dtype(
     assert seen["output"] == subject.dtype
     assert painting.store.latents(subject.batches[0], 0).dtype == torch.float32
     assert pipeline.vae.dtype == torch.float32
-
-
-@each_kind
-def test_the_floor_computes_in_another_dtype_and_leaves_the_model_as_it_was(kind: str, subjects: dict[str, Subject]):
-    transformer = subjects[kind].transformer()
-    own = dict(transformer.named_parameters())
-    dtypes = {}
-    for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda m, args, y, name=name: dtypes.update({name: y.dtype}))
-    record = subjects[kind].painting(Path("unused"))
-    inputs = record.embeddings(record.batches[0])
-    dtype = subjects[kind].dtype
-    with own_arithmetic(transformer, dtype), other_arithmetic(transformer, dtype) as other:
-        transformer(**_call(kind, inputs))
-    blocks = {found for name, found in dtypes.items() if "blocks" in name}
-    assert (other, blocks) == (torch.float32, {torch.float32})
-    assert all(parameter is own[name] for name, parameter in transformer.named_parameters())
-    with torch.no_grad():
-        transformer(**{name: value.to(dtype) for name, value in _call(kind, inputs).items()})
-    assert {found for name, found in dtypes.items() if "blocks" in name} == {dtype}
-
-
-def _call(kind: str, embeddings: Any) -> dict[str, torch.Tensor]:
-    """Return the arguments of one forward, float32, for an image of 16 x 16 pixels."""
-    torch.manual_seed(0)
-    text = {
-        "encoder_hidden_states": embeddings["prompt_embeds"].float(),
-        "pooled_projections": embeddings["pooled_prompt_embeds"].float(),
-    }
-    if kind == "sd3":
-        return text | {"hidden_states": torch.randn(1, 16, 2, 2), "timestep": torch.tensor([500.0])}
-    return text | {
-        "hidden_states": torch.randn(1, 1, 64),
-        "timestep": torch.tensor([0.5]),
-        "guidance": torch.tensor([3.5]),
-        "txt_ids": torch.zeros(text["encoder_hidden_states"].shape[1], 3),
-        "img_ids": torch.zeros(1, 3),
-    }
