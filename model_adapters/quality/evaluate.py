@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model_adapters.parallel.tensor_parallel import collectives
 from model_adapters.pipeline.arithmetic import other_arithmetic
@@ -22,19 +22,23 @@ from model_adapters.quality.measured import Measured
 from model_adapters.quality.painting import RECORDED_STEPS, Painting, paint
 from model_adapters.quality.store import FLOAT, FLOOR, QUANTIZED
 from quant_core.calibration.records import Record
-from quant_core.calibration.replay import Progress, silent
+from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import open_checkpoint
+from quant_core.quality.ratio import StepRatios
 from quant_core.quality.replayed import LayerOutput, compare_layers, compare_outputs, kept_outputs, sampled
+
+# Codes of so many layers are held on the host while all records are replayed: 11 GiB of FLUX.1-dev take six replays.
+HELD_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
 class Published:
     """Give access to a rank's published files.
 
-    schemes: quantized layers by name. layer: reads one of them. deploy: makes a float model compute from the files, in
-    place.
+    schemes: of the quantized layers, by name. layer: reads one of them. deploy: makes a float model compute from the
+    files, in place.
     """
 
     schemes: Mapping[str, str]
@@ -42,8 +46,8 @@ class Published:
     deploy: Callable[[nn.Module], object]
 
 
-def published(files: CheckpointFiles, device: torch.device | str = "cpu") -> Published:
-    """Open a rank's published files for a model on a device; layers are read from disk each time they are asked for.
+def published(files: CheckpointFiles) -> Published:
+    """Open a rank's published files: layers are read from disk when they are asked for, and computed where the input is.
 
     Raises InputError for damaged files, VerificationError for ones that break a rule.
     """
@@ -51,7 +55,11 @@ def published(files: CheckpointFiles, device: torch.device | str = "cpu") -> Pub
 
     def layer(name: str) -> LayerOutput:
         stored = checkpoint.read_layer(name)
-        return replace(stored, tensors={key: tensor.to(device) for key, tensor in stored.tensors.items()})
+
+        def output(x: Tensor, step: int | None) -> Tensor:
+            return replace(stored, tensors={key: t.to(x.device) for key, t in stored.tensors.items()})(x, step)
+
+        return output
 
     return Published(
         schemes=dict.fromkeys(checkpoint.inventory.layers, checkpoint.inventory.quant_type),
@@ -73,7 +81,7 @@ def evaluate(painting: Painting, pipeline: Any, checkpoint: Published, *, progre
     measured = evaluate_layers(pipeline.transformer, checkpoint, records, dtype=painting.dtype, progress=progress)
     paint(painting, QUANTIZED, pipeline)
     painting.agree(True)
-    requests = [request for batch in painting.batches for request in batch]
+    requests = [request for batch in painting.batches if painting.saves for request in batch]
     return replace(measured, pictures=[painting.store.measured(request) for request in requests])
 
 
@@ -91,16 +99,48 @@ def evaluate_layers(
     """
     chosen = sampled(records, RECORDED_STEPS)
     with kept_outputs(transformer) as exact:
-        layers = compare_layers(
-            transformer,
-            checkpoint.schemes,
-            checkpoint.layer,
-            chosen,
-            combines=collectives(transformer),
-            progress=progress,
-        )
+        replay(transformer, chosen, stage="float outputs", progress=progress)
+    layers = _compare_layers(transformer, checkpoint, chosen, progress)
     with other_arithmetic(transformer, dtype):
         output_floor = compare_outputs(transformer, chosen, exact, progress=progress)
     checkpoint.deploy(transformer)
     output = compare_outputs(transformer, chosen, exact, progress=progress)
     return Measured(schemes=dict(checkpoint.schemes), layers=layers, output=output, output_floor=output_floor)
+
+
+def _compare_layers(
+    transformer: nn.Module, checkpoint: Published, records: Sequence[Record], progress: Progress
+) -> dict[str, StepRatios]:
+    """Compare all layers, as many in one replay as may be held: each is read once, not once a record."""
+    found: dict[str, StepRatios] = {}
+    sizes = {name: _weights(transformer, name) for name in checkpoint.schemes}
+    groups = held_together(sizes, HELD_BYTES)
+    for index, names in enumerate(groups):
+        layers = {name: checkpoint.layer(name) for name in names}
+
+        def tell(stage: str, done: int, total: int, before: int = index * len(records)) -> None:
+            progress(stage, before + done, len(groups) * total)
+
+        combines = collectives(transformer)
+        found |= compare_layers(transformer, names, layers.__getitem__, records, combines=combines, progress=tell)
+    return found
+
+
+def held_together(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Return the names in groups, in their order, each of at most so many bytes (or of one name)."""
+    groups: list[list[str]] = []
+    held = 0
+    for name, size in sizes.items():
+        if not groups or held + size > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _weights(transformer: nn.Module, name: str) -> int:
+    """Return the bytes of a layer's codes."""
+    weight = transformer.get_submodule(name).weight
+    assert isinstance(weight, Tensor), "quantized layers are linears"
+    return weight.numel()

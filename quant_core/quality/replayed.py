@@ -5,8 +5,8 @@ the float layer. The output's ratio is that of the whole: all quantized layers o
 a culprit, the second predicts the picture (spec: evaluation).
 
 Nothing but one layer's input is held at a time: layers are compared in forward hooks while the float model runs, and
-each is asked for when its turn comes, so that a caller may read it from disk. Of a record's output, which is as large
-as the latents, a copy stays on the host until the quantized model has run.
+each is asked for when its turn comes, so that a caller decides how many it holds. Of a record's output, which is as
+large as the latents, a copy stays on the host until the quantized model has run.
 
 Under tensor parallelism a layer is compared as the whole model sees it, behind its collective (`combines`). Each rank
 then measures its own columns, or, after a sum or a gather, the same numbers as the others: adding up the ranks' ratios

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from model_adapters.quality import evaluate as evaluate_module
 from model_adapters.quality.card import QualityCard, read_card
-from model_adapters.quality.evaluate import evaluate_layers, published
+from model_adapters.quality.evaluate import evaluate_layers, held_together, published
 from model_adapters.quality.gate import Thresholds, check_quality, shortfalls
 from model_adapters.quality.painting import paint
 from model_adapters.quality.results import CARD, SHEET, write_results
@@ -128,6 +129,35 @@ def test_layers_alone_need_records_and_no_pipeline(
     assert card.layers == cards["sd3"].layers
     assert card.output_sqnr == cards["sd3"].output_sqnr
     assert shortfalls(card, REACHED)[0] == "PSNR of the pictures was not measured"
+
+
+def test_it_makes_no_difference_how_many_layers_are_held_at_once(
+    subjects: dict[str, Subject],
+    folders: dict[str, Path],
+    cards: dict[str, QualityCard],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(evaluate_module, "HELD_BYTES", 20_000)
+    subject, told = subjects["sd3"], []
+    records = subject.painting(folders["sd3"]).store.records(subject.batches)
+    measured = evaluate_layers(
+        subject.transformer(),
+        published(subject.files),
+        records,
+        dtype=subject.dtype,
+        progress=lambda stage, done, total: told.append((stage, done, total)),
+    )
+    assert subject.card(measured).layers == cards["sd3"].layers
+    done, total = zip(*[progress[1:] for progress in told if progress[0] == "compare layers"])
+    assert list(done) == list(range(1, total[0] + 1))
+    assert total[0] > 2 * len(records)
+
+
+def test_layers_are_held_in_groups_that_fit():
+    sizes = {"a": 3, "b": 3, "c": 9, "d": 1}
+    assert held_together(sizes, 6) == [["a", "b"], ["c"], ["d"]]
+    assert held_together(sizes, 100) == [["a", "b", "c", "d"]]
+    assert held_together({}, 6) == []
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_next_picture(
