@@ -47,7 +47,7 @@ class Published:
 
 
 def published(files: CheckpointFiles) -> Published:
-    """Open a rank's published files: layers are read from disk when they are asked for, and computed where the input is.
+    """Open a rank's published files; a layer is read when it is asked for, and computes where its input is.
 
     Raises InputError for damaged files, VerificationError for ones that break a rule.
     """
