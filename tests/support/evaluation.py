@@ -104,10 +104,9 @@ class Subject:
         return replace(self, files=files)
 
 
-def make_subject(kind: str, path: Path, prompt_file: Path, scheme: str, folder: Path) -> Subject:
-    """Quantize a tiny pipeline's transformer, calibrated on the prompts with other seeds, into a folder."""
-    adapter = load_adapter(kind)
-    options = load_options(kind).OPTIONS(
+def options_of(kind: str, path: Path, prompt_file: Path) -> PipelineOptions:
+    """Ask for a few small pictures in a few steps."""
+    return load_options(kind).OPTIONS(
         path=str(path),
         prompt_path=str(prompt_file),
         width=SIDE,
@@ -115,14 +114,25 @@ def make_subject(kind: str, path: Path, prompt_file: Path, scheme: str, folder: 
         infer_steps=STEPS,
         max_num_prompt=PROMPTS,
     )
-    batches, dtype = read_batches(options), adapter.dtype(options)
+
+
+def encoded(adapter: ModelAdapter, options: PipelineOptions) -> tuple[list[Batch], dict[tuple[str, ...], Embeddings]]:
+    """Return the batches, and the embeddings of each."""
+    batches = read_batches(options)
     prompts = [tuple(request.prompt for request in batch) for batch in batches]
-    embeddings = encode_prompts(adapter, options, prompts, "cpu", dtype)
+    return batches, encode_prompts(adapter, options, prompts, "cpu", adapter.dtype(options))
+
+
+def make_subject(kind: str, path: Path, prompt_file: Path, scheme: str, folder: Path) -> Subject:
+    """Quantize a tiny pipeline's transformer, calibrated on the prompts with other seeds, into a folder."""
+    adapter, options = load_adapter(kind), options_of(kind, path, prompt_file)
+    dtype = adapter.dtype(options)
+    batches, embeddings = encoded(adapter, options)
     transformer = load_transformer(adapter, str(path), dtype=dtype, device="cpu").model
     pipeline = load_pipeline(adapter, options, transformer, "cpu", dtype, with_text=False)
     dumper = DumperManager(transformer, "timestep", step_source=lambda: adapter.step_index(pipeline))
-    for number, batch in enumerate(prompts):
-        adapter.generate(pipeline, embeddings[batch], options, torch.Generator().manual_seed(10_000 + number))
+    for number, encodings in enumerate(embeddings.values()):
+        adapter.generate(pipeline, encodings, options, torch.Generator().manual_seed(10_000 + number))
     dumper.close()
     processors = {
         scheme: SCHEMES[scheme](disable_names=adapter.disabled_layers[scheme]),
