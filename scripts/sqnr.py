@@ -7,38 +7,17 @@ the float model's output. The output's ratio is that of the whole: all quantized
 from __future__ import annotations
 
 import copy
-import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import replay
 from quant_core.layers.deployed import DeployedLinear
-
-
-@dataclass
-class Ratio:
-    """Add up signal and noise over calls."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, exact: Tensor, approximate: Tensor) -> None:
-        """Take in one call; both of one shape."""
-        self.signal += exact.double().square().sum().item()
-        self.noise += (exact.double() - approximate.double()).square().sum().item()
-
-    @property
-    def decibels(self) -> float:
-        """Return 10 log10 of signal over noise."""
-        return 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
+from quant_core.quality.replayed import compare_layers, compare_outputs, kept_outputs
 
 
 @dataclass(frozen=True)
@@ -58,38 +37,15 @@ class Quality:
 def measure(floating: nn.Module, deployed: nn.Module, records: Sequence[Record]) -> Quality:
     """Compare a deployed model with the float model that it was made from, on the records.
 
-    Both run in their own dtype, as they would be served. What one layer makes of its input is compared in float32, so
-    that rounding the result to a narrow dtype does not hide it; codes and stored scales keep their values.
+    Both run in their own dtype, as they would be served; what one layer makes of its input is compared in float32.
     """
-    ratios: defaultdict[str, Ratio] = defaultdict(Ratio)
-    targets = {name: module for name, module in deployed.named_modules() if isinstance(module, DeployedLinear)}
-    hooks = [
-        floating.get_submodule(name).register_forward_hook(_comparing(copy.deepcopy(target).float(), ratios[name]))
-        for name, target in targets.items()
-    ]
-    exact = _outputs(floating, records)
-    for hook in hooks:
-        hook.remove()
-    whole = Ratio()
-    for expected, output in zip(exact, _outputs(deployed, records)):
-        whole.add(expected, output)
-    return Quality({name: ratio.decibels for name, ratio in ratios.items()}, whole.decibels)
-
-
-def _comparing(deployed: nn.Module, ratio: Ratio) -> Callable[[Any, Any, Any], None]:
-    """Return a forward hook that compares a float linear with its deployed one, in float32."""
-
-    def compare(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].float()
-        bias_O = None if linear.bias is None else linear.bias.float()
-        ratio.add(F.linear(x, linear.weight.float(), bias_O), deployed(x))
-
-    return compare
-
-
-def _outputs(model: nn.Module, records: Sequence[Record]) -> list[Tensor]:
-    outputs: list[Tensor] = []
-    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
-    replay(model, records, stage="measure")
-    hook.remove()
-    return outputs
+    targets = {
+        name: copy.deepcopy(module).float()
+        for name, module in deployed.named_modules()
+        if isinstance(module, DeployedLinear)
+    }
+    with kept_outputs(floating) as exact:
+        replay(floating, records, stage="measure")
+    layers = compare_layers(floating, targets, lambda name: lambda x, step: targets[name](x), records)
+    output = compare_outputs(deployed, records, exact)
+    return Quality({name: ratios.overall.decibels for name, ratios in layers.items()}, output.overall.decibels)

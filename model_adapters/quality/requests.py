@@ -1,0 +1,37 @@
+"""Choose prompts and noise that the calibration did not use: a range looks best on what it was fitted to.
+
+Noise is always new, because pictures are numbered behind those of the calibration and a picture's noise comes from the
+job's seed plus its number. Prompts are new as long as the file has any that were left out (`--max_num_prompt`), or
+when a file of their own is given; after that, prompts are used again, with other noise.
+
+Worked example: a file of 5 prompts, 3 of them calibrated with one picture each, 4 pictures to evaluate. They are
+numbers 3 and 4 of the prompts 3 and 4, which are new, then numbers 5 and 6 of the prompts 0 and 1 as second copies.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model_adapters.options import PipelineOptions
+from model_adapters.pipeline.prompts import Batch, ImageRequest, read_prompts
+
+
+def evaluation_batches(options: PipelineOptions, count: int, prompt_file: Path | None = None) -> list[Batch]:
+    """Return the batches of `count` pictures to evaluate, of the whole job: share them out as those of a calibration.
+
+    prompt_file: prompts of the evaluation alone, in the format of the job's. Raises InputError for a bad file.
+    """
+    own = read_prompts(Path(options.prompt_path), options.prompt_type)
+    calibrated = min(len(own), options.max_num_prompt or len(own))
+    first = calibrated * options.num_images_per_prompt
+    if prompt_file is None:
+        numbered = list(enumerate(own))
+        prompts, seen = numbered[calibrated:] + numbered[:calibrated], calibrated
+    else:
+        prompts, seen = list(enumerate(read_prompts(prompt_file, options.prompt_type))), 0
+    requests = []
+    for place in range(count):
+        index, (prompt, category) = prompts[place % len(prompts)]
+        again = place // len(prompts) + (options.num_images_per_prompt if index < seen else 0)
+        requests.append(ImageRequest(prompt, category, first + place, index, again))
+    return [tuple(requests[start : start + options.batch_size]) for start in range(0, count, options.batch_size)]

@@ -1,0 +1,1 @@
+"""Measure what quantization costs: signal over quantization noise, of each layer and of the whole model."""
