@@ -6,8 +6,8 @@
     python scripts/bench --kernel                           the rate of maxima and codes beside that of a copy
 
 A floor runs right before each of our jobs, so that both see the same machine; only their ratio means something on
-another one. Files are made cold before each. What a floor does and leaves out is said in `in_memory.py` and
-`from_disk.py`; which jobs there are, in `rows.py`. In pairs ours comes first, then the floor.
+another one. A pipeline's files are cold at the start of each. What a floor does and leaves out is said in
+`in_memory.py` and `from_disk.py`; which jobs there are, in `rows.py`. In pairs ours comes first, then the floor.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Bench:
             "prompts": str(self._folder / f"prompts{row.prompts}.txt"),
             "out": str(out),
         }
-        page_cache.drop([self._folder])
+        page_cache.make_cold(self._pipeline(row))
         is_ranked = "torch.distributed.run" in command
         threads = {"OMP_NUM_THREADS": _THREADS_OF_ONE} if not is_ranked else {}
         try:
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     rows = [SMOKE] if asked.smoke else [row for row in ROWS if row.group in asked.jobs and asked.only in row.name]
     bench = Bench(asked.folder.resolve(), asked.repeat)
-    say(f"{os.cpu_count()} cores; {page_cache.drop([asked.folder])} before each run")
+    say(f"{os.cpu_count()} cores; each pipeline's files are advised out of the page cache before each run")
     try:
         measured = [bench.measure(row) for row in rows]
     except CommandFailed as error:

@@ -79,12 +79,23 @@ class DigestedFile:
 
 
 def stream(folder: Path, out: Path, keep_float: Sequence[str]) -> None:
-    """Quantize the transformer from disk to disk; each thread takes every other tensor."""
-    tensors = places(folder / "transformer")
+    """Quantize the transformer from disk to disk; each thread takes a stretch of the same number of bytes."""
     torch.set_num_threads(1)
     with ThreadPoolExecutor(THREADS) as threads:
-        shares = [(tensors[i::THREADS], DigestedFile(out / f"floor{i}.bin"), keep_float) for i in range(THREADS)]
-        list(threads.map(_stream_share, *zip(*shares)))
+        for done in [
+            threads.submit(_stream_share, share, DigestedFile(out / f"floor{number}.bin"), keep_float)
+            for number, share in enumerate(_even_shares(places(folder / "transformer")))
+        ]:
+            done.result()
+
+
+def _even_shares(tensors: Sequence[Place]) -> list[list[Place]]:
+    shares: list[list[Place]] = [[] for _ in range(THREADS)]
+    total, before = sum(place.stop - place.start for place in tensors), 0
+    for place in tensors:
+        shares[before * THREADS // total].append(place)
+        before += place.stop - place.start
+    return shares
 
 
 def _stream_share(tensors: Sequence[Place], file: DigestedFile, keep_float: Sequence[str]) -> None:

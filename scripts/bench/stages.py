@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,18 @@ def read_stages(weights: Path, resident: Mapping[int, Sequence[tuple[float, int]
 
 def begun(weights: Path, rank: int) -> list[tuple[float, str]]:
     """Return when each stage began on a rank, in seconds since the epoch, and its name."""
-    lines = (weights / "logs" / f"rank{rank}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(_seconds(entry["time"]), entry["stage"]) for entry in map(json.loads, lines) if "stage" in entry]
+    return [(_seconds(entry["time"]), entry["stage"]) for entry in log_lines(weights, rank) if "stage" in entry]
+
+
+def said(weights: Path, rank: int, beginning: str) -> list[float]:
+    """Return when a rank logged a line that begins like this, in seconds since the epoch."""
+    return [_seconds(entry["time"]) for entry in log_lines(weights, rank) if entry["text"].startswith(beginning)]
+
+
+def log_lines(weights: Path, rank: int) -> list[dict[str, Any]]:
+    """Return the entries of a rank's log."""
+    text = (weights / "logs" / f"rank{rank}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _of_rank(weights: Path, rank: int, samples: Sequence[tuple[float, int]]) -> Iterator[Stage]:
