@@ -32,8 +32,8 @@ _PROMPTS = (
     "The word 'quantize' written in chalk on a blackboard",
     "An old lighthouse in a storm, oil painting",
 )
-# A rank has a core for itself; work in one process may use two.
-_THREADS_OF_ONE = "2"
+# A rank has a core for itself; work in one process may use two, unless the caller says something else.
+_THREADS_OF_ONE = os.environ.get("OMP_NUM_THREADS", "2")
 
 
 class Bench:
@@ -55,8 +55,10 @@ class Bench:
         return Measured(row.name, pairs)
 
     def _prepare(self, row: Row) -> None:
+        if row.pipeline is None:
+            return
         folder = self._pipeline(row)
-        if row.pipeline is not None and not folder.exists():
+        if not folder.exists():
             say(f"making {folder}")
             PIPELINES[row.pipeline](folder)
         prompts = self._folder / f"prompts{row.prompts}.txt"

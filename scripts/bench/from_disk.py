@@ -1,7 +1,7 @@
 """Do the least that a job on a pipeline folder can do: the floor of the launcher's jobs.
 
     python -m scripts.bench.from_disk stream FOLDER OUT --keep_float '*net.2*'
-    python -m scripts.bench.from_disk pipeline FOLDER OUT --prompts P.txt --width 64 --height 64 --steps 4
+    python -m scripts.bench.from_disk pipeline FOLDER OUT --prompts P.txt --width 64 --height 64 --num_inference_steps 4
 
 `stream` reads every tensor of the transformer once, in the order of the files, takes maxima and codes in blocks, and
 writes each byte once, digesting it on the way: one thread a core, each with a file of its own, as ranks have.
@@ -123,21 +123,20 @@ def _is_quantized(place: Place, keep_float: Sequence[str]) -> bool:
     return is_linear and not any(fnmatchcase(place.name, pattern) for pattern in keep_float)
 
 
-def run_pipeline(
-    folder: Path, out: Path, keep_float: Sequence[str], prompts: Path, *, width: int, height: int, steps: int
-) -> None:
-    """Run the float pipeline on the prompts, then quantize its transformer."""
+def run_pipeline(folder: Path, out: Path, keep_float: Sequence[str], prompts: Path, dtype: str, **options: int) -> None:
+    """Run the float pipeline on the prompts, then quantize its transformer; options: width, height and steps."""
     import diffusers
 
     torch.set_num_threads(THREADS)
     diffusers.utils.logging.set_verbosity_error()
-    dtype = next(place.dtype for place in places(folder / "transformer"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=getattr(torch, dtype), local_files_only=True
+        )
     pipeline.set_progress_bar_config(disable=True)
     for prompt in prompts.read_text().splitlines():
-        pipeline(prompt, width=width, height=height, num_inference_steps=steps, output_type="latent")
+        pipeline(prompt, output_type="latent", **options)
     file = DigestedFile(out / "floor.bin")
     for tensor in quantized(pipeline.transformer, list(keep_float)):
         file.write(tensor)
@@ -152,14 +151,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--keep_float", nargs="*", default=[])
     parser.add_argument("--prompts", type=Path)
-    for size in ("--width", "--height", "--steps"):
-        parser.add_argument(size, type=int)
+    parser.add_argument("--dtype", default="bfloat16")
+    for option in ("width", "height", "num_inference_steps"):
+        parser.add_argument(f"--{option}", type=int)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    sizes = {"width": asked.width, "height": asked.height, "steps": asked.steps}
+    options = {name: getattr(asked, name) for name in ("width", "height", "num_inference_steps")}
     kinds: dict[str, Callable[[], None]] = {
         "stream": lambda: stream(asked.folder, asked.out, asked.keep_float),
-        "pipeline": lambda: run_pipeline(asked.folder, asked.out, asked.keep_float, asked.prompts, **sizes),
+        "pipeline": lambda: run_pipeline(
+            asked.folder, asked.out, asked.keep_float, asked.prompts, asked.dtype, **options
+        ),
     }
     kinds[asked.kind]()
 

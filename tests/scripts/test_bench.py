@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,8 @@ time.sleep(0.5)
 
 def test_the_smallest_row_becomes_a_line_of_the_table(tmp_path):
     words = [sys.executable, "scripts/bench", "--smoke", "--repeat", "1", "--markdown", "--folder", str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     heading, rule, row = done.stdout.strip().splitlines()
     assert heading.split("|")[1].strip() == "job"
