@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from scripts.bench.cost import ROOT, python, run
 from scripts.bench.rows import PIPELINES
@@ -37,7 +38,7 @@ _PARTS = {
     "load the text encoders, encode": "encoded",
     "load the transformer and the pipeline, first step": "first forward",
 }
-_IMPORT_LINE = re.compile(r"import time:\s*(\d+) \|\s*(\d+) \|( *)(\S+)")
+_IMPORT_LINE = re.compile(r"import time:\s*(\d+) \|\s*(\d+) \| *(\S+)")
 
 
 def report(folder: Path, repeat: int) -> list[str]:
@@ -90,23 +91,37 @@ def _logged(weights: Path) -> Mapping[str, float]:
 
 
 def _imports(folder: Path, pipeline: Path, prompts: Path) -> Iterator[str]:
-    """Yield what rank 0 imports: how many modules, and the trees that take longest, each without those named before."""
+    """Yield how many modules each rank imports, and the packages and trees that cost rank 0 most."""
     command = _command(folder, pipeline, prompts, "-m", "launcher")
-    environ = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONPROFILEIMPORTTIME": "1"}
-    # Each rank's lines come into a file of its own: torchrun writes them there.
+    # torchrun writes what each rank prints into a file of its own.
     logs = folder / "startup" / "torchrun"
     place = command.index("--nproc_per_node=2") + 1
     command[place:place] = ["--log-dir", str(logs), "--redirects", "3"]
+    environ = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONPROFILEIMPORTTIME": "1"}
     subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, check=True, capture_output=True)
-    text = next(logs.rglob("0/stderr.log")).read_text()
-    found = [(int(own), int(all_), name) for own, all_, _, name in _IMPORT_LINE.findall(text)]
-    yield f"rank 0 imports {len(found)} modules in {sum(own for own, _, _ in found) / 1e6:.2f} s; own time by package:"
-    packages: dict[str, list[int]] = {}
-    for own, _, name in found:
-        packages.setdefault(name.partition(".")[0], []).append(own)
+    found = [_imported(next(logs.rglob(f"{rank}/stderr.log"))) for rank in range(2)]
+    for rank, modules in enumerate(found):
+        yield f"rank {rank} imports {len(modules)} modules in {sum(each.own for each in modules):.2f} s"
+    yield "rank 0, a package's own time:"
+    packages: dict[str, list[float]] = {}
+    for each in found[0]:
+        packages.setdefault(each.name.partition(".")[0], []).append(each.own)
     for name in sorted(packages, key=lambda name: -sum(packages[name]))[:_SHOWN]:
-        yield f"  {sum(packages[name]) / 1e6:6.2f} s  {len(packages[name]):5} modules  {name}"
-    yield f"the {_SHOWN} most expensive imports, what they import included:"
-    for _, all_, name in sorted(found, key=lambda entry: -entry[1])[:_SHOWN]:
-        yield f"  {all_ / 1e6:6.2f} s  {name}"
+        yield f"  {sum(packages[name]):6.2f} s  {len(packages[name]):5} modules  {name}"
+    yield f"rank 0, the {_SHOWN} most expensive imports with all that they import:"
+    for each in sorted(found[0], key=lambda each: -each.all)[:_SHOWN]:
+        yield f"  {each.all:6.2f} s  {each.name}"
     shutil.rmtree(folder / "startup")
+
+
+class _Import(NamedTuple):
+    """A module that was imported: seconds for itself, and with what it imported."""
+
+    own: float
+    all: float
+    name: str
+
+
+def _imported(log: Path) -> list[_Import]:
+    lines = _IMPORT_LINE.findall(log.read_text())
+    return [_Import(int(own) / 1e6, int(all_) / 1e6, name) for own, all_, name in lines]
