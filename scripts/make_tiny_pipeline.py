@@ -78,7 +78,10 @@ SD3_SHAPES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Say what a kind of pipeline is made of: its classes as model_index.json names them, and its tiny shapes."""
+    """Say what a kind of pipeline is made of: its classes as model_index.json names them, and its tiny shapes.
+
+    text_widths: features that each text encoder puts out.
+    """
 
     pipeline: str
     components: Mapping[str, tuple[str, str]]
@@ -87,6 +90,7 @@ class Recipe:
     vae: Mapping[str, Any]
     clip_padding: Mapping[str, str]
     dtype: str
+    text_widths: Mapping[str, int]
 
 
 _DIFFUSERS_PARTS = {
@@ -123,6 +127,7 @@ FLUX = Recipe(
     vae={"scaling_factor": 0.3611, "shift_factor": 0.1159},
     clip_padding={"tokenizer": "<|endoftext|>"},
     dtype="bfloat16",
+    text_widths={"text_encoder": CLIP_WIDTH["text_encoder"], "text_encoder_2": T5_WIDTH},
 )
 SD3 = Recipe(
     pipeline="StableDiffusion3Pipeline",
@@ -141,6 +146,7 @@ SD3 = Recipe(
     vae={"scaling_factor": 1.5305, "shift_factor": 0.0609},
     clip_padding={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
     dtype="float16",
+    text_widths={**CLIP_WIDTH, "text_encoder_3": T5_WIDTH},
 )
 SD3_5 = Recipe(**{**vars(SD3), "transformer": {**SD3_SHAPES, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}})
 RECIPES = {"flux": FLUX, "sd3": SD3, "sd3.5": SD3_5}
@@ -169,7 +175,7 @@ def make_tiny_pipeline(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
         whole = Path(unfinished, "pipeline")
         whole.mkdir(mode=0o750)
-        _write_components(recipe, whole, seed, torch_dtype, SHARD_SIZE if sharded else "10GB")
+        write_components(recipe, whole, seed, torch_dtype, SHARD_SIZE if sharded else "10GB")
         for entry in whole.rglob("*"):
             entry.chmod(0o750 if entry.is_dir() else 0o640)
         whole.rename(target)
@@ -207,10 +213,17 @@ def _known(what: str, name: str, table: Mapping[str, object]) -> str:
     )
 
 
-def _write_components(recipe: Recipe, folder: Path, seed: int, dtype: torch.dtype, shard_size: str) -> None:
-    """Write every component of the recipe, in its order: one generator serves all models, so order is part of it."""
+def write_components(
+    recipe: Recipe, folder: Path, seed: int, dtype: torch.dtype, shard_size: str, *, leave_out: Sequence[str] = ()
+) -> None:
+    """Write the components of a recipe, in its order: one generator serves all models, so order is part of it.
+
+    leave_out: components that are somebody else's work, though model_index.json names them.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, (_, class_name) in recipe.components.items():
+        if name in leave_out:
+            continue
         place = folder / name
         if class_name == "CLIPTokenizer":
             write_clip_tokenizer(place, clip_vocabulary(), recipe.clip_padding[name])
@@ -241,9 +254,9 @@ def _build_model(name: str, class_name: str, recipe: Recipe) -> nn.Module:
     if class_name == "AutoencoderKL":
         return _build_vae(recipe)
     if class_name == "T5EncoderModel":
-        return transformers.T5EncoderModel(_t5_config(len(t5_vocabulary())))
+        return transformers.T5EncoderModel(_t5_config(recipe.text_widths[name], len(t5_vocabulary())))
     if class_name.startswith("CLIP"):
-        return getattr(transformers, class_name)(_clip_config(CLIP_WIDTH[name], len(clip_vocabulary())))
+        return getattr(transformers, class_name)(_clip_config(recipe.text_widths[name], len(clip_vocabulary())))
     return getattr(diffusers, class_name)(**recipe.transformer)
 
 
@@ -276,10 +289,10 @@ def _clip_config(width: int, vocabulary_size: int) -> transformers.CLIPTextConfi
     )
 
 
-def _t5_config(vocabulary_size: int) -> transformers.T5Config:
+def _t5_config(width: int, vocabulary_size: int) -> transformers.T5Config:
     return transformers.T5Config(
         vocab_size=vocabulary_size,
-        d_model=T5_WIDTH,
+        d_model=width,
         d_kv=16,
         d_ff=2 * T5_WIDTH,
         num_layers=2,

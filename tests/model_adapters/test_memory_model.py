@@ -16,11 +16,11 @@ from model_adapters.weights.transformer_part import describe_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
 from quant_core.calibration.records import Record
 from quant_core.session.streaming import quantize_streaming
-from scripts.make_full_size_transformer import CONFIG, make_full_size
+from scripts.make_full_size_pipeline import FLUX, make_full_size
 
 ROOT = Path(__file__).parents[2]
 # A third of FLUX.1-dev's width and few blocks: 0.26 GiB of weights, far above what a process varies by on its own.
-MIDDLE = CONFIG | {
+MIDDLE = FLUX | {
     "num_attention_heads": 8,
     "num_layers": 2,
     "num_single_layers": 4,
