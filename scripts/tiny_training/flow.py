@@ -1,0 +1,97 @@
+"""Train a transformer and its text encoders by rectified flow: from noise to a picture's latents on a straight line.
+
+A noisy latent is (1 - s) x + s noise, with s the share of noise, and the transformer learns the direction noise - x.
+Latents are encoded once, several placements of each scene, because drawing and encoding cost more than a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from scripts.tiny_training.drawing import Scene, draw, random_placements, split_scenes
+from scripts.tiny_training.recipe import Recipe
+from scripts.tiny_training.steps import Budget, Report, seeded, train
+from scripts.tiny_training.text import repeat_last_position, token_ids
+
+PLACEMENTS = 16  # of each scene
+UNIFORM_SHARE = 0.3  # of the noise shares; the others are logit-normal, denser in the middle where it matters most
+_ENCODED_AT_ONCE = 64  # pictures
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, scenes: tuple[Scene, ...], placements: int, seed: int) -> Tensor:
+    """Draw each scene `placements` times and return the latents: (scenes, placements, 16, 8, 8), of variance 1."""
+    generator = seeded(seed, "placements")
+    pictures = [scene for scene in scenes for _ in range(placements)]
+    places = random_placements(len(pictures), generator)
+    parts = []
+    for first in range(0, len(pictures), _ENCODED_AT_ONCE):
+        chunk = slice(first, first + _ENCODED_AT_ONCE)
+        drawn = 2 * draw(pictures[chunk], places[chunk]) - 1
+        parts.append(vae.encode(drawn.to(vae.device)).latent_dist.mode())
+    latents = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
+    return latents.unflatten(0, (len(scenes), placements))
+
+
+def noise_shares(count: int, generator: torch.Generator) -> Tensor:
+    """Draw shares of noise between 0 and 1: (count,)."""
+    uniform = torch.rand(count, generator=generator)
+    logit_normal = torch.sigmoid(torch.randn(count, generator=generator))
+    return torch.where(torch.rand(count, generator=generator) < UNIFORM_SHARE, uniform, logit_normal)
+
+
+def train_transformer(
+    recipe: Recipe,
+    vae: AutoencoderKL,
+    tokenizers: Path,
+    checkpoint: Path,
+    seed: int,
+    budget: Budget,
+    placements: int = PLACEMENTS,
+    report: Report = print,
+) -> nn.ModuleDict:
+    """Train what `recipe` builds, on the device of `vae`, and return it under its component names."""
+    device = vae.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        models = recipe.build().to(device)
+    scenes, _ = split_scenes()
+    latents = encode_scenes(vae, scenes, placements, seed)
+    captions = [*(scene.caption for scene in scenes), ""]
+    ids = {folder.name: token_ids(folder, captions).to(device) for folder in sorted(tokenizers.iterdir())}
+
+    def loss_of_step(step: int) -> Tensor:
+        generator = seeded(seed, recipe.pipeline, step)
+        return _flow_loss(recipe, models, latents, ids, budget.batch, generator)
+
+    name = f"{recipe.pipeline}, seed {seed}, {placements} placements"
+    train(models, loss_of_step, budget, checkpoint, name, report)
+    for component, (_, class_name) in recipe.components.items():
+        if class_name.startswith("CLIPText"):
+            repeat_last_position(models[component])
+    return models.eval()
+
+
+def _flow_loss(
+    recipe: Recipe,
+    models: nn.ModuleDict,
+    latents: Tensor,
+    ids: Mapping[str, Tensor],
+    batch: int,
+    generator: torch.Generator,
+) -> Tensor:
+    scene = torch.randint(len(latents), (batch,), generator=generator)
+    placement = torch.randint(latents.shape[1], (batch,), generator=generator)
+    is_empty = torch.rand(batch, generator=generator) < recipe.empty_share
+    share = noise_shares(batch, generator).to(latents)
+    noise = torch.randn(batch, *latents.shape[2:], generator=generator).to(latents)
+    picture = latents[scene, placement]
+    noisy = torch.lerp(picture, noise, share[:, None, None, None])
+    caption = torch.where(is_empty, len(latents), scene)
+    velocity = recipe.velocity(models, {name: rows[caption] for name, rows in ids.items()}, noisy, share)
+    return (velocity - (noise - picture)).square().mean()
