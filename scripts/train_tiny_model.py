@@ -25,9 +25,10 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
 from launcher.exit_codes import exit_code
 from quant_core.errors import ExplainedError
+from scripts.new_folder import require_new
 from scripts.tiny_training import vae as autoencoder
 from scripts.tiny_training.checking import check_pipeline
-from scripts.tiny_training.export import export_pipeline, require_new
+from scripts.tiny_training.export import export_pipeline
 from scripts.tiny_training.flow import PLACEMENTS, train_transformer
 from scripts.tiny_training.flux import FLUX
 from scripts.tiny_training.sd3 import SD3

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from scripts.tiny_training.drawing import Scene, draw, random_placements, split_scenes
@@ -24,7 +24,7 @@ _ENCODED_AT_ONCE = 64  # pictures
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, scenes: tuple[Scene, ...], placements: int, seed: int) -> Tensor:
+def encode_scenes(vae: Any, scenes: tuple[Scene, ...], placements: int, seed: int) -> Tensor:
     """Draw each scene `placements` times and return the latents: (scenes, placements, 16, 8, 8), of variance 1."""
     generator = seeded(seed, "placements")
     pictures = [scene for scene in scenes for _ in range(placements)]
@@ -47,7 +47,7 @@ def noise_shares(count: int, generator: torch.Generator) -> Tensor:
 
 def train_transformer(
     recipe: Recipe,
-    vae: AutoencoderKL,
+    vae: Any,
     tokenizers: Path,
     checkpoint: Path,
     seed: int,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,7 +25,7 @@ class WeightedJointAttention:
     """Joint attention as diffusers computes it, which in SD3's case reads no mask, with a bias on the keys."""
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Attend over (pictures, image tokens, width) and (pictures, text tokens, width); return both, as they came."""
         pairs = ((attn.to_q, attn.add_q_proj), (attn.to_k, attn.add_k_proj), (attn.to_v, attn.add_v_proj))
@@ -64,7 +64,7 @@ def _velocity(models: nn.ModuleDict, ids: Mapping[str, Tensor], noisy: Tensor, n
     said = [models[f"text_encoder{end}"](ids[f"tokenizer{end}"], output_hidden_states=True) for end in ("", "_2")]
     clip_tokens = torch.cat([output.hidden_states[-2] for output in said], -1)
     keys = pad_bias((PATCHES, PATCHES), (SHORT_LENGTH, CLIP_LENGTH), (SHORT_LENGTH, TEXT_LENGTH))
-    transformer = models["transformer"]
+    transformer: Any = models["transformer"]
     transformer.set_attn_processor(WeightedJointAttention())
     velocity = transformer(
         hidden_states=noisy,

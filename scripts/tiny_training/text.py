@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from scripts.tiny_tokenizers import (
     clip_vocabulary,
@@ -89,7 +89,7 @@ def build_t5() -> transformers.T5EncoderModel:
 
 
 @torch.no_grad()
-def repeat_last_position(encoder: transformers.CLIPTextModel | transformers.CLIPTextModelWithProjection) -> None:
+def repeat_last_position(encoder: nn.Module) -> None:
     """Give all positions of a CLIP encoder that training did not show the embedding of the last that it did."""
     for name, parameter in encoder.named_parameters():
         if name.endswith("position_embedding.weight"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -45,7 +46,8 @@ def train_vae(
     """Train the autoencoder, or load it where `folder` holds a finished one, and measure how its latents scale."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = build_vae().to(device)
+        vae: Any = build_vae()
+        vae.to(device)
     scenes, _ = split_scenes()
 
     def loss_of_step(step: int) -> Tensor:
@@ -64,7 +66,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def _measure_latents(vae: AutoencoderKL, seed: int, device: str, report: Report) -> None:
+def _measure_latents(vae: Any, seed: int, device: str, report: Report) -> None:
     """Write the scale and shift that bring the latents to mean 0 and variance 1 into the configuration."""
     scenes, held_out = split_scenes()
     _, pictures = draw_batch(scenes, _MEASURED, seeded(seed, "latents"))
