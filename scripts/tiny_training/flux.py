@@ -85,5 +85,5 @@ FLUX = Recipe(
     velocity=_velocity,
     empty_share=0.0,
     guidance=GUIDANCE,
-    budget=Budget(steps=3000, batch=64, rate=2e-3),
+    budget=Budget(steps=4000, batch=32, rate=1.5e-3),
 )
