@@ -28,6 +28,7 @@ from quant_core.errors import ExplainedError
 from scripts.new_folder import require_new
 from scripts.tiny_training import vae as autoencoder
 from scripts.tiny_training.checking import check_pipeline
+from scripts.tiny_training.drawing import Scene, split_scenes
 from scripts.tiny_training.export import export_pipeline
 from scripts.tiny_training.flow import PLACEMENTS, train_transformer
 from scripts.tiny_training.flux import FLUX
@@ -40,8 +41,9 @@ RECIPES = {"flux": FLUX, "sd3": SD3}
 
 @dataclass(frozen=True)
 class Budgets:
-    """Say how much is spent on each stage; None is what the shipped models had."""
+    """Say what is drawn and how long each stage takes; the defaults, and None, are what the shipped models had."""
 
+    scenes: tuple[Scene, ...] = split_scenes()[0]
     vae: Budget = autoencoder.BUDGET
     transformer: Budget | None = None
     placements: int = PLACEMENTS
@@ -66,9 +68,18 @@ def train_tiny_model(
     shutil.rmtree(tokenizers, ignore_errors=True)
     tokenizers.mkdir(parents=True)
     write_tokenizers(tokenizers, recipe.components, recipe.clip_padding)
-    vae = autoencoder.train_vae(work, seed, budgets.vae, device, report)
-    budget = budgets.transformer or recipe.budget
-    models = train_transformer(recipe, vae, tokenizers, work / f"{kind}.pt", seed, budget, budgets.placements, report)
+    vae = autoencoder.train_vae(work, seed, budgets.scenes, budgets.vae, device, report)
+    models = train_transformer(
+        recipe,
+        vae,
+        tokenizers,
+        work / f"{kind}.pt",
+        seed,
+        budgets.transformer or recipe.budget,
+        budgets.scenes,
+        budgets.placements,
+        report,
+    )
     return export_pipeline(recipe, {**models, "vae": vae}, tokenizers, folder)
 
 
@@ -76,8 +87,8 @@ def _train(asked: argparse.Namespace) -> None:
     work = Path(asked.work) if asked.work else Path(asked.folder).resolve().parent / "tiny_training"
     recipe = RECIPES[asked.kind]
     budgets = Budgets(
-        replace(autoencoder.BUDGET, steps=asked.vae_steps or autoencoder.BUDGET.steps),
-        replace(recipe.budget, steps=asked.steps or recipe.budget.steps),
+        vae=replace(autoencoder.BUDGET, steps=asked.vae_steps or autoencoder.BUDGET.steps),
+        transformer=replace(recipe.budget, steps=asked.steps or recipe.budget.steps),
     )
     report = functools.partial(print, flush=True)
     folder = train_tiny_model(asked.kind, Path(asked.folder), work, asked.seed, asked.device, budgets, report)

@@ -97,6 +97,7 @@ SHAPES = {
     "heart": _heart,
 }
 SCENES = tuple(itertools.starmap(Scene, (s for s in itertools.product(SHAPES, COLOURS, COLOURS) if s[1] != s[2])))
+SCENE_OF_CAPTION = {scene.caption: scene for scene in SCENES}
 
 
 def split_scenes() -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:

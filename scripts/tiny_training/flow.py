@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scripts.tiny_training.drawing import Scene, draw, random_placements, split_scenes
+from scripts.tiny_training.drawing import Scene, draw, random_placements
 from scripts.tiny_training.recipe import Recipe
 from scripts.tiny_training.steps import Budget, Report, seeded, train
 from scripts.tiny_training.text import repeat_last_position, token_ids
@@ -52,6 +52,7 @@ def train_transformer(
     checkpoint: Path,
     seed: int,
     budget: Budget,
+    scenes: tuple[Scene, ...],
     placements: int = PLACEMENTS,
     report: Report = print,
 ) -> nn.ModuleDict:
@@ -60,7 +61,6 @@ def train_transformer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         models = recipe.build().to(device)
-    scenes, _ = split_scenes()
     latents = encode_scenes(vae, scenes, placements, seed)
     captions = [*(scene.caption for scene in scenes), ""]
     ids = {folder.name: token_ids(folder, captions).to(device) for folder in sorted(tokenizers.iterdir())}
@@ -69,7 +69,7 @@ def train_transformer(
         generator = seeded(seed, recipe.pipeline, step)
         return _flow_loss(recipe, models, latents, ids, budget.batch, generator)
 
-    name = f"{recipe.pipeline}, seed {seed}, {placements} placements"
+    name = f"{recipe.pipeline}, seed {seed}, {len(scenes)} scenes, {placements} placements"
     train(models, loss_of_step, budget, checkpoint, name, report)
     for component, (_, class_name) in recipe.components.items():
         if class_name.startswith("CLIPText"):

@@ -17,7 +17,7 @@ WIDTHS = (16, 16, 32, 32)  # three halvings: 8 pixels to a latent
 LATENT_CHANNELS = 16
 BUDGET = Budget(steps=2500, batch=16, rate=2.5e-3)
 ABSOLUTE, DIVERGENCE = 0.1, 1e-3  # weights of the absolute error and of the KL term, beside the squared error
-_MEASURED = 128  # pictures
+_MEASURED = 64  # pictures
 
 
 def build_vae() -> AutoencoderKL:
@@ -41,14 +41,18 @@ def draw_batch(scenes: tuple[Scene, ...], count: int, generator: torch.Generator
 
 
 def train_vae(
-    folder: Path, seed: int, budget: Budget = BUDGET, device: str = "cpu", report: Report = print
+    folder: Path,
+    seed: int,
+    scenes: tuple[Scene, ...],
+    budget: Budget = BUDGET,
+    device: str = "cpu",
+    report: Report = print,
 ) -> AutoencoderKL:
     """Train the autoencoder, or load it where `folder` holds a finished one, and measure how its latents scale."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae: Any = build_vae()
         vae.to(device)
-    scenes, _ = split_scenes()
 
     def loss_of_step(step: int) -> Tensor:
         generator = seeded(seed, "vae", step)
@@ -61,19 +65,19 @@ def train_vae(
         return error.square().mean() + ABSOLUTE * error.abs().mean() + DIVERGENCE * divergence
 
     train(vae, loss_of_step, budget, folder / "vae.pt", f"vae, seed {seed}, widths {WIDTHS}", report)
-    _measure_latents(vae, seed, device, report)
+    _measure_latents(vae, seed, scenes, report)
     return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _measure_latents(vae: Any, seed: int, device: str, report: Report) -> None:
+def _measure_latents(vae: Any, seed: int, scenes: tuple[Scene, ...], report: Report) -> None:
     """Write the scale and shift that bring the latents to mean 0 and variance 1 into the configuration."""
-    scenes, held_out = split_scenes()
+    _, held_out = split_scenes()
     _, pictures = draw_batch(scenes, _MEASURED, seeded(seed, "latents"))
-    latents = vae.encode(pictures.to(device)).latent_dist.mode()
+    latents = vae.encode(pictures.to(vae.device)).latent_dist.mode()
     vae.register_to_config(
         shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
     )
     _, unseen = draw_batch(held_out, _MEASURED, seeded(seed, "unseen"))
-    error = vae.decode(vae.encode(unseen.to(device)).latent_dist.mode()).sample.cpu() - unseen
+    error = vae.decode(vae.encode(unseen.to(vae.device)).latent_dist.mode()).sample.cpu() - unseen
     report(f"vae returns unseen pictures at {10 * math.log10(4 / error.square().mean().item()):.1f} dB")
