@@ -33,7 +33,7 @@ from scripts.tiny_training.export import export_pipeline
 from scripts.tiny_training.flow import PLACEMENTS, train_transformer
 from scripts.tiny_training.flux import FLUX
 from scripts.tiny_training.sd3 import SD3
-from scripts.tiny_training.steps import Budget, Report
+from scripts.tiny_training.steps import Budget, Report, Setting
 from scripts.tiny_training.text import write_tokenizers
 
 RECIPES = {"flux": FLUX, "sd3": SD3}
@@ -64,22 +64,13 @@ def train_tiny_model(
     """
     require_new(folder)
     recipe, budgets = RECIPES[kind], budgets or Budgets()
-    tokenizers = work / f"{kind}_tokenizers"
+    setting = Setting(work, seed, budgets.scenes, budgets.placements, device, report)
+    tokenizers = recipe.tokenizers(work)
     shutil.rmtree(tokenizers, ignore_errors=True)
     tokenizers.mkdir(parents=True)
     write_tokenizers(tokenizers, recipe.components, recipe.clip_padding)
-    vae = autoencoder.train_vae(work, seed, budgets.scenes, budgets.vae, device, report)
-    models = train_transformer(
-        recipe,
-        vae,
-        tokenizers,
-        work / f"{kind}.pt",
-        seed,
-        budgets.transformer or recipe.budget,
-        budgets.scenes,
-        budgets.placements,
-        report,
-    )
+    vae = autoencoder.train_vae(setting, budgets.vae)
+    models = train_transformer(recipe, vae, setting, budgets.transformer or recipe.budget)
     return export_pipeline(recipe, {**models, "vae": vae}, tokenizers, folder)
 
 

@@ -7,15 +7,14 @@ Latents are encoded once, several placements of each scene, because drawing and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scripts.tiny_training.drawing import Scene, draw, random_placements
+from scripts.tiny_training.drawing import draw, random_placements
 from scripts.tiny_training.recipe import Recipe
-from scripts.tiny_training.steps import Budget, Report, seeded, train
+from scripts.tiny_training.steps import Budget, Setting, seeded, train
 from scripts.tiny_training.text import repeat_last_position, token_ids
 
 PLACEMENTS = 16  # of each scene
@@ -24,18 +23,17 @@ _ENCODED_AT_ONCE = 64  # pictures
 
 
 @torch.no_grad()
-def encode_scenes(vae: Any, scenes: tuple[Scene, ...], placements: int, seed: int) -> Tensor:
-    """Draw each scene `placements` times and return the latents: (scenes, placements, 16, 8, 8), of variance 1."""
-    generator = seeded(seed, "placements")
-    pictures = [scene for scene in scenes for _ in range(placements)]
-    places = random_placements(len(pictures), generator)
+def encode_scenes(vae: Any, setting: Setting) -> Tensor:
+    """Draw each scene several times and return the latents: (scenes, placements, 16, 8, 8), of variance 1."""
+    pictures = [scene for scene in setting.scenes for _ in range(setting.placements)]
+    places = random_placements(len(pictures), seeded(setting.seed, "placements"))
     parts = []
     for first in range(0, len(pictures), _ENCODED_AT_ONCE):
         chunk = slice(first, first + _ENCODED_AT_ONCE)
         drawn = 2 * draw(pictures[chunk], places[chunk]) - 1
         parts.append(vae.encode(drawn.to(vae.device)).latent_dist.mode())
     latents = (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
-    return latents.unflatten(0, (len(scenes), placements))
+    return latents.unflatten(0, (len(setting.scenes), setting.placements))
 
 
 def noise_shares(count: int, generator: torch.Generator) -> Tensor:
@@ -45,32 +43,22 @@ def noise_shares(count: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(count, generator=generator) < UNIFORM_SHARE, uniform, logit_normal)
 
 
-def train_transformer(
-    recipe: Recipe,
-    vae: Any,
-    tokenizers: Path,
-    checkpoint: Path,
-    seed: int,
-    budget: Budget,
-    scenes: tuple[Scene, ...],
-    placements: int = PLACEMENTS,
-    report: Report = print,
-) -> nn.ModuleDict:
+def train_transformer(recipe: Recipe, vae: Any, setting: Setting, budget: Budget) -> nn.ModuleDict:
     """Train what `recipe` builds, on the device of `vae`, and return it under its component names."""
-    device = vae.device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        models = recipe.build().to(device)
-    latents = encode_scenes(vae, scenes, placements, seed)
-    captions = [*(scene.caption for scene in scenes), ""]
-    ids = {folder.name: token_ids(folder, captions).to(device) for folder in sorted(tokenizers.iterdir())}
+        torch.manual_seed(setting.seed)
+        models = recipe.build().to(vae.device)
+    latents = encode_scenes(vae, setting)
+    captions = [*(scene.caption for scene in setting.scenes), ""]
+    tokenizers = sorted(recipe.tokenizers(setting.work).iterdir())
+    ids = {folder.name: token_ids(folder, captions).to(vae.device) for folder in tokenizers}
 
     def loss_of_step(step: int) -> Tensor:
-        generator = seeded(seed, recipe.pipeline, step)
+        generator = seeded(setting.seed, recipe.pipeline, step)
         return _flow_loss(recipe, models, latents, ids, budget.batch, generator)
 
-    name = f"{recipe.pipeline}, seed {seed}, {len(scenes)} scenes, {placements} placements"
-    train(models, loss_of_step, budget, checkpoint, name, report)
+    name = f"{recipe.pipeline}, seed {setting.seed}, {len(setting.scenes)} scenes, {setting.placements} placements"
+    train(models, loss_of_step, budget, setting.work / f"{recipe.kind}.pt", name, setting.report)
     for component, (_, class_name) in recipe.components.items():
         if class_name.startswith("CLIPText"):
             repeat_last_position(models[component])

@@ -61,6 +61,7 @@ def _velocity(models: nn.ModuleDict, ids: Mapping[str, Tensor], noisy: Tensor, n
 
 
 FLUX = Recipe(
+    kind="flux",
     pipeline="FluxPipeline",
     components={
         **DIFFUSERS_PARTS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,13 @@ PATCHES = 16  # 2 x 2 latents each
 class Recipe:
     """Name the parts of a pipeline as model_index.json does, and say how to build and run those that are trained.
 
-    `build` makes the text encoders and the transformer, untrained, under their component names. `velocity` runs them:
-    (models, token ids by tokenizer, noisy latents of (pictures, 16, 8, 8), share of noise of (pictures,)) to the
-    predicted velocity, shaped as the latents. `empty_share`: share of training pictures whose caption is dropped, for
-    classifier-free guidance.
+    `kind` is our own name for it. `build` makes the text encoders and the transformer, untrained, under their component
+    names. `velocity` runs them: (models, token ids by tokenizer, noisy latents of (pictures, 16, 8, 8), share of noise
+    of (pictures,)) to the predicted velocity, shaped as the latents. `empty_share`: share of training pictures whose
+    caption is dropped, for classifier-free guidance.
     """
 
+    kind: str
     pipeline: str
     components: Mapping[str, tuple[str, str]]
     scheduler: Mapping[str, object]
@@ -38,6 +40,10 @@ class Recipe:
     empty_share: float
     guidance: float
     budget: Budget
+
+    def tokenizers(self, work: Path) -> Path:
+        """Return the folder of the tokenizers, each in a folder of its component's name."""
+        return work / f"{self.kind}_tokenizers"
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ def _velocity(models: nn.ModuleDict, ids: Mapping[str, Tensor], noisy: Tensor, n
 
 
 SD3 = Recipe(
+    kind="sd3",
     pipeline="StableDiffusion3Pipeline",
     components={
         **DIFFUSERS_PARTS,

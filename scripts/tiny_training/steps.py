@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.errors import InputError
+from scripts.tiny_training.drawing import Scene
 
 Report = Callable[[str], object]
 
@@ -39,6 +40,21 @@ class Budget:
             return self.rate * (step + 1) / self.warm_up
         done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
         return self.rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Hold what every stage of a training shares.
+
+    `work`: folder of the checkpoints; `placements`: how often each of `scenes` is drawn for the transformer.
+    """
+
+    work: Path
+    seed: int
+    scenes: tuple[Scene, ...]
+    placements: int
+    device: str = "cpu"
+    report: Report = print
 
 
 def seeded(seed: int, stage: str, step: int = 0) -> torch.Generator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from scripts.tiny_training.drawing import Scene, draw, random_placements, split_scenes
-from scripts.tiny_training.steps import Budget, Report, seeded, train
+from scripts.tiny_training.steps import Budget, Setting, seeded, train
 
 WIDTHS = (16, 16, 32, 32)  # three halvings: 8 pixels to a latent
 LATENT_CHANNELS = 16
@@ -40,15 +39,9 @@ def draw_batch(scenes: tuple[Scene, ...], count: int, generator: torch.Generator
     return chosen, 2 * draw(chosen, random_placements(count, generator)) - 1
 
 
-def train_vae(
-    folder: Path,
-    seed: int,
-    scenes: tuple[Scene, ...],
-    budget: Budget = BUDGET,
-    device: str = "cpu",
-    report: Report = print,
-) -> AutoencoderKL:
-    """Train the autoencoder, or load it where `folder` holds a finished one, and measure how its latents scale."""
+def train_vae(setting: Setting, budget: Budget = BUDGET) -> AutoencoderKL:
+    """Train the autoencoder, or load it where a finished one is, and measure how its latents scale."""
+    seed, device = setting.seed, setting.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae: Any = build_vae()
@@ -56,7 +49,7 @@ def train_vae(
 
     def loss_of_step(step: int) -> Tensor:
         generator = seeded(seed, "vae", step)
-        _, pictures = draw_batch(scenes, budget.batch, generator)
+        _, pictures = draw_batch(setting.scenes, budget.batch, generator)
         pictures = pictures.to(device)
         posterior = vae.encode(pictures).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
@@ -64,20 +57,21 @@ def train_vae(
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         return error.square().mean() + ABSOLUTE * error.abs().mean() + DIVERGENCE * divergence
 
-    train(vae, loss_of_step, budget, folder / "vae.pt", f"vae, seed {seed}, widths {WIDTHS}", report)
-    _measure_latents(vae, seed, scenes, report)
+    name = f"vae, seed {seed}, widths {WIDTHS}"
+    train(vae, loss_of_step, budget, setting.work / "vae.pt", name, setting.report)
+    _measure_latents(vae, setting)
     return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _measure_latents(vae: Any, seed: int, scenes: tuple[Scene, ...], report: Report) -> None:
+def _measure_latents(vae: Any, setting: Setting) -> None:
     """Write the scale and shift that bring the latents to mean 0 and variance 1 into the configuration."""
     _, held_out = split_scenes()
-    _, pictures = draw_batch(scenes, _MEASURED, seeded(seed, "latents"))
+    _, pictures = draw_batch(setting.scenes, _MEASURED, seeded(setting.seed, "latents"))
     latents = vae.encode(pictures.to(vae.device)).latent_dist.mode()
     vae.register_to_config(
         shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
     )
-    _, unseen = draw_batch(held_out, _MEASURED, seeded(seed, "unseen"))
+    _, unseen = draw_batch(held_out, _MEASURED, seeded(setting.seed, "unseen"))
     error = vae.decode(vae.encode(unseen.to(vae.device)).latent_dist.mode()).sample.cpu() - unseen
-    report(f"vae returns unseen pictures at {10 * math.log10(4 / error.square().mean().item()):.1f} dB")
+    setting.report(f"vae returns unseen pictures at {10 * math.log10(4 / error.square().mean().item()):.1f} dB")
