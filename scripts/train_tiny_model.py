@@ -24,7 +24,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
 from launcher.exit_codes import exit_code
-from quant_core.errors import ExplainedError
+from quant_core.errors import ConfigurationError, ExplainedError, InputError
 from scripts.new_folder import require_new
 from scripts.tiny_training import vae as autoencoder
 from scripts.tiny_training.checking import check_pipeline
@@ -75,11 +75,15 @@ def train_tiny_model(
 
 
 def _train(asked: argparse.Namespace) -> None:
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "there is no CUDA device", where="--device", why="torch finds none on this machine", advice="--device cpu"
+        )
     work = Path(asked.work) if asked.work else Path(asked.folder).resolve().parent / "tiny_training"
     recipe = RECIPES[asked.kind]
     budgets = Budgets(
-        vae=replace(autoencoder.BUDGET, steps=asked.vae_steps or autoencoder.BUDGET.steps),
-        transformer=replace(recipe.budget, steps=asked.steps or recipe.budget.steps),
+        vae=replace(autoencoder.BUDGET, steps=asked.vae_steps),
+        transformer=replace(recipe.budget, steps=asked.steps),
     )
     report = functools.partial(print, flush=True)
     folder = train_tiny_model(asked.kind, Path(asked.folder), work, asked.seed, asked.device, budgets, report)
@@ -87,6 +91,13 @@ def _train(asked: argparse.Namespace) -> None:
 
 
 def _check(asked: argparse.Namespace) -> None:
+    if not Path(asked.folder, "model_index.json").is_file():
+        raise InputError(
+            f"{asked.folder} is no pipeline",
+            where="check",
+            why="it has no model_index.json",
+            advice="scripts/tiny_models/flux, or the folder of a finished training",
+        )
     print(check_pipeline(Path(asked.folder), asked.pictures, asked.steps, asked.guidance, asked.grid))
 
 
@@ -98,9 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("folder", metavar="OUT_FOLDER", help="new folder of the pipeline")
         command.add_argument("--work", metavar="FOLDER", help="checkpoints (default: tiny_training beside OUT_FOLDER)")
         command.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-        command.add_argument("--device", default="cpu", help="cpu, cuda, npu (default cpu)")
-        command.add_argument("--steps", type=int, help=f"of the transformer (default {recipe.budget.steps})")
-        command.add_argument("--vae-steps", type=int, help=f"default {autoencoder.BUDGET.steps}")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+        for flag, budget in (("--steps", recipe.budget), ("--vae-steps", autoencoder.BUDGET)):
+            command.add_argument(flag, type=int, default=budget.steps, help="of training (default %(default)s)")
         command.set_defaults(run=_train)
     command = commands.add_parser("check", help="paint captions that were not trained on, and count the right pictures")
     command.add_argument("folder", metavar="FOLDER", help="a trained pipeline")

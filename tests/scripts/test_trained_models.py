@@ -262,3 +262,17 @@ def test_a_folder_in_the_way_is_refused_before_anything_is_trained(
     assert train_tiny_model.main(["flux", str(tmp_path / "out")]) == 4  # the exit code of a bad input
     assert "already holds something" in capsys.readouterr().err
     assert not (tmp_path / "tiny_training").exists()
+
+
+def test_checking_something_else_than_a_pipeline_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_tiny_model.main(["check", str(tmp_path)]) == 4
+    assert "is no pipeline" in capsys.readouterr().err
+
+
+def test_the_check_counts_right_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = tmp_path / "grid.png"
+    assert train_tiny_model.main(["check", str(MODELS / "flux"), "--pictures", "2", "--grid", str(grid)]) == 0
+    assert " of 2 (" in capsys.readouterr().out
+    assert grid.read_bytes().startswith(b"\x89PNG")
