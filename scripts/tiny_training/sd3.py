@@ -96,5 +96,5 @@ SD3 = Recipe(
     velocity=_velocity,
     empty_share=0.1,
     guidance=7.0,
-    budget=Budget(steps=4000, batch=32, rate=1.5e-3),
+    budget=Budget(steps=3000, batch=32, rate=1.5e-3),
 )
