@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
 from launcher.failure.exit_codes import exit_code
 from quant_core.errors import ConfigurationError, ExplainedError, InputError, nearest
+from scripts.new_folder import new_folder
 from scripts.tiny_outliers import add_outliers
 from scripts.tiny_tokenizers import (
     clip_vocabulary,
@@ -164,21 +164,10 @@ def make_tiny_pipeline(
     recipe = RECIPES[_known("kind", kind, RECIPES)]
     torch_dtype = DTYPES[_known("dtype", dtype or recipe.dtype, DTYPES)]
     target = Path(folder).resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(
-            f"{folder} already holds something",
-            where="folder of the tiny pipeline",
-            why="files of two pipelines must not mix, and nothing of yours is deleted",
-            advice="name a new folder, or remove this one",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
-        whole = Path(unfinished, "pipeline")
-        whole.mkdir(mode=0o750)
+    with new_folder(target, mode=0o750) as whole:
         write_components(recipe, whole, seed, torch_dtype, SHARD_SIZE if sharded else "10GB")
         for entry in whole.rglob("*"):
             entry.chmod(0o750 if entry.is_dir() else 0o640)
-        whole.rename(target)
     return target
 
 

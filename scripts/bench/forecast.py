@@ -27,16 +27,15 @@ def compare(row: Row, folder: Path, stages: Sequence[Stage]) -> Iterator[str]:
 
 
 def _forecast(row: Row, folder: Path, ranks: int) -> dict[str, int]:
-    from launcher.cli.command_line import RunJob, parse
+    from launcher.cli.command_line import parse
     from model_adapters import load_adapter
     from model_adapters.memory.memory_model import estimate_memory
     from model_adapters.weights.transformer_part import describe_transformer
 
     path_flag = {"flux": "--path", "sd3": "--sd3_model_path"}[row.model]
     words = [row.model, path_flag, str(folder), "--device", "cpu", *row.flags]
-    command = parse([*words, "--do_quant", "--quant_weight_save_folder", "w", "--quant_dump_calib_folder", "d"])
-    assert isinstance(command, RunJob), "the row runs a job"
-    options, quantization = command.config.pipeline, command.config.quantization
+    job = parse([*words, "--do_quant", "--quant_weight_save_folder", "w", "--quant_dump_calib_folder", "d"]).options
+    options, quantization = job.pipeline, job.quantization
     adapter = load_adapter(row.model)
     part = describe_transformer(
         adapter, str(folder), tp_rank=0, tp_size=ranks, layout=None, dtype=adapter.dtype(options)
