@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
 from launcher.failure.exit_codes import exit_code
-
 from quant_core.errors import ExplainedError, InputError
 from scripts.new_folder import new_folder
 from scripts.tiny_outliers import EQUAL_GAINS, add_equal_outliers
