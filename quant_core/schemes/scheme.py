@@ -105,9 +105,9 @@ class Scheme:
 
     config: its processor, whose key names it in a session and on a command line, and in capitals in a description.
     summary: for the help. inputs: what becomes of a layer's input. rules: the tensors of a layer; layer_tensors: makes
-    them, in the checkpoint's order. output: what the runtime makes of an input (..., I) and the stored tensors, (..., O)
-    in the input's dtype. codec: how weights become codes. multiplies_input: the runtime multiplies a smoothed layer's
-    input. with_attention: attention scales may go with it.
+    them, in the checkpoint's order. output: what the runtime makes of an input (..., I) and the stored tensors,
+    (..., O) in the input's dtype. codec: how weights become codes. multiplies_input: the runtime multiplies a smoothed
+    layer's input. with_attention: attention scales may go with it.
     """
 
     config: type[SchemeConfig]
