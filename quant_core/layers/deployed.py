@@ -1,4 +1,4 @@
-"""Linear layers that compute as the hardware does: integer products of stored codes, instead of fake-quantized floats.
+"""Linear layers that compute as the hardware does, from stored codes instead of fake-quantized floats.
 
 What they compute is their scheme's (`quant_core.arithmetic.runtime` has the formulas). A layer changes its class, never
 its place, so hooks (the collectives of tensor parallelism) stay: a row-split layer dequantizes its own partial sum, and
@@ -57,7 +57,7 @@ class DeployedLayer:
 
 
 class DeployedLinear(nn.Linear):
-    """A linear layer that computes in integers: `weight` holds int8 codes, the other tensors are buffers."""
+    """A linear layer that computes from what is stored: `weight` holds int8 codes, the other tensors are buffers."""
 
     arithmetic: DeployedArithmetic
 

@@ -103,11 +103,11 @@ def weight_tensors(layer: QuantizedLayer, given: Derivation) -> dict[str, Tensor
 class Scheme:
     """Describe a scheme.
 
-    config: its processor; the key is its name in a session and on a command line, and in capitals (`quant_type`) in
-    the description. summary: for the help. inputs: what becomes of a layer's input. rules: the tensors of a layer.
-    layer_tensors: makes them, in the checkpoint's order. output: what the runtime
-    makes of an input (..., I) and the stored tensors, (..., O) in the input's dtype. codec: how weights become codes.
-    multiplies_input: the runtime multiplies a smoothed layer's input. with_attention: attention scales may go with it.
+    config: its processor, whose key names it in a session and on a command line, and in capitals in a description.
+    summary: for the help. inputs: what becomes of a layer's input. rules: the tensors of a layer; layer_tensors: makes
+    them, in the checkpoint's order. output: what the runtime makes of an input (..., I) and the stored tensors,
+    (..., O) in the input's dtype. codec: how weights become codes. multiplies_input: the runtime multiplies a smoothed
+    layer's input. with_attention: attention scales may go with it.
     """
 
     config: type[SchemeConfig]

@@ -86,14 +86,12 @@ class SessionConfig(StrictModel):
 
     @model_validator(mode="after")
     def _options_fit(self) -> SessionConfig:
-        multiplies = self.smoothing is not None and not self.smoothing.fused
-        method = self.scheme.cfg.act_method
         for problem in option_problems(
             self.scheme.key,
             SCHEMES[self.scheme.key],
-            act_method=method,
+            act_method=self.scheme.cfg.act_method,
             numerics=self.numerics,
-            multiplies_input=multiplies,
+            multiplies_input=self.smoothing is not None and not self.smoothing.fused,
         ):
             raise problem
         return self
