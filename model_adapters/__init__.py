@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from quant_core.errors import ConfigurationError, nearest
+from quant_core.errors import ConfigurationError, suggestion
 
 if TYPE_CHECKING:
     from model_adapters.adapter import ModelAdapter
@@ -56,10 +56,9 @@ def _package(name: str) -> str:
     packages = _packages()
     if name in packages:
         return packages[name]
-    close, names = nearest(name, packages), ", ".join(sorted(packages))
     raise ConfigurationError(
         f"no model is called '{name}'",
         where="model",
-        why=f"the models are {names}",
-        advice=f"{close} (nearest name)" if close else f"one of {names}",
+        why=f"the models are {', '.join(sorted(packages))}",
+        advice=suggestion(name, sorted(packages)),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from model_adapters.inputs import TransformerInputs
 from model_adapters.options import DtypeName, PipelineOptions
 from model_adapters.parallel.shard_plan import ShardPlan
-from quant_core.errors import ConfigurationError, nearest
+from quant_core.errors import ConfigurationError, suggestion
 from quant_core.structure import ModelStructure
 
 # What the pipeline takes in place of a batch of prompts, by the names of its arguments.
@@ -92,11 +92,9 @@ class ModelAdapter:
             return next(iter(self.shard_plans.values()))
         if layout in self.shard_plans:
             return self.shard_plans[layout]
-        names = ", ".join(self.shard_plans)
-        close = nearest(layout, self.shard_plans)
         raise ConfigurationError(
             f"{self.name} has no layout '{layout}'",
             where="--layout",
-            why=f"its layouts are {names}",
-            advice=f"{close} (nearest name)" if close else f"one of {names}",
+            why=f"its layouts are {', '.join(self.shard_plans)}",
+            advice=suggestion(layout, self.shard_plans),
         )

@@ -39,7 +39,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
 from launcher.failure.exit_codes import exit_code
-from quant_core.errors import ConfigurationError, ExplainedError, InputError, nearest
+from quant_core.errors import ConfigurationError, ExplainedError, InputError, suggestion
 from scripts.new_folder import new_folder
 from scripts.tiny_outliers import add_outliers
 from scripts.tiny_tokenizers import (
@@ -193,12 +193,11 @@ def write_prompts(file: str | Path) -> Path:
 def _known(what: str, name: str, table: Mapping[str, object]) -> str:
     if name in table:
         return name
-    close = nearest(name, table)
     raise ConfigurationError(
         f"no {what} {name!r} of a tiny pipeline",
         where="make_tiny_pipeline",
         why=f"known are {', '.join(table)}",
-        advice=f"{close} (nearest name)" if close else next(iter(table)),
+        advice=suggestion(name, table, next(iter(table))),
     )
 
 

@@ -19,7 +19,7 @@ from launcher.config.config_errors import Origin, validated
 from launcher.config.option_flags import Flag, flags_of
 from launcher.config.yaml_text import parse_yaml
 from launcher.devices.launch import Launch
-from quant_core.errors import ConfigurationError, nearest
+from quant_core.errors import ConfigurationError, suggestion
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,12 @@ def parse(argv: Sequence[str]) -> Invocation:
 
 def _unknown_command(name: str) -> ConfigurationError:
     known = list(commands())
-    close = nearest(name, known)
     missing = not name or name.startswith("-")
     return ConfigurationError(
         "the command is missing" if missing else f"no command is called '{name}'",
         where=f"{PROGRAM} {name}".strip(),
         why=f"the first word is one of {', '.join(known)}",
-        advice=f"{close} (nearest name)" if close and not missing else f"{PROGRAM} --help",
+        advice=suggestion(name, () if missing else known, f"{PROGRAM} --help"),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from launcher.config.option_flags import Flag, flags_of
-from quant_core.errors import ConfigurationError, nearest
+from quant_core.errors import ConfigurationError, suggestion
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -111,8 +111,7 @@ class _Reader:
         if home is not None and len(home.path) > 1:
             advice = f"move it into the section {home.path[0]}:"
         else:
-            close = nearest(key, siblings)
-            advice = f"{close} (nearest name)" if close else f"one of {', '.join(siblings)}"
+            advice = suggestion(key, siblings)
         return ConfigurationError(
             f"no option is called '{key}'",
             where=f"{'.'.join(location)}{f' in {self.origin.config}' if self.origin.config else ''}",
@@ -165,8 +164,7 @@ def _plain(message: str) -> str:
 
 def _advice(flag: Flag, value: object) -> str:
     if flag.choices:
-        close = nearest(str(value), flag.choices)
-        return f"{close} (nearest choice)" if close else f"one of {', '.join(flag.choices)}"
+        return suggestion(str(value), flag.choices)
     if flag.field.is_required():
         return f"{flag.usage}: {flag.field.description}"
     return f"{flag.field.description}; leave the flag out for the default, {flag.field.get_default()}"
