@@ -1,6 +1,6 @@
 """Resolve the configuration of a job: what was given, over the defaults of its model, checked by the rules.
 
-A model changes defaults but never the shape of the tree: `job_config_class("flux")` is `JobConfig` with the adapter's
+A model changes defaults but never the shape of the tree: `job_config_class(model)` is `JobConfig` with the adapter's
 pipeline options in place and the adapter's `DEFAULTS` as the defaults of the fields they name.
 """
 

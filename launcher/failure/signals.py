@@ -60,6 +60,12 @@ def on_signals(react: Callable[[signal.Signals], object]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
+def ignore_signals() -> None:
+    """From now on let no signal of `GRACEFUL` have an effect, also while the interpreter itself goes down."""
+    for each in GRACEFUL:
+        signal.signal(each, signal.SIG_IGN)
+
+
 def arrived() -> list[signal.Signals]:
     """Return the signals that came since the last call."""
     try:

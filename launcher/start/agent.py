@@ -21,7 +21,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from launcher.failure.signals import arrived, on_signals
+from launcher.failure.signals import arrived, ignore_signals, on_signals
 from quant_core.errors import ConfigurationError, DistributedError
 
 # Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
@@ -90,7 +90,7 @@ def signals_heard(insist: Callable[[], object], give_up: Callable[[str], object]
     try:
         yield
     finally:
-        on_signals(lambda number: None)  # the end is near
+        ignore_signals()  # how the job ends is known now; Slurm signals again when another host has ended
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         over.set()
         thread.join()

@@ -231,7 +231,7 @@ def refuse(job: Job) -> ExplainedError:
         if asked.command.on_ranks:
             run(asked.options)
         else:
-            asked.run()
+            asked.run(None)
 
     with pytest.raises(ExplainedError) as caught:
         execute()

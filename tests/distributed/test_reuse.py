@@ -15,8 +15,8 @@ from launcher.run import run
 from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError
 from scripts.make_tiny_pipeline import write_prompts
-from tests.distributed.test_main_job import torchrun
 from tests.support.consumer import check_manifest
+from tests.support.torchrun import run_job
 
 
 class Place:
@@ -143,7 +143,7 @@ def test_another_scheme_in_place_of_the_first_leaves_none_of_its_files(place: Pl
 def test_a_finished_copy_keeps_its_dump_while_another_calibrates(tiny_flux_folder: Path, tmp_path: Path):
     prompts = write_prompts(tmp_path / "prompts.txt")
     words = (2, "flux", tiny_flux_folder, prompts, tmp_path, "--tp_size", "1", "--quant_type", "w8a8")
-    torchrun(*words)
+    run_job(*words)
     dumps = [tmp_path / "dumps" / f"calib_data_rank{rank}.pth" for rank in (0, 1)]
     contents = [dump.read_bytes() for dump in dumps]
     kept = dumps[0].stat().st_mtime_ns
@@ -151,7 +151,7 @@ def test_a_finished_copy_keeps_its_dump_while_another_calibrates(tiny_flux_folde
     # The second copy was ended before it had a dump.
     dumps[1].unlink()
     (tmp_path / "weights" / MANIFEST).unlink()
-    torchrun(*words)
+    run_job(*words)
     assert dumps[0].stat().st_mtime_ns == kept
     assert [dump.read_bytes() for dump in dumps] == contents
     assert {path.name: path.read_bytes() for path in (tmp_path / "weights").glob("quant_model_*")} == expected
