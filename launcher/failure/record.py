@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,15 +53,6 @@ class Failure:
     def from_fields(cls, fields: dict[str, Any]) -> Failure:
         """Return the failure with these fields, as `asdict` and JSON give them."""
         return cls(**{**fields, "alike": tuple(fields["alike"])})
-
-    @classmethod
-    def from_json(cls, text: str) -> Failure:
-        """Read what `to_json` wrote."""
-        return cls.from_fields(json.loads(text))
-
-    def to_json(self) -> str:
-        """Return the failure as a JSON object."""
-        return json.dumps(asdict(self))
 
     def error(self) -> ExplainedError:
         """Return the error again, of the same kind; it remembers this failure, so that its text is never read back."""

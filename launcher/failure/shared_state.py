@@ -81,13 +81,13 @@ class SharedState:
     def first_failure(self) -> Failure | None:
         """Return the failure that stands, if any."""
         with self._answering():
-            return Failure.from_json(self._store.get(_FAILURE).decode()) if self._store.check([_FAILURE]) else None
+            return _read(self._store.get(_FAILURE)) if self._store.check([_FAILURE]) else None
 
     def claim(self, failure: Failure) -> Failure:
         """Post a failure unless another rank was faster; returns the one that stands, this one if nobody can tell."""
         try:
             with self._answering():
-                return Failure.from_json(self._store.compare_set(_FAILURE, "", failure.to_json()).decode())
+                return _read(self._store.compare_set(_FAILURE, "", json.dumps(asdict(failure))))
         except StateLost:
             return failure
 
@@ -109,3 +109,7 @@ class SharedState:
                 why=" ".join(str(error).split())[:200],
                 advice="read its output first; then run the same command again: finished parts are reused",
             ) from error
+
+
+def _read(failure: bytes) -> Failure:
+    return Failure.from_fields(json.loads(failure))
