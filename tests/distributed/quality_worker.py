@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.distributed.deployed_worker import session
 
 from model_adapters import load_adapter
 from model_adapters.parallel.shard_plan import ShardPlan
@@ -28,6 +27,7 @@ from quant_core.errors import VerificationError
 from quant_core.parallel.groups import Parallel
 from quant_core.quality.replayed import compare_layers
 from quant_core.session.quantize import checkpoint_files
+from tests.distributed.test_deployed_parallel import session
 from tests.support.tiny_models import KINDS, build
 
 LAYOUTS = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron")]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.distributed.deployed_worker import session
 
 from model_adapters.quality.card import QualityCard, read_card
 from model_adapters.quality.measured import card_of
 from model_adapters.quality.verdict import is_broken
 from quant_core import quant_model
 from tests.distributed.quality_worker import LAYOUTS, SCHEME, measure, origin
+from tests.distributed.test_deployed_parallel import session
 from tests.support.evaluation import make_subject
 from tests.support.tiny_models import build
 from tests.support.torchrun import run_torchrun

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.arithmetic.weight_codec import INT8_ROWS
 from scripts.bench import kernel
 from scripts.bench.kernel import Workspace, quantize_rows, row_codes, row_maxima, stored_scale
 
@@ -36,7 +37,7 @@ def difficult_weight(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_and_scales_are_those_of_the_quantizer_to_the_last_bit(dtype):
     w_OI = difficult_weight(dtype)
-    expected = NUMERICS["float32"].quantize_weight(w_OI, w_OI.abs().amax(1, keepdim=True), dtype)
+    expected = INT8_ROWS.encode(w_OI, w_OI.abs().amax(1, keepdim=True), dtype, NUMERICS["float32"])
     codes_OI = torch.empty(w_OI.shape, dtype=torch.int8)
     scale_O1 = quantize_rows(w_OI, codes_OI, Workspace.of(COLUMNS))
     assert scale_O1.dtype == dtype
@@ -53,7 +54,7 @@ def test_maxima_and_codes_in_two_passes_are_the_same_for_shared_scales(dtype):
     # Another rank's rows reach further.
     shared_O1 = amax_O1 * torch.linspace(1, 3, len(w_OI)).unsqueeze(1)
     shared_O1 = shared_O1.to(dtype).to(torch.float32)
-    expected = NUMERICS["float32"].quantize_weight(w_OI, shared_O1.to(dtype), dtype)
+    expected = INT8_ROWS.encode(w_OI, shared_O1.to(dtype), dtype, NUMERICS["float32"])
     scale_O1, codes_OI = stored_scale(shared_O1, dtype), torch.empty(w_OI.shape, dtype=torch.int8)
     row_codes(w_OI, scale_O1.to(torch.float32), codes_OI, work)
     assert torch.equal(scale_O1, expected.scale)
