@@ -27,7 +27,7 @@ MODELS = Path(__file__).resolve().parents[2] / "scripts" / "tiny_models"
 KINDS = ("flux", "sd3")
 STEPS = 8  # of the sampler
 WIDTH = 128  # channels of a transformer: 4 heads x 32
-LEAST_RIGHT = {"flux": 7, "sd3": 7}  # of 8 pictures
+LEAST_RIGHT = {"flux": 7, "sd3": 7}  # of 8 pictures; all 8 were right, and another processor may round one away
 STRAIGHT = torch.tensor([[0.0, 0.0, 1.0, 0.0]])  # no shift, usual size, no turn
 
 
