@@ -27,7 +27,7 @@ import transformers
 from torch import nn
 
 OUTLIER_GAINS = {5: 20.0, 22: 35.0, 41: 50.0}  # channel: how many times larger than its neighbours
-EQUAL_GAINS = {5: 32.0, 54: 16.0, 105: 32.0}  # the same for a width of 128, in powers of two
+EQUAL_GAINS = {11: 16.0, 42: 32.0, 105: 32.0}  # the same for a width of 128, in powers of two
 
 
 @dataclass(frozen=True)

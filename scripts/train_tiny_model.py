@@ -27,7 +27,7 @@ from launcher.failure.exit_codes import exit_code
 from quant_core.errors import ConfigurationError, ExplainedError, InputError
 from scripts.new_folder import require_new
 from scripts.tiny_training import vae as autoencoder
-from scripts.tiny_training.checking import check_pipeline
+from scripts.tiny_training.checking import held_out_scenes, look, paint, save_grid, summary
 from scripts.tiny_training.drawing import Scene, split_scenes
 from scripts.tiny_training.export import export_pipeline
 from scripts.tiny_training.flow import PLACEMENTS, train_transformer
@@ -91,14 +91,27 @@ def _train(asked: argparse.Namespace) -> None:
 
 
 def _check(asked: argparse.Namespace) -> None:
-    if not Path(asked.folder, "model_index.json").is_file():
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(_pipeline_folder(asked.folder), torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = {recipe.pipeline: recipe.guidance for recipe in RECIPES.values()}
+    guidance = wanted.get(type(pipeline).__name__, 1.0) if asked.guidance is None else asked.guidance
+    scenes = held_out_scenes(asked.pictures)
+    pictures = paint(pipeline, scenes, asked.steps, guidance, asked.seed)
+    if asked.grid:
+        save_grid(pictures, asked.grid)
+    print(f"guidance  {guidance}")
+    print(f"right     {summary([look(picture) for picture in pictures], scenes)}")
+
+
+def _pipeline_folder(folder: str) -> Path:
+    if not Path(folder, "model_index.json").is_file():
         raise InputError(
-            f"{asked.folder} is no pipeline",
+            f"{folder} is no pipeline",
             where="check",
             why="it has no model_index.json",
             advice="scripts/tiny_models/flux, or the folder of a finished training",
         )
-    print(check_pipeline(Path(asked.folder), asked.pictures, asked.steps, asked.guidance, asked.grid))
+    return Path(folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", metavar="FOLDER", help="a trained pipeline")
     command.add_argument("--pictures", type=int, default=88, help="how many (default 88, two a held-out caption)")
     command.add_argument("--steps", type=int, default=8, help="of the sampler (default 8)")
-    command.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
+    command.add_argument("--guidance", type=float, help="guidance scale (default: what the model wants)")
+    command.add_argument("--seed", type=int, default=0, help="of the first picture; each takes the next (default 0)")
     command.add_argument("--grid", metavar="FILE", help="also write the pictures into one PNG")
     command.set_defaults(run=_check)
     return parser

@@ -11,11 +11,9 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -79,47 +77,28 @@ def _normalized(masks: Tensor) -> Tensor:
     return centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
 
-def paint(pipeline: Any, scenes: Sequence[Scene], seeds: Sequence[int], steps: int, **options: float) -> Tensor:
-    """Paint one picture a scene with a real pipeline, each from its own seed: (pictures, 3, SIDE, SIDE), 0 to 1."""
-    pictures = pipeline(
-        [scene.caption for scene in scenes],
-        width=SIDE,
-        height=SIDE,
-        num_inference_steps=steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-        **options,
-    ).images
-    return pictures.float().cpu()
+def paint(pipeline: Any, scenes: Sequence[Scene], steps: int, guidance: float, first_seed: int = 0) -> Tensor:
+    """Paint one picture a scene with a real pipeline, each from the next seed: (pictures, 3, SIDE, SIDE), 0 to 1."""
+    parts = []
+    for first in range(0, len(scenes), _AT_ONCE):
+        captions = [scene.caption for scene in scenes[first : first + _AT_ONCE]]
+        seeds = range(first_seed + first, first_seed + first + len(captions))
+        pictures = pipeline(
+            captions,
+            width=SIDE,
+            height=SIDE,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).images
+        parts.append(pictures.float().cpu())
+    return torch.cat(parts)
 
 
-def check_pipeline(
-    folder: Path, pictures: int, steps: int, guidance: float | None = None, grid: str | None = None
-) -> str:
-    """Paint held-out scenes, in turn, each from another seed, and say how many pictures show what was asked for.
-
-    `guidance` None is the pipeline's own; `grid` names a PNG of all pictures to write.
-    """
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    _, held_out = split_scenes()
-    scenes = [held_out[number % len(held_out)] for number in range(pictures)]
-    options = {} if guidance is None else {"guidance_scale": guidance}
-    painted = torch.cat(
-        [
-            paint(
-                pipeline,
-                scenes[first : first + _AT_ONCE],
-                range(first, min(first + _AT_ONCE, pictures)),
-                steps,
-                **options,
-            )
-            for first in range(0, pictures, _AT_ONCE)
-        ]
-    )
-    if grid:
-        save_grid(painted, grid)
-    return summary([look(picture) for picture in painted], scenes)
+def held_out_scenes(count: int) -> list[Scene]:
+    """Return `count` scenes that no training shows, from the first again where they run out."""
+    return list(itertools.islice(itertools.cycle(split_scenes()[1]), count))
 
 
 def summary(sights: Sequence[Sight | None], scenes: Sequence[Scene]) -> str:
@@ -132,7 +111,7 @@ def summary(sights: Sequence[Sight | None], scenes: Sequence[Scene]) -> str:
     }
     clear = sum(sight is not None and sight.likeness >= LEAST_LIKENESS for sight in sights)
     counts = ", ".join(f"{part} {count}" for part, count in {**parts, "clear": clear}.items())
-    return f"right     {right} of {len(pairs)} ({right / len(pairs):.1%}): {counts}"
+    return f"{right} of {len(pairs)} ({right / len(pairs):.1%}): {counts}"
 
 
 def save_grid(pictures: Tensor, file: str) -> None:

@@ -26,7 +26,7 @@ class Recipe:
     `kind` is our own name for it. `build` makes the text encoders and the transformer, untrained, under their component
     names. `velocity` runs them: (models, token ids by tokenizer, noisy latents of (pictures, 16, 8, 8), share of noise
     of (pictures,)) to the predicted velocity, shaped as the latents. `empty_share`: share of training pictures whose
-    caption is dropped, for classifier-free guidance.
+    caption is dropped, for classifier-free guidance; `guidance`: the scale that the model wants.
     """
 
     kind: str
