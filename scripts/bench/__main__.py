@@ -48,10 +48,10 @@ class Bench:
         self._prepare(row)
         pairs = []
         for number in range(1, self._repeat + 1):
+            say(f"{row.name}, {number} of {self._repeat}")
             floor = self._run(row, row.floor)
             ours = self._run(row, row.ours, told=True)
             pairs.append((ours, floor))
-            say(f"{row.name}, {number} of {self._repeat}: {ours.wall_s:.1f} s, floor {floor.wall_s:.1f} s")
         return Measured(row.name, pairs)
 
     def _prepare(self, row: Row) -> None:
@@ -78,6 +78,7 @@ class Bench:
         threads = {"OMP_NUM_THREADS": _THREADS_OF_ONE} if not is_ranked else {}
         try:
             cost = run([word.format(**places) for word in command], {"PYTHONPATH": str(ROOT), **threads})
+            say(f"  {'ours' if told else 'floor'}: {cost.wall_s:.1f} s, {cost.cpu_s:.1f} s of processor")
             if told and is_ranked:
                 self._tell_stages(row, out / "weights", cost)
             return cost

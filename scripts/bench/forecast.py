@@ -8,21 +8,22 @@ from pathlib import Path
 from scripts.bench.rows import Row
 from scripts.bench.stages import Stage
 
-# What a rank has before it holds a tensor: Python, torch, diffusers, transformers, and the sockets of its groups.
+# Stage of a job -> the memory model's name of its peak.
 _STAGES = {"load": "loading", "calibrate": "calibrating", "quantize": "quantizing"}
 
 
 def compare(row: Row, folder: Path, stages: Sequence[Stage]) -> Iterator[str]:
-    """Yield a line for each stage and rank: measured above the rank's start, and forecast, in GiB."""
+    """Yield a line for each stage and rank: measured above what preparing left, and forecast, in GiB."""
     forecast = _forecast(row, folder, ranks=len({stage.rank for stage in stages}))
-    before = {stage.rank: stage.peak_bytes for stage in stages if stage.name == "prepare"}
+    # What a rank has before it holds a tensor: Python, torch, diffusers, transformers.
+    before = {stage.rank: stage.left_bytes for stage in stages if stage.name == "prepare"}
     for stage in stages:
         if stage.name in _STAGES:
             above = stage.peak_bytes - before[stage.rank]
             expected = forecast[_STAGES[stage.name]]
             yield (
                 f"rank {stage.rank}, {stage.name}: {above / 2**30:.2f} GiB above the {before[stage.rank] / 2**30:.2f} "
-                f"of preparing, {expected / 2**30:.2f} forecast ({above / expected - 1:+.0%})"
+                f"that preparing left, {expected / 2**30:.2f} forecast ({above / expected - 1:+.0%})"
             )
 
 

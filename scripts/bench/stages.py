@@ -16,12 +16,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage on one rank: seconds, and the most that was resident, in bytes."""
+    """A stage on one rank: seconds, and what was resident in bytes: at most, and when it ended."""
 
     rank: int
     name: str
     seconds: float
     peak_bytes: int
+    left_bytes: int
 
 
 def read_stages(weights: Path, resident: Mapping[int, Sequence[tuple[float, int]]]) -> list[Stage]:
@@ -48,13 +49,14 @@ def log_lines(weights: Path, rank: int) -> list[dict[str, Any]]:
 def _of_rank(weights: Path, rank: int, samples: Sequence[tuple[float, int]]) -> Iterator[Stage]:
     starts = begun(weights, rank)
     times: dict[str, float] = {}
-    peaks: dict[str, int] = {}
+    sizes: dict[str, list[int]] = {}
     ends = [start for start, _ in starts[1:]] + [samples[-1][0]]
     for (start, name), end in zip(starts, ends):
         times[name] = times.get(name, 0.0) + end - start
-        peaks[name] = max([peaks.get(name, 0), *(size for at, size in samples if start <= at < end)])
+        sizes.setdefault(name, []).extend(size for at, size in samples if start <= at < end)
     for name, seconds in times.items():
-        yield Stage(rank, name, seconds, peaks[name])
+        seen = sizes[name] or [0]  # a stage may be shorter than the time between two samples
+        yield Stage(rank, name, seconds, max(seen), seen[-1])
 
 
 def _seconds(text: str) -> float:
