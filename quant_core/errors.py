@@ -17,12 +17,7 @@ from collections.abc import Iterable
 
 
 class ExplainedError(Exception):
-    """Carry what failed, where (rank, layer, file, field), why, and what to try next.
-
-    `shared` says that all ranks raise this same error, so that one of them can speak for all.
-    """
-
-    shared: bool = False
+    """Carry what failed, where (rank, layer, file, field), why, and what to try next."""
 
     def __init__(self, what: str, *, where: str = "", why: str = "", advice: str = "") -> None:
         super().__init__(what)

@@ -45,6 +45,7 @@ def digest_of_records(records: Sequence[Any]) -> str:
     known: dict[int, str] = {}
 
     def plain(value: Any) -> Any:
+        """Return the value with the digest of each tensor in its place."""
         if isinstance(value, Tensor):
             # All records are held, so no two different tensors have had one identity.
             if id(value) not in known:
