@@ -11,6 +11,7 @@ from launcher.failure.phases import run_together
 from launcher.journal.logs import quiet_diffusers
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
+from launcher.stages.folders import own_folders
 from launcher.stages.identify import identify, is_published
 from launcher.stages.images import check_save_path, explain_approximation, make_float_images
 from launcher.stages.job import Job
@@ -30,10 +31,11 @@ def run(config: JobConfig, watch: Monitor | None = None) -> None:
         watch.console.say(reason)
     watch.enter("prepare")
     job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
-    if config.quantization.do_quant:
-        _quantize(job)
-    else:
-        make_float_images(job)
+    with own_folders(job):
+        if config.quantization.do_quant:
+            _quantize(job)
+        else:
+            make_float_images(job)
     watch.finish()
     leave(ranks)
 

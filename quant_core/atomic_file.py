@@ -52,8 +52,12 @@ def make_folder(folder: Path) -> Path:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove temporaries that killed runs left in the folder, and return their paths."""
-    stale = [p for p in folder.glob(".*.tmp") if p.is_file()] if folder.is_dir() else []
+    """Remove temporaries that killed runs left in the folder, and return their paths; this process's own stay.
+
+    Only for whoever keeps other writers out of the folder: theirs cannot be told from those of the dead.
+    """
+    mine = f".{os.getpid()}.tmp"
+    stale = [p for p in folder.glob(".*.tmp") if p.is_file() and not p.name.endswith(mine)] if folder.is_dir() else []
     for path in stale:
         path.unlink(missing_ok=True)
     return stale

@@ -61,6 +61,10 @@ class DistributedError(ExplainedError):
     """Another rank failed, vanished, hangs or disagrees."""
 
 
+class FolderInUse(DistributedError):
+    """Another job works in a folder that this one needs."""
+
+
 class VerificationError(ExplainedError):
     """What was produced is not what the consumer loads."""
 

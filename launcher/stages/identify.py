@@ -14,7 +14,7 @@ from launcher.ranks.process_group import Ranks
 from launcher.stages.job import Job, Results
 from launcher.stages.quantize import quant_type
 from model_adapters.pipeline.prompts import read_batches
-from quant_core.atomic_file import make_folder, sweep
+from quant_core.atomic_file import make_folder
 from quant_core.errors import InputError
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ def identify(job: Job) -> Results:
     model = _ask_first(ranks, "reading the model's files", lambda: model_fields(config))
     calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, read_batches(config.pipeline))
     return Results(
-        folder=run_together(ranks, "making the output folders", lambda: _folder(job)),
+        folder=run_together(ranks, "making the staging folder", lambda: _folder(job)),
         calibration=calibration,
         quantization=quantization_fingerprint(calibration, config, job.model.disabled_layers),
     )
@@ -53,10 +53,7 @@ def _folder(job: Job) -> RunFolder:
     assert weights is not None, "the configuration requires it"
     assert dumps is not None, "the configuration requires it"
     folder = RunFolder(weights, dumps, quant_type(job), job.ranks.mesh, job.ranks.is_distributed)
-    for path in (weights, dumps, folder.staging):
-        make_folder(path)
-        if job.ranks.rank == 0:
-            sweep(path)
+    make_folder(folder.staging)
     return folder
 
 

@@ -113,6 +113,11 @@ def test_sweeping_leaves_folders_other_files_and_missing_folders_alone(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.1.tmp", "visible.tmp"]
 
 
+def test_sweeping_leaves_what_this_process_is_writing(tmp_path: Path):
+    path = write_atomically(tmp_path / "file", lambda temporary: (temporary.touch(), sweep(tmp_path)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_two_writers_of_one_name_end_with_one_whole_file(tmp_path: Path):
     path = tmp_path / "file"
     code = (

@@ -1,0 +1,91 @@
+"""Keep a folder for one job at a time.
+
+How: the operating system's lock on a hidden file in the folder. It is gone with the process that holds it, however
+that ends, so the file that a dead job leaves keeps nobody out. A note beside it says who holds the lock.
+
+What it gives up: a file system may know no locks. Then filelock marks the folder with a file instead, or, where not
+even that is possible, the job says so and goes on: digests still tell its files from another job's.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from launcher.journal.status import format_time
+from quant_core.atomic_file import FILE_MODE, write_text_atomically
+from quant_core.errors import FolderInUse
+
+LOCK = ".job.lock"
+_NOTE = ".job.holder.json"
+# Who holds a lock writes its note at once; on a network file system that takes a moment.
+_PATIENCE_S = 2.0
+
+
+class Holder(BaseModel):
+    """Say which process holds a folder, since when, and for which job: ranks on several hosts may be of one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job: str
+    host: str
+    pid: int
+    since: str
+
+
+@contextmanager
+def hold(folder: Path, option: str, job: str, say: Callable[[str], object] = print) -> Iterator[bool]:
+    """Keep other jobs out of a folder for as long as the context lasts; yields whether this process holds it.
+
+    option: what chose the folder, as a user calls it. job: a name that the job's ranks, and no other's, share.
+
+    Raises FolderInUse, at once, when another job holds it.
+    """
+    lock = FileLock(folder / LOCK, mode=FILE_MODE)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if (holder := _holder(folder)) and holder.job == job:
+            yield False
+            return
+        raise _in_use(folder, option, holder) from None
+    except (OSError, NotImplementedError) as error:
+        say(f"{option}: {folder} cannot be locked ({error}): see to it that no other job uses it")
+        yield False
+        return
+    try:
+        me = Holder(job=job, host=socket.gethostname(), pid=os.getpid(), since=format_time(time.time()))
+        write_text_atomically(folder / _NOTE, me.model_dump_json() + "\n")
+        yield True
+    finally:
+        (folder / _NOTE).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> Holder | None:
+    until = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < until:
+        try:
+            return Holder.model_validate_json((folder / _NOTE).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError):
+            time.sleep(_PATIENCE_S / 20)
+    return None
+
+
+def _in_use(folder: Path, option: str, holder: Holder | None) -> FolderInUse:
+    who = f"process {holder.pid} on {holder.host} has held it since {holder.since}" if holder else "it is locked"
+    is_far = holder is None or holder.host != socket.gethostname()
+    gone = f"; if no such process is left there, remove {folder / LOCK}" if is_far else ""
+    return FolderInUse(
+        "another job works in this folder",
+        where=f"{option} {folder}",
+        why=who,
+        advice=f"wait until that job has ended, or give this one another {option}{gone}",
+    )

@@ -1,0 +1,100 @@
+"""FOLDERS: make the output folders, keep them for this job alone, and see that the ranks share what they must.
+
+The shards are staged by all ranks and published by rank 0, so all hosts need the same weights folder. Calibration data
+and images are read only by the rank that wrote them: a host may have those on a disk of its own, and then keeps it
+itself.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from launcher.config.job_config import JobConfig
+from launcher.failure.phases import run_together
+from launcher.files.folder_lock import hold
+from launcher.files.run_folder import STAGING
+from launcher.ranks.agreement import gather_objects
+from launcher.stages.job import Job
+from quant_core.atomic_file import make_folder, sweep
+from quant_core.errors import EnvironmentFailure
+
+# How long a network file system may take to show one host what another has written.
+_PATIENCE_S = 5.0
+_SHARED = "--quant_weight_save_folder"
+
+
+@contextmanager
+def own_folders(job: Job) -> Iterator[None]:
+    """Keep the output folders for this job while the context lasts; all ranks enter it together.
+
+    Raises:
+        FolderInUse: another job holds one of them.
+        EnvironmentFailure: hosts have different weights folders under the same name.
+    """
+    ranks, folders = job.ranks, _folders(job.config)
+    [(name, _), *_] = everyone = gather_objects(ranks, (uuid4().hex, socket.gethostname()), what="naming the job")
+    # One that an interruption leaves is swept by the next job.
+    tokens = {option: folder / f".shared_{name}.tmp" for option, folder in folders.items()}
+    with ExitStack() as held:
+
+        def take(wanted: set[str]) -> None:
+            for option, folder in folders.items():
+                make_folder(folder)
+                if option in wanted and held.enter_context(hold(folder, option, name, job.console.say)):
+                    for swept in (folder, folder / STAGING):
+                        sweep(swept)
+
+        def show() -> None:
+            take(set(folders) if ranks.rank == 0 else set())
+            for token in tokens.values() if ranks.rank == 0 and ranks.world > 1 else ():
+                held.callback(token.unlink, missing_ok=True)
+                token.touch()
+
+        run_together(ranks, "making the output folders", show)
+        if ranks.world > 1:
+            mine = {option for option in tokens if _appears(tokens[option], patiently=option == _SHARED)}
+            seen = gather_objects(ranks, mine, what="looking for the shared folders")
+            run_together(ranks, "comparing the folders of the hosts", lambda: _require_shared(folders, seen, everyone))
+            first_here = ranks.mesh.launch.local_rank == 0
+            run_together(ranks, "taking this host's folders", lambda: take(set(folders) - mine if first_here else set()))
+        yield
+
+
+def _folders(config: JobConfig) -> dict[str, Path]:
+    """Return the folders that a job writes, each once, by the option that chose it."""
+    output = config.output
+    chosen = {
+        _SHARED: output.quant_weight_save_folder if config.quantization.do_quant else None,
+        "--quant_dump_calib_folder": output.quant_dump_calib_folder if config.quantization.do_quant else None,
+        "--save_path": output.save_path if output.do_save_img else None,
+    }
+    once: dict[Path, str] = {}
+    for option, folder in chosen.items():
+        if folder is not None:
+            once.setdefault(folder.resolve(), option)
+    return {option: folder for folder, option in once.items()}
+
+
+def _appears(token: Path, *, patiently: bool) -> bool:
+    until = time.monotonic() + (_PATIENCE_S if patiently else 0)
+    while not token.exists():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(_PATIENCE_S / 50)
+    return True
+
+
+def _require_shared(folders: dict[str, Path], seen: list[set[str]], names: list[tuple[str, str]]) -> None:
+    apart = [f"rank {rank} on {names[rank][1]}" for rank, mine in enumerate(seen) if _SHARED not in mine]
+    if _SHARED in folders and apart:
+        raise EnvironmentFailure(
+            f"{', '.join(apart)} and rank 0 on {names[0][1]} do not share a folder",
+            where=f"{_SHARED} {folders[_SHARED]}",
+            why="every rank writes its shard there and rank 0 publishes them all; what rank 0 wrote does not show up",
+            advice=f"give {_SHARED} a folder on a file system that all hosts share, by the same path on each",
+        )
