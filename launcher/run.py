@@ -8,7 +8,9 @@ from __future__ import annotations
 from launcher.config.job_config import JobConfig
 from launcher.failure.monitor import Monitor
 from launcher.failure.phases import run_together
+from launcher.files.identity import common_options
 from launcher.journal.logs import quiet_diffusers
+from launcher.ranks.agreement import require_alike
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
 from launcher.stages.folders import own_folders
@@ -31,6 +33,7 @@ def run(config: JobConfig, watch: Monitor | None = None) -> None:
         watch.console.say(reason)
     watch.enter("prepare")
     job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
+    require_alike(ranks, common_options(config), what="the options")
     with own_folders(job):
         if config.quantization.do_quant:
             _quantize(job)

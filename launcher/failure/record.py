@@ -10,7 +10,7 @@ from typing import Any
 from launcher.failure.exit_codes import EXIT_CODES, ExitCode, exit_code
 from launcher.failure.explain import explained
 from launcher.journal.status import format_time, write_status
-from quant_core.errors import DistributedError, ExplainedError, FolderInUse
+from quant_core.errors import DistributedError, ExplainedError
 
 # The stage until the ranks have formed their groups: there is nothing to finish yet.
 STARTING = "starting"
@@ -90,12 +90,7 @@ def carried_by(error: BaseException) -> Failure | None:
 
 
 def write_end(folder: Path, started: float, failure: Failure | None) -> None:
-    """Say in `status.json` how the job ended: published, or with the failure that came first.
-
-    A job that found another one in its folder says nothing: the file there is the other's.
-    """
-    if failure and failure.kind == FolderInUse.__name__:
-        return
+    """Say in `status.json` how the job ended: published, or with the failure that came first."""
     code = failure.exit_code if failure else ExitCode.PUBLISHED
     told = {**asdict(failure), "where": failure.place, "at": format_time(failure.at)} if failure else None
     write_status(folder, code.state, started, exit_code=int(code), error=told)

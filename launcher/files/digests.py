@@ -70,6 +70,18 @@ def digest_of_file(path: Path) -> str:
     return digest
 
 
+def move(path: Path, target: Path) -> None:
+    """Rename a file; what is known of its content stays known.
+
+    A later change cannot hide in the same grain of the clock: the time of modification stays the old one by renaming,
+    and a change would move it.
+    """
+    known = _recall(path, _status(path))
+    os.replace(path, target)
+    if known is not None:
+        _remember(target, _status(target), known)
+
+
 def _read(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

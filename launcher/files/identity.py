@@ -28,6 +28,12 @@ from model_adapters.weights.transformer_folders import pipeline_files
 _PACKAGES = ("torch", "diffusers", "transformers")
 # What a copy of the same model may say differently of itself.
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
+# Options that a host may have otherwise than another: where things are, and which card is used.
+_OF_A_HOST = {
+    "pipeline": {"path", "prompt_path", "info_file_save_path"},
+    "ranks": {"device_id"},
+    "output": {"save_path", "quant_weight_save_folder", "quant_dump_calib_folder"},
+}
 # By section, the options that cannot change a tensor, or are known by what they lead to: the mesh, the shard plan, the
 # layers that stay float. Those of the section `pipeline` are the model's: `PipelineOptions.OUTSIDE_IDENTITY`.
 OUTSIDE_IDENTITY: Mapping[str, frozenset[str]] = {
@@ -38,6 +44,11 @@ OUTSIDE_IDENTITY: Mapping[str, frozenset[str]] = {
         | {"calibrate", "resume", "fingerprint", "overwrite"}
     ),
 }
+
+
+def common_options(config: JobConfig) -> dict[str, Any]:
+    """Return the options that all ranks of a job must have alike."""
+    return flatten(config.model_dump(mode="json", exclude=_OF_A_HOST))
 
 
 def model_fields(config: JobConfig) -> dict[str, Any]:

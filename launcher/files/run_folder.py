@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +77,18 @@ def shard_files(folder: Path, scheme: str, suffix: str) -> CheckpointFiles:
     )
 
 
+def staged_files(staging: Path, scheme: str) -> Iterator[Path]:
+    """Yield every file that shards of a type have in the staging folder, of jobs on any number of ranks."""
+    stems = f"{weight_file_name(scheme)}|{description_file_name(scheme)}|{_note_name(scheme)}"
+    for path in sorted(staging.iterdir()):
+        if re.fullmatch(rf"({stems})(_\d+)?\.(safetensors|json)", path.name):
+            yield path
+
+
 def note_file(folder: Path, scheme: str, suffix: str) -> Path:
     """Return the note that belongs to a staged shard."""
-    return folder / f"quant_shard_note_{scheme}{suffix}.json"
+    return folder / f"{_note_name(scheme)}{suffix}.json"
+
+
+def _note_name(scheme: str) -> str:
+    return f"quant_shard_note_{scheme}"

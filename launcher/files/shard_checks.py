@@ -1,7 +1,8 @@
 """Check the shards of all ranks against each other before anything is published.
 
-Each check looks at all notes and the headers of all files, and yields what it objects to. None of them loads a
-tensor: shapes stand in the headers, equality in the digests that the ranks noted.
+First each shard must be one that our own reader accepts, tensor by tensor. Then each check looks at all notes and the
+headers of all files, and yields what it objects to; these load no tensor: shapes stand in the headers, equality in the
+digests that the ranks noted.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Any
 from launcher.files.shard_note import ShardNote, layer_of
 from quant_core.checkpoint.entries import FA_QUANT_TYPE_KEY, MODEL_TYPE_KEY
 from quant_core.checkpoint.json_file import read_object
+from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.checkpoint.tensor_parts import TensorFiles
 from quant_core.errors import VerificationError
+
+_AGAIN = "quantize all ranks again in one run (--resume never)"
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,21 @@ def check_shards(shards: Sequence[OpenedShard]) -> None:
             "the shards do not fit together, nothing was published",
             where=f"{len(shards)} shards of {shards[0].note.quant_type}",
             why=shown,
-            advice="quantize all ranks again in one run (--resume never)",
+            advice=_AGAIN,
         )
+
+
+def check_contract(note: ShardNote, folder: Path) -> None:
+    """Read a whole shard by the consumer's rules; raises VerificationError naming the file and the tensor."""
+    try:
+        open_checkpoint(note.files(folder)).verify()
+    except VerificationError as error:
+        raise VerificationError(
+            error.what,
+            where=error.where,
+            why=f"{error.why}; nothing was published",
+            advice=_AGAIN,
+        ) from error
 
 
 def _one_job(shards: Sequence[OpenedShard]) -> Iterator[str]:

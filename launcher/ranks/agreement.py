@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from launcher.ranks.process_group import Ranks
-from quant_core.errors import DistributedError
+from quant_core.errors import ConfigurationError, DistributedError
 
 T = TypeVar("T")
 
@@ -34,6 +35,27 @@ def gather_objects(ranks: Ranks, mine: T, *, what: str = "an exchange", timeout_
     except RuntimeError as error:
         raise _not_all_came(what, ranks.timeout_s, error) from error
     return gathered
+
+
+def require_alike(ranks: Ranks, mine: Mapping[str, Any] | None, *, what: str) -> Mapping[str, Any]:
+    """Return the fields that all ranks have alike; a rank that has nothing to say (None) takes rank 0's.
+
+    Raises:
+        ConfigurationError: on all ranks, naming one that differs from rank 0, and in which fields.
+    """
+    first, *others = gather_objects(ranks, mine, what=f"comparing {what}")
+    assert first is not None, "rank 0 says something"
+    for rank, fields in enumerate(others, start=1):
+        theirs = first if fields is None else fields
+        if different := [name for name in sorted({*first, *theirs}) if first.get(name) != theirs.get(name)]:
+            shown = [f"{name}: {first.get(name, '(absent)')}, {theirs.get(name, '(absent)')}" for name in different[:5]]
+            raise ConfigurationError(
+                f"rank 0 and rank {rank} differ in {what}",
+                where=", ".join(different[:5]),
+                why="; ".join(shown),
+                advice="start all ranks with the same command, on hosts with the same files and versions",
+            )
+    return first
 
 
 def barrier(ranks: Ranks, what: str, timeout_s: float | None = None) -> None:

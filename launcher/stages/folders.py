@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -37,32 +37,42 @@ def own_folders(job: Job) -> Iterator[None]:
         EnvironmentFailure: hosts have different weights folders under the same name.
     """
     ranks, folders = job.ranks, _folders(job.config)
-    [(name, _), *_] = everyone = gather_objects(ranks, (uuid4().hex, socket.gethostname()), what="naming the job")
-    # One that an interruption leaves is swept by the next job.
-    tokens = {option: folder / f".shared_{name}.tmp" for option, folder in folders.items()}
+    name = gather_objects(ranks, uuid4().hex, what="naming the job")[0]
     with ExitStack() as held:
 
-        def take(wanted: set[str]) -> None:
+        def take(options: Collection[str]) -> None:
             for option, folder in folders.items():
                 make_folder(folder)
-                if option in wanted and held.enter_context(hold(folder, option, name, job.console.say)):
-                    for swept in (folder, folder / STAGING):
-                        sweep(swept)
+                if option in options and held.enter_context(hold(folder, option, name, job.console.say)):
+                    sweep(folder)
+                    sweep(folder / STAGING)
+
+        run_together(ranks, "making the output folders", lambda: take(folders if ranks.rank == 0 else ()))
+        apart = _not_shared(job, folders, name)
+        is_first_here = ranks.mesh.launch.local_rank == 0
+        run_together(ranks, "taking the folders of each host", lambda: take(apart if is_first_here else ()))
+        yield
+
+
+def _not_shared(job: Job, folders: Mapping[str, Path], name: str) -> Collection[str]:
+    """Return the options whose folders are not those of rank 0, which leaves a file in each for the others to find."""
+    ranks = job.ranks
+    if ranks.world == 1:
+        return ()
+    # One that an interruption leaves is swept by the next job.
+    tokens = {option: folder / f".shared_{name}.tmp" for option, folder in folders.items()}
+    with ExitStack() as shown:
 
         def show() -> None:
-            take(set(folders) if ranks.rank == 0 else set())
-            for token in tokens.values() if ranks.rank == 0 and ranks.world > 1 else ():
-                held.callback(token.unlink, missing_ok=True)
+            for token in tokens.values() if ranks.rank == 0 else ():
+                shown.callback(token.unlink, missing_ok=True)
                 token.touch()
 
-        run_together(ranks, "making the output folders", show)
-        if ranks.world > 1:
-            mine = {option for option in tokens if _appears(tokens[option], patiently=option == _SHARED)}
-            seen = gather_objects(ranks, mine, what="looking for the shared folders")
-            run_together(ranks, "comparing the folders of the hosts", lambda: _require_shared(folders, seen, everyone))
-            first_here = ranks.mesh.launch.local_rank == 0
-            run_together(ranks, "taking this host's folders", lambda: take(set(folders) - mine if first_here else set()))
-        yield
+        run_together(ranks, "writing into the output folders", show)
+        apart = {option for option, token in tokens.items() if not _appears(token, patiently=option == _SHARED)}
+        everyone = gather_objects(ranks, (socket.gethostname(), apart), what="looking for the shared folders")
+    run_together(ranks, "comparing the output folders", lambda: _require_shared(folders, everyone))
+    return apart
 
 
 def _folders(config: JobConfig) -> dict[str, Path]:
@@ -89,11 +99,12 @@ def _appears(token: Path, *, patiently: bool) -> bool:
     return True
 
 
-def _require_shared(folders: dict[str, Path], seen: list[set[str]], names: list[tuple[str, str]]) -> None:
-    apart = [f"rank {rank} on {names[rank][1]}" for rank, mine in enumerate(seen) if _SHARED not in mine]
-    if _SHARED in folders and apart:
+def _require_shared(folders: Mapping[str, Path], everyone: Sequence[tuple[str, Collection[str]]]) -> None:
+    """Refuse a weights folder that is not the same on all hosts; everyone: host, and folders apart, of each rank."""
+    hosts = [host for host, _ in everyone]
+    if apart := [f"rank {rank} on {host}" for rank, (host, apart) in enumerate(everyone) if _SHARED in apart]:
         raise EnvironmentFailure(
-            f"{', '.join(apart)} and rank 0 on {names[0][1]} do not share a folder",
+            f"{', '.join(apart)} and rank 0 on {hosts[0]} do not share a folder",
             where=f"{_SHARED} {folders[_SHARED]}",
             why="every rank writes its shard there and rank 0 publishes them all; what rank 0 wrote does not show up",
             advice=f"give {_SHARED} a folder on a file system that all hosts share, by the same path on each",

@@ -1,35 +1,35 @@
-"""IDENTIFY: find out what the job's results depend on, where they go, and whether they are there already."""
+"""IDENTIFY: find out what the job's results depend on, where they go, and whether they are there already.
+
+What a rank alone could see otherwise than the others (its options, its host's files and versions) is compared first:
+ranks of different jobs would wait for each other, or fit together by chance.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TypeVar
 
 from launcher.failure.phases import run_together
 from launcher.files.identity import calibration_fingerprint, model_fields, quantization_fingerprint
 from launcher.files.manifest import read_manifest
 from launcher.files.run_folder import RunFolder
-from launcher.ranks.agreement import gather_objects
-from launcher.ranks.process_group import Ranks
+from launcher.ranks.agreement import gather_objects, require_alike
 from launcher.stages.job import Job, Results
 from launcher.stages.quantize import quant_type
 from model_adapters.pipeline.prompts import read_batches
 from quant_core.atomic_file import make_folder
 from quant_core.errors import InputError
 
-T = TypeVar("T")
-
 
 def identify(job: Job) -> Results:
-    """Return where the job's results go and what they depend on; rank 0 reads the model's files for all."""
+    """Return where the job's results go and what they depend on; a rank of each host reads the model's files."""
     config, ranks = job.config, job.ranks
-    model = _ask_first(ranks, "reading the model's files", lambda: model_fields(config))
+    # Sizes and times differ between copies of one model, so with those rank 0 answers for all.
+    reads = ranks.rank == 0 or (config.output.fingerprint == "content" and ranks.mesh.launch.local_rank == 0)
+    mine = run_together(ranks, "reading the model's files", lambda: model_fields(config) if reads else None)
+    model = require_alike(ranks, mine, what="the files of the model")
     calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, read_batches(config.pipeline))
-    return Results(
-        folder=run_together(ranks, "making the staging folder", lambda: _folder(job)),
-        calibration=calibration,
-        quantization=quantization_fingerprint(calibration, config, job.model.disabled_layers),
-    )
+    quantization = quantization_fingerprint(calibration, config, job.model.disabled_layers)
+    require_alike(ranks, quantization.fields, what="what the result depends on")
+    folder = run_together(ranks, "making the staging folder", lambda: _folder(job))
+    return Results(folder, calibration, quantization)
 
 
 def is_published(job: Job, results: Results) -> bool:
@@ -37,15 +37,9 @@ def is_published(job: Job, results: Results) -> bool:
 
     Rank 0 looks for all: ranks that saw it differently would wait for each other.
     """
-    return _ask_first(job.ranks, "looking at the output folder", lambda: _is_published(job, results))
-
-
-def _ask_first(ranks: Ranks, stage: str, look: Callable[[], T]) -> T:
-    """Return on all ranks what rank 0 finds; raises its error on all of them."""
-    found = run_together(ranks, stage, lambda: look() if ranks.rank == 0 else None)
-    [first, *_] = gather_objects(ranks, found, what=stage)
-    assert first is not None, "rank 0 looked"
-    return first
+    ranks, stage = job.ranks, "looking at the output folder"
+    found = run_together(ranks, stage, lambda: ranks.rank == 0 and _is_published(job, results))
+    return gather_objects(ranks, found, what=stage)[0]
 
 
 def _folder(job: Job) -> RunFolder:

@@ -7,15 +7,17 @@ interruption leaves either the old checkpoint with its manifest, or no manifest 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 from launcher.failure.phases import run_together
+from launcher.files.digests import move
+from launcher.files.folder_lock import hold
 from launcher.files.manifest import Manifest, read_manifest
-from launcher.files.run_folder import MANIFEST, STAGING, note_file, tp_suffix
-from launcher.files.shard_checks import OpenedShard, check_shards
+from launcher.files.run_folder import MANIFEST, STAGING, note_file, staged_files, tp_suffix
+from launcher.files.shard_checks import OpenedShard, check_contract, check_shards
 from launcher.files.shard_note import ShardNote, read_note
 from launcher.stages.job import Job, Results
 from quant_core.atomic_file import write_text_atomically
@@ -41,20 +43,30 @@ def merge(job: Job, results: Results) -> None:
 
 
 def merge_files(folder: Path, quant_type: str | None = None) -> None:
-    """Publish the shards that an earlier run left staged in a folder, of the only type there or of a chosen one."""
-    notes = [note for path in sorted((folder / STAGING).glob(_NOTES)) if (note := read_note(path))]
-    found = {note.quant_type.lower(): note for note in notes if quant_type is None or _is_of_type(note, quant_type)}
-    if len(found) != 1:
-        types = sorted(found)
-        raise InputError(
-            "there are no staged shards to merge" if not types else f"there are shards of {' and '.join(types)}",
-            where=str(folder / STAGING),
-            why="merging takes the shards of one job, which its ranks stage before they publish",
-            advice="run the job (published shards need no merge)" if not types else "choose one with --quant_type",
-        )
-    [(scheme, note)] = found.items()
-    names = [note_file(folder / STAGING, scheme, tp_suffix(rank, note.tp_size)) for rank in range(note.tp_size)]
-    report(folder, publish_shards(folder, names), print)
+    """Publish the shards that an earlier run left staged in a folder, of the only job there or of a chosen type."""
+    if not (folder / STAGING).is_dir():
+        raise _not_one(folder, {})
+    with hold(folder, "folder", uuid4().hex):
+        notes = [note for path in sorted((folder / STAGING).glob(_NOTES)) if (note := read_note(path))]
+        chosen = [note for note in notes if quant_type is None or _is_of_type(note, quant_type)]
+        found = {(note.quant_type.lower(), note.tp_size): note for note in chosen}
+        if len(found) != 1:
+            raise _not_one(folder, found)
+        [(scheme, size)] = found
+        names = [note_file(folder / STAGING, scheme, tp_suffix(rank, size)) for rank in range(size)]
+        report(folder, publish_shards(folder, names), print)
+
+
+def _not_one(folder: Path, found: Collection[tuple[str, int]]) -> InputError:
+    jobs = [f"{scheme} ({size} rank{'s' * (size > 1)})" for scheme, size in sorted(found)]
+    several_types = len({scheme for scheme, _ in found}) > 1
+    choose = "choose one with --quant_type" if several_types else "run the one that you want: it publishes by itself"
+    return InputError(
+        f"there are shards of {' and '.join(jobs)}" if jobs else "there are no staged shards to merge",
+        where=str(folder / STAGING),
+        why="merging takes the shards of one job, which its ranks stage before they publish",
+        advice=choose if jobs else "run the job (published shards need no merge)",
+    )
 
 
 def _is_of_type(note: ShardNote, chosen: str) -> bool:
@@ -65,20 +77,24 @@ def _is_of_type(note: ShardNote, chosen: str) -> bool:
 def publish_shards(folder: Path, note_paths: list[Path]) -> Manifest:
     """Check the noted shards and publish them in the folder, in the place of what was published there.
 
-    Returns the manifest. Other shards that are staged beside them stay.
+    Returns the manifest. Shards of other types that are staged beside them stay.
 
-    Raises InputError for shards that are missing or damaged, VerificationError for shards that do not fit together.
+    Raises InputError for shards that are missing or damaged, VerificationError for shards that break a rule or do not
+    fit together.
     """
     notes = [_require(path, folder) for path in note_paths]
     check_shards([OpenedShard.of(note, folder) for note in notes])
+    for note in notes:
+        check_contract(note, folder)
     manifest = Manifest.of(notes)
     _withdraw(folder, keep={file.name for file in manifest.files})
     for note in notes:
         files = note.files(folder)
         for path in (files.weights, files.description):
-            os.replace(path, folder / path.name)
+            move(path, folder / path.name)
     manifest.write(folder / MANIFEST)
-    for path in note_paths:
+    # Also what a job of this type on another number of ranks left: nobody could tell its shards from later ones.
+    for path in staged_files(folder / STAGING, manifest.quant_type.lower()):
         path.unlink()
     with suppress(OSError):  # it holds another job's shards
         (folder / STAGING).rmdir()
@@ -118,6 +134,6 @@ def _require(path: Path, folder: Path) -> ShardNote:
             "a shard is missing or damaged" if note else "a rank has not finished its shard",
             where=str(path),
             why="the files do not have the content that the rank noted" if note else "it left no note",
-            advice="run the job again; finished shards are reused",
+            advice="run the job's own command, not `merge`: it makes what is missing",
         )
     return note

@@ -19,6 +19,7 @@ from model_adapters.parallel.tensor_parallel import assert_collectives
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.records import load_dump
+from quant_core.errors import InputError
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
 from quant_core.schemes import QUANT_TYPES
@@ -55,7 +56,7 @@ def quant_type(job: Job) -> str:
 def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, LoadedTransformer]:
     """Quantize this rank's part of the model by replaying the calibration data."""
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
-    records = run_together(job.ranks, "reading the calibration data", lambda: load_dump(dump)["records"])
+    records = run_together(job.ranks, "reading the calibration data", lambda: _records(dump, results))
     job.model.drop_pipeline()
     with job.model.computing():
         result = quant_model(
@@ -67,6 +68,19 @@ def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, 
         )
     assert_collectives(loaded.model)
     return result, loaded
+
+
+def _records(dump: Path, results: Results) -> list[Any]:
+    """Load the records of this job's dump; where nothing can be locked, another job may have put its own there."""
+    loaded = load_dump(dump)
+    if loaded["header"].get("fingerprint") != results.calibration.digest:
+        raise InputError(
+            "the calibration data is another job's",
+            where=str(dump),
+            why="a job with other options replaced it while this one ran",
+            advice="give each job its own --quant_dump_calib_folder, and run this one again",
+        )
+    return loaded["records"]
 
 
 def _from_disk(job: Job, results: Results) -> tuple[QuantizedModel, TransformerPart]:

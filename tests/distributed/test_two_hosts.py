@@ -5,6 +5,7 @@ The second host is a process namespace of this machine: its processes cannot be 
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from tests.support.torchrun import free_port, start_launcher
 pytestmark = pytest.mark.distributed
 
 NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+# Run a command with a folder of this host alone: MOUNTED, FOLDER, COMMAND...
+MOUNTED = ["sh", "-c", 'mkdir -p "$0" && mount -t tmpfs tmpfs "$0" && exec "$@"']
 # Short enough for a test, long enough for a crowded machine.
 HANG_S = 8
 
@@ -42,11 +45,18 @@ def job(model: Path, prompts: Path, out: Path) -> list[object]:
 
 
 @contextmanager
-def two_hosts(*words: object) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start the job with a rank on each of two hosts; nothing is left behind the block."""
+def two_hosts(
+    *words: object, own: Path | None = None, differently: Sequence[object] = ()
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start the job with a rank on each of two hosts; nothing is left behind the block.
+
+    own: a folder that the second host has on a disk of its own. differently: further flags of the second host.
+    """
     meeting = ("--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", free_port(), "--nproc_per_node", "1")
+    second = [*NAMESPACE, *([*MOUNTED, str(own)] if own else [])]
     hosts = [
-        start_launcher(*meeting, "--node_rank", host, *words, namespace=NAMESPACE if host else ()) for host in range(2)
+        start_launcher(*meeting, "--node_rank", 0, *words),
+        start_launcher(*meeting, "--node_rank", 1, *words, *differently, namespace=second),
     ]
     try:
         yield hosts
@@ -71,11 +81,39 @@ def _namespaces() -> None:
 
 def test_two_hosts_publish_the_bytes_of_one(tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path):
     outputs([start_launcher("--nproc_per_node", "2", *job(tiny_flux_folder, prompt_file, tmp_path / "one"))])
-    with two_hosts(*job(tiny_flux_folder, prompt_file, tmp_path / "two")) as hosts:
+    two = tmp_path / "two"
+    with two_hosts(*job(tiny_flux_folder, prompt_file, two), own=two / "dumps") as hosts:
         first, second = outputs(hosts)
     assert "merge: 4 files" in first
     assert "merge:" not in second
-    assert files_below(tmp_path / "two") == files_below(tmp_path / "one")
+    expected = files_below(tmp_path / "one")
+    del expected["dumps/calib_data_rank1.pth"]  # lies on the second host
+    assert files_below(two) == expected
+
+
+def test_hosts_that_do_not_share_the_weights_folder_are_told_before_anything_is_loaded(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+):
+    words, weights = job(tiny_flux_folder, prompt_file, tmp_path), tmp_path / "weights"
+    with two_hosts(*words, own=weights) as hosts:
+        printed = "".join(host.communicate(timeout=120)[0] for host in hosts)  # either may be the first to speak
+    assert [host.returncode for host in hosts] == [3, 3], printed
+    assert f"rank 1 on {socket.gethostname()} and rank 0 on {socket.gethostname()} do not share a folder" in printed
+    assert f"--quant_weight_save_folder {weights}" in printed
+    assert "encode:" not in printed
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_hosts_that_were_started_with_different_options_are_told(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+):
+    words = job(tiny_flux_folder, prompt_file, tmp_path)
+    with two_hosts(*words, differently=("--do_save_img", "--seed", 7)) as hosts:
+        printed = "".join(host.communicate(timeout=120)[0] for host in hosts)
+    assert [host.returncode for host in hosts] == [2, 2], printed
+    assert "rank 0 and rank 1 differ in the options" in printed
+    assert "output.do_save_img: False, True; pipeline.seed: 42, 7" in printed
+    assert not (tmp_path / "dumps").exists()
 
 
 def test_a_host_that_goes_down_ends_the_job_and_a_second_run_finishes_it(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launcher.files.folder_lock import hold
 from launcher.files.run_folder import MANIFEST, STAGING, note_file, shard_files
 from launcher.files.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
 from launcher.stages.merge import merge_files, publish_shards
-from quant_core.errors import InputError, VerificationError
+from quant_core.errors import FolderInUse, InputError, VerificationError
 from quant_core.parallel.sharding import Shard, Style
 
 FULL = {"up.weight": (8, 4), "up.bias": (8,), "down.weight": (4, 8), "down.bias": (4,), "norm.weight": (4,)}
@@ -29,18 +31,32 @@ SCHEME = "w8a8_dynamic"
 def stage(folder: Path, rank: int, scheme: str = SCHEME) -> None:
     """Write one rank's shard as the quantize stage would."""
     (folder / STAGING).mkdir(parents=True, exist_ok=True)
-    tensors, description = {}, {"model_quant_type": scheme.upper()}
+    tensors: dict[str, torch.Tensor] = {}
     for name, shape in FULL.items():
         layer, _, kind = name.rpartition(".")
         whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
         part = Shard(STYLES.get(layer, Style.REPLICATED), rank, 2).take(kind, whole)
         if part is not None:
             tensors[name] = part
-            description[name] = "FLOAT"
+    quantize(tensors)
     files = shard_files(folder / STAGING, scheme, f"_{rank}")
     save_file(tensors, files.weights)
-    files.description.write_text(json.dumps(description))
+    files.description.write_text(json.dumps(describe(tensors, scheme)))
     write_note(folder, rank, scheme, equal={"norm.weight": "digest"})
+
+
+def quantize(tensors: dict[str, torch.Tensor]) -> None:
+    """Store `up` as a scheme without static inputs does."""
+    tensors["up.weight"] = tensors["up.weight"].to(torch.int8)
+    tensors["up.weight_scale"] = torch.ones(4, 1)
+    tensors["up.weight_offset"] = torch.zeros(4, 1)
+
+
+def describe(tensors: dict[str, torch.Tensor], scheme: str) -> dict[str, str]:
+    """Return the description of a shard: `up` is quantized."""
+    quantized = ("up.weight", "up.weight_scale", "up.weight_offset")
+    types = {name: scheme.upper() if name in quantized else "FLOAT" for name in tensors}
+    return {"model_quant_type": scheme.upper(), **types}
 
 
 def write_note(folder: Path, rank: int, scheme: str = SCHEME, **changed: object) -> None:
@@ -73,8 +89,7 @@ def rewrite(folder: Path, rank: int, change: Callable[[dict], object], **note: o
     tensors = load_file(files.weights)
     change(tensors)
     save_file(tensors, files.weights)
-    listed = dict.fromkeys(tensors, "FLOAT")
-    files.description.write_text(json.dumps({"model_quant_type": "W8A8_DYNAMIC", **listed}))
+    files.description.write_text(json.dumps(describe(tensors, SCHEME)))
     write_note(folder, rank, **{"equal": {"norm.weight": "digest"}, **note})
 
 
@@ -173,7 +188,7 @@ def test_an_old_manifest_goes_before_the_first_file_is_replaced(folder, monkeypa
     def power_cut(*_: object) -> None:
         raise OSError("power cut")
 
-    monkeypatch.setattr("launcher.stages.merge.os.replace", power_cut)
+    monkeypatch.setattr("launcher.stages.merge.move", power_cut)
     with pytest.raises(OSError, match="power cut"):
         publish_shards(folder, notes(folder))
     assert not (folder / MANIFEST).exists()
@@ -186,7 +201,7 @@ def test_two_schemes_staged_in_one_folder_must_be_told_apart(folder):
         note = read_note(path)
         assert note is not None
         path.write_text(note.model_copy(update={"quant_type": "W8A8"}).model_dump_json())
-    with pytest.raises(InputError, match="shards of w8a8 and w8a8_dynamic"):
+    with pytest.raises(InputError, match=r"shards of w8a8 \(2 ranks\) and w8a8_dynamic \(2 ranks\)"):
         merge_files(folder)
 
 
@@ -195,6 +210,58 @@ def test_shards_of_another_scheme_stay_staged(folder):
     shutil.copy(notes(folder)[0], staged)
     publish_shards(folder, notes(folder))
     assert list((folder / STAGING).iterdir()) == [staged]
+
+
+def test_shards_of_the_same_type_on_another_number_of_ranks_go_with_the_publication(folder):
+    third, alone = shard_files(folder / STAGING, SCHEME, "_2"), shard_files(folder / STAGING, SCHEME, "")
+    for path in (third.weights, third.description, note_file(folder / STAGING, SCHEME, "_2"), alone.weights):
+        path.touch()
+    publish_shards(folder, notes(folder))
+    assert not (folder / STAGING).exists()
+
+
+def test_shards_of_one_type_on_different_numbers_of_ranks_are_not_mixed(folder):
+    note = read_note(notes(folder)[0])
+    assert note is not None
+    alone = note.model_copy(update={"tp_size": 1})
+    note_file(folder / STAGING, SCHEME, "").write_text(alone.model_dump_json())
+    with pytest.raises(InputError, match=r"w8a8_dynamic \(1 rank\) and w8a8_dynamic \(2 ranks\)"):
+        merge_files(folder)
+
+
+def test_a_folder_that_a_job_works_in_is_not_merged(folder):
+    with hold(folder, "--quant_weight_save_folder", "a job"), pytest.raises(FolderInUse, match="another job works"):
+        merge_files(folder)
+    assert not (folder / MANIFEST).exists()
+
+
+BROKEN: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "a scale that is no number": ("up.weight_scale", lambda scale: scale.fill_(float("nan"))),
+    "an offset": ("up.weight_offset", lambda offset: offset + 1),
+    "a code out of range": ("up.weight", lambda codes: codes.fill_(-128)),
+    "another dtype": ("up.weight", lambda codes: codes.to(torch.int32)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_our_own_reader_would_refuse_is_not_published_and_the_old_checkpoint_stays(folder, name):
+    publish_shards(folder, notes(folder))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for rank in (0, 1):
+        stage(folder, rank)
+    tensor, damage = BROKEN[name]
+    rewrite(folder, 1, lambda tensors: tensors.update({tensor: damage(tensors[tensor])}))
+    with pytest.raises(VerificationError, match=tensor) as raised:
+        publish_shards(folder, notes(folder))
+    assert "w8a8_dynamic_1" in raised.value.where
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_what_is_published_is_not_read_again_to_be_known(folder, monkeypatch):
+    time.sleep(0.2)  # twice the grain of a clock that is reckoned with
+    manifest = publish_shards(folder, notes(folder))
+    monkeypatch.setattr("launcher.files.digests._read", lambda path: pytest.fail(f"{path} was read"))
+    assert manifest.changed_files(folder) == []
 
 
 def test_a_flipped_byte_in_a_published_file_is_named(folder):
@@ -211,8 +278,8 @@ def test_what_replaces_a_checkpoint_of_other_shards_leaves_none_of_its_files(fol
     stranger = folder / "README.md"
     stranger.touch()
     for rank in (0, 1):
-        stage(folder, rank, scheme="w8a8")
-    manifest = publish_shards(folder, notes(folder, scheme="w8a8"))
+        stage(folder, rank, scheme="w8a16")
+    manifest = publish_shards(folder, notes(folder, scheme="w8a16"))
     assert {path.name for path in folder.iterdir()} == {
         *(file.name for file in manifest.files),
         MANIFEST,

@@ -1,0 +1,70 @@
+"""A second job in the folder of one that still runs is refused at once, and changes nothing of the first one's."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from scripts.fault_matrix import files_below
+from tests.support.torchrun import start_launcher
+
+pytestmark = pytest.mark.distributed
+
+
+def job(model: Path, prompts: Path, weights: Path, dumps: Path, *flags: object) -> list[object]:
+    """Return the words of a job in one process."""
+    return [
+        "flux", "--path", model, "--device", "cpu", "--prompt_path", prompts, "--max_num_prompt", 2,
+        "--width", 64, "--height", 64, "--infer_steps", 2, "--do_quant", "--quant_type", "w8a8",
+        "--quant_weight_save_folder", weights, "--quant_dump_calib_folder", dumps, *flags,
+    ]  # fmt: skip
+
+
+@contextmanager
+def halted_after_a_batch(words: list[object], dumps: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a job and let it stand still inside the block as soon as it has saved its first batch."""
+    first = start_launcher(*words)
+    try:
+        while not (dumps / ".calib_parts" / "calib_data" / "batch_00000.pth").exists():
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        yield first
+        first.send_signal(signal.SIGCONT)
+        printed, _ = first.communicate(timeout=120)
+        assert first.returncode == 0, printed
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_second_job_on_the_same_dumps_is_refused_and_the_first_publishes_its_own(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+):
+    weights, dumps, alone = tmp_path / "job" / "weights", tmp_path / "job" / "dumps", tmp_path / "alone"
+    undisturbed = start_launcher(*job(tiny_flux_folder, prompt_file, alone / "weights", alone / "dumps"))
+    assert undisturbed.wait(timeout=120) == 0, undisturbed.communicate()[0]
+    with halted_after_a_batch(job(tiny_flux_folder, prompt_file, weights, dumps), dumps) as first:
+        stale = weights / ".live.1.tmp"
+        stale.touch()
+        others = [
+            start_launcher(*job(tiny_flux_folder, prompt_file, tmp_path / "own", dumps, "--seed", 7, "--overwrite")),
+            start_launcher(*job(tiny_flux_folder, prompt_file, weights, tmp_path / "own", "--seed", 7, "--overwrite")),
+        ]
+        for other, option, folder in zip(others, ("dump_calib", "weight_save"), (dumps, weights)):
+            printed, _ = other.communicate(timeout=120)
+            assert other.returncode == 6, printed
+            assert "error: another job works in this folder" in printed
+            assert f"process {first.pid} on {socket.gethostname()} has held it since" in printed
+            assert f"--quant_{option}_folder {folder}" in printed
+            assert "encode:" not in printed
+        assert stale.exists()
+        stale.unlink()
+    assert files_below(tmp_path / "job") == files_below(alone)
