@@ -63,7 +63,7 @@ def check_contract(note: ShardNote, folder: Path) -> None:
         raise VerificationError(
             error.what,
             where=error.where,
-            why=f"{error.why}; nothing was published",
+            why="; ".join(filter(None, [error.why, "nothing was published"])),
             advice=_AGAIN,
         ) from error
 

@@ -76,18 +76,14 @@ def _not_shared(job: Job, folders: Mapping[str, Path], name: str) -> Collection[
 
 
 def _folders(config: JobConfig) -> dict[str, Path]:
-    """Return the folders that a job writes, each once, by the option that chose it."""
+    """Return the folders that a job writes, by the option that chose them."""
     output = config.output
     chosen = {
         _SHARED: output.quant_weight_save_folder if config.quantization.do_quant else None,
         "--quant_dump_calib_folder": output.quant_dump_calib_folder if config.quantization.do_quant else None,
         "--save_path": output.save_path if output.do_save_img else None,
     }
-    once: dict[Path, str] = {}
-    for option, folder in chosen.items():
-        if folder is not None:
-            once.setdefault(folder.resolve(), option)
-    return {option: folder for folder, option in once.items()}
+    return {option: folder.resolve() for option, folder in chosen.items() if folder is not None}
 
 
 def _appears(token: Path, *, patiently: bool) -> bool:

@@ -20,7 +20,7 @@ from launcher.cli.command_line import parse
 from launcher.devices.launch import read_launch
 from launcher.failure.exit_codes import exit_code
 from launcher.failure.phases import run_together
-from launcher.ranks.agreement import all_agree, barrier, gather_objects
+from launcher.ranks.agreement import all_agree, barrier, gather_objects, require_alike
 from launcher.ranks.process_group import Ranks, join, leave
 from quant_core.errors import ExplainedError, InputError
 
@@ -82,6 +82,8 @@ def checks(ranks: Ranks) -> dict[str, Any]:
         "result": run_together(ranks, "load", lambda: ranks.rank * 10),
         "all_yes": all_agree(ranks, True),
         "one_no": all_agree(ranks, ranks.rank != last),
+        "alike": outcome(lambda: require_alike(ranks, {"seed": 42} if ranks.rank == 0 else None, what="the options")),
+        "unlike": outcome(lambda: require_alike(ranks, {"seed": 42, "last": ranks.rank == last}, what="the options")),
         "one_fails": fails_on(ranks, {last: bad_file}),
         "all_fail_alike": fails_on(ranks, dict.fromkeys(range(ranks.world), bad_file)),
         "first_speaks": fails_on(ranks, {0: late_file, last: lambda: ZeroDivisionError("of the last rank")}),

@@ -98,6 +98,18 @@ def test_the_error_of_one_rank_is_raised_on_all_with_its_kind_and_its_rank(repor
     assert [error["cause"] for error in errors] == ["NoneType"] * last + ["InputError"]
 
 
+def test_who_says_nothing_takes_what_rank_0_says(reports) -> None:
+    assert [found["value"] for found in each(reports, "alike")] == [{"seed": 42}] * len(reports)
+
+
+def test_a_rank_that_differs_is_named_on_all_ranks_with_the_field(reports) -> None:
+    last = len(reports) - 1
+    for error in each(reports, "unlike"):
+        assert f"rank 0 and rank {last} differ in the options" in error["text"]
+        assert "why    last: False, True" in error["text"]
+        assert error["status"] == 2
+
+
 def test_an_error_of_all_ranks_is_told_once(reports) -> None:
     ranks = ", ".join(map(str, range(len(reports))))
     assert {error["text"].splitlines()[1] for error in each(reports, "all_fail_alike")} == {
