@@ -47,7 +47,10 @@ class StoredGroup:
 
 @dataclass(frozen=True)
 class Inventory:
-    """List what a checkpoint holds; `floats` are the tensors of layers that are not quantized, in order."""
+    """List what a checkpoint holds; `floats` are the tensors of layers that are not quantized, in order.
+
+    quant_type: what the checkpoint is called after; each layer has a type of its own.
+    """
 
     quant_type: str
     dtype: torch.dtype
@@ -90,8 +93,11 @@ class _Survey:
             return None
         types = {name: kind for name, kind in self.description.items() if name not in _KEYS}
         self._check_one_to_one(types)
-        known = self._known(types, quant_type)
-        layers, attentions = self._by_name(_layers(known, quant_type)), self._by_name(_attentions(known))
+        known = self._known(types)
+        layers, attentions = self._by_name(_layers(known)), self._by_name(_attentions(known))
+        if layers and quant_type not in {group.type for group in layers.values()}:
+            why = "files are named after it, so it is the type of some layer"
+            self.described("model type", "", f"{MODEL_TYPE_KEY} is {quant_type!r}, and no layer's type is", why)
         groups = [*layers.values(), *attentions.values()]
         for group in groups:
             self._check_complete(group, known)
@@ -118,9 +124,9 @@ class _Survey:
             why = "the weights hold it; the consumer skips it"
             self.described("one to one", name, f"the tensor '{name}' is not described", why)
 
-    def _known(self, types: Mapping[str, Any], quant_type: str) -> dict[str, str]:
+    def _known(self, types: Mapping[str, Any]) -> dict[str, str]:
         """Return the entries whose type is known."""
-        known = (FLOAT, quant_type, FA_QUANT)
+        known = (FLOAT, *BY_TYPE, FA_QUANT)
         for name in [name for name, kind in types.items() if kind not in known]:
             why = f"the consumer would skip it without a word; types here are {', '.join(known)}"
             self.described("known types", name, f"'{name}' has the unknown type {types[name]!r}", why)
@@ -206,12 +212,16 @@ class _Survey:
                 self.described("order", group.name, f"the tensors of '{group.name}' are listed in another order", why)
 
 
-def _layers(types: Mapping[str, str], quant_type: str) -> Iterator[StoredGroup]:
-    """Yield the linear layers in order: whatever carries the quantized type, with its bias and smoothing factor."""
-    scheme = BY_TYPE[quant_type]
-    rules = scheme.rules
-    prefixes = dict.fromkeys(name.rpartition(".")[0] for name, kind in types.items() if kind == quant_type)
-    for prefix in prefixes:
+def _layers(types: Mapping[str, str]) -> Iterator[StoredGroup]:
+    """Yield the linear layers in order: whatever carries a quantized type, with its bias and smoothing factor."""
+    # The first tensor of a layer, its weight, says its type; `_check_complete` compares the others with it.
+    prefixes: dict[str, str] = {}
+    for name, kind in types.items():
+        if kind in BY_TYPE:
+            prefixes.setdefault(name.rpartition(".")[0], kind)
+    for prefix, quant_type in prefixes.items():
+        scheme = BY_TYPE[quant_type]
+        rules = scheme.rules
         members = {rule: f"{prefix}.{rule}" for rule in rules if f"{prefix}.{rule}" in types}
         name = prefix.removesuffix(_INNER)
         if name != prefix and f"{name}{_MUL_SCALE}" in types and scheme.multiplies_input:

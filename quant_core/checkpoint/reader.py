@@ -43,6 +43,11 @@ class Checkpoint:
         self._inventory, self._form = take_inventory(self._description, self._infos, files)
 
     @property
+    def is_empty(self) -> bool:
+        """Tell whether nothing at all can be made of the files."""
+        return self._inventory is None
+
+    @property
     def inventory(self) -> Inventory:
         """Return what the checkpoint holds. Raises VerificationError where nothing can be made of it."""
         if self._inventory is None:
@@ -78,7 +83,10 @@ class Checkpoint:
     def timestep_sep(self) -> int | None:
         """Return the first static step of a timestep scheme, None for others."""
         timesteps, written = self.inventory.timesteps, self.metadata.get(TIMESTEP_SEP_KEY)
-        return None if timesteps is None else separator(None if written is None else int(written), timesteps)
+        if timesteps is None:
+            return None
+        # One that is no number is a finding, and says nothing of the step.
+        return separator(int(written) if written and written.isdecimal() else None, timesteps)
 
     def read_layer(self, name: str) -> DeployedLayer:
         """Return a quantized layer, by its name in the float model: call it with an input (and a step).
@@ -100,9 +108,13 @@ class Checkpoint:
         """Return dtype and shape of a stored tensor, without reading it."""
         return self._infos[name]
 
+    def read_raw(self, name: str) -> Tensor:
+        """Return a tensor as it is stored, by its full name, whatever its values are."""
+        return self._tensors.read(name)
+
     def read_float(self, name: str) -> Tensor:
         """Return a tensor that was not quantized."""
-        return self._tensors.read(name)
+        return self.read_raw(name)
 
     def float_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the float model by its name there, in the model's dtype, one at a time."""
