@@ -114,7 +114,8 @@ def _biases(published: Published) -> Iterator[Broken]:
         allowed = [[0]] if is_row else [all_ranks, *([] if shard else [[0]])]
         if sorted(held) not in allowed:
             extra = next((each for rank, each in held.items() if rank not in allowed[0]), None)
-            where = extra[1] if extra else next(rank for rank in published.ranks if rank.rank not in held)
+            lacking = [rank for rank in published.ranks if rank.rank not in held]
+            where = extra[1] if extra else (lacking or published.ranks)[0]
             told = f"'{full}' is on the ranks {sorted(held)}, not on {allowed[0]}"
             yield Broken(full, told, where.files.weights)
 

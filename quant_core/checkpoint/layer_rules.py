@@ -18,7 +18,6 @@ from quant_core.arithmetic.scales import QMAX, QMIN, pack_deq_scale, unpack_deq_
 from quant_core.checkpoint.findings import Broken, Rule
 from quant_core.checkpoint.inventory import StoredGroup
 from quant_core.schemes import BY_TYPE
-from quant_core.schemes.scheme import Inputs
 
 _INT32 = torch.iinfo(torch.int32)
 # The longest axis that the runtime's products of codes take (spec: what the operators compute).
@@ -71,10 +70,10 @@ def _quant_bias_has_room(layer: StoredLayer) -> Iterator[Broken]:
     """Object to a bias at an end of int32, or with which the sum of some input's codes would leave it."""
     if "quant_bias" not in layer.tensors:
         return
-    full, w_OI = layer.group.members["quant_bias"], layer.tensors["weight"].to(torch.int64)
+    full, w_OI = layer.group.members["quant_bias"], layer.tensors["weight"]
     bias_TO = layer.tensors["quant_bias"].reshape(-1, len(w_OI)).to(torch.int64)
-    most_O = torch.maximum(w_OI * QMAX, w_OI * QMIN).sum(1)
-    least_O = torch.minimum(w_OI * QMAX, w_OI * QMIN).sum(1)
+    above_O, below_O = (part.sum(1, dtype=torch.int64) for part in (w_OI.clamp(min=0), w_OI.clamp(max=0)))
+    most_O, least_O = QMAX * above_O + QMIN * below_O, QMIN * above_O + QMAX * below_O
     for name, found in (
         ("saturated", (bias_TO <= _INT32.min) | (bias_TO >= _INT32.max)),
         ("too large", (bias_TO + most_O > _INT32.max) | (bias_TO + least_O < _INT32.min)),
@@ -88,8 +87,7 @@ def _operators_take_it(layer: StoredLayer) -> Iterator[Broken]:
     full, shape = layer.group.members["weight"], tuple(layer.tensors["weight"].shape)
     if max(shape) > _LONGEST_AXIS:
         yield Broken(full, f"'{full}' is {shape}: an axis is longer than {_LONGEST_AXIS}")
-    # The runtime squeezes a dynamic layer's scales, and one that is left has no axis any more.
-    if shape[0] == 1 and BY_TYPE[layer.group.type].inputs in (Inputs.TOKENS, Inputs.RANGE_PER_STEP):
+    if shape[0] < BY_TYPE[layer.group.type].least_outputs:
         yield Broken(full, f"'{full}' has one output")
 
 
