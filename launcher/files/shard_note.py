@@ -164,12 +164,12 @@ def _equal_tensors(
         if f"{layer}.weight" not in full_shapes and name not in full_shapes:
             continue  # no part of the float model: attention scales, which are per local head
         shard = shards.get(layer)
-        if shard is None or _is_equal(shard, tensor, info.shape, scales_are_global):
+        if shard is None or held_alike(shard, tensor, info.shape, scales_are_global):
             # Opened anew for each tensor: an open file keeps in memory whatever was read of it.
             yield name, digest_of_tensor(TensorFiles(weights).read(name))
 
 
-def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global: bool) -> bool:
+def held_alike(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global: bool) -> bool:
     """Tell whether all ranks hold this tensor of a divided layer alike.
 
     A column-split layer sees the whole input everywhere. A row-split one sees its own channels, so its scales agree

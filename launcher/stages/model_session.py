@@ -18,6 +18,8 @@ from model_adapters.pipeline.offload import run_block_by_block
 from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline, release_pipeline
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
+from quant_core.schemes import QUANT_TYPES
+from quant_core.session.checks import check_outputs
 from quant_core.session.targets import target_layers
 from quant_core.smoothing.smooth import groups_to_smooth
 
@@ -66,6 +68,7 @@ class ModelSession:
         options = self.config.quantization
         session = session_of(processors(options, self.disabled_layers), options, [])
         targets = target_layers(model, self.disabled_layers)
+        check_outputs(model, dict.fromkeys(targets, QUANT_TYPES[options.quant_type].scheme))
         if session.smoothing is not None:
             groups_to_smooth(model, session.smoothing, structure=self.adapter.structure, targets=targets)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.findings import Finding
 from quant_core.checkpoint.inventory import StoredGroup
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from quant_core.errors import VerificationError
@@ -29,10 +30,9 @@ def load_deployed(model: nn.Module, files: CheckpointFiles, *, load_floats: bool
     Raises InputError for damaged files, VerificationError for files that break a rule or are of another model.
     """
     checkpoint = open_checkpoint(files)
-    floats = _own_floats(model, checkpoint.inventory.layers)
-    for problem in _problems(model, checkpoint, floats):
+    for finding in misfits(model, checkpoint):
         raise VerificationError(
-            problem[0], where=str(files.description), why=problem[1], advice="load it into the model that was quantized"
+            finding.what, where=str(finding.file), why=finding.why, advice="load it into the model that was quantized"
         )
     for name in checkpoint.inventory.layers:
         deploy_linear(linear_at(model, name), checkpoint.read_layer(name))
@@ -41,22 +41,30 @@ def load_deployed(model: nn.Module, files: CheckpointFiles, *, load_floats: bool
     return checkpoint
 
 
-def _problems(model: nn.Module, checkpoint: Checkpoint, floats: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Yield what does not fit, as (what, why)."""
-    modules = dict(model.named_modules())
+def misfits(model: nn.Module, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield what does not fit between a float model, which may be on the meta device, and a checkpoint."""
+    file, rule = checkpoint.files.weights, "fits the model"
+    for tensor, what, why in _problems(model, checkpoint):
+        yield Finding(rule, file, tensor, what, why)
+
+
+def _problems(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
+    """Yield what does not fit, as (layer or tensor, what, why)."""
+    modules, floats = dict(model.named_modules()), _own_floats(model, checkpoint.inventory.layers)
     for name, group in checkpoint.inventory.layers.items():
-        yield from _layer_problems(name, modules.get(name), group, checkpoint)
+        for what, why in _layer_problems(name, modules.get(name), group, checkpoint):
+            yield name, what, why
     for name in checkpoint.inventory.floats:
         shape = checkpoint.info(name).shape
         if name not in floats:
-            yield f"the model has no tensor '{name}'", f"the checkpoint holds one of shape {shape}"
+            yield name, f"the model has no tensor '{name}'", f"the checkpoint holds one of shape {shape}"
         elif tuple(floats[name].shape) != shape:
-            yield f"'{name}' has the shape {shape}", f"in the model it is {tuple(floats[name].shape)}"
+            yield name, f"'{name}' has the shape {shape}", f"in the model it is {tuple(floats[name].shape)}"
     stored = set(checkpoint.inventory.floats)
     for name, tensor in floats.items():
         # A reference-numerics checkpoint leaves buffers out: the model's own stay.
         if name not in stored and isinstance(tensor, nn.Parameter):
-            yield f"the checkpoint has no '{name}'", "the model has such a parameter, quantized or not"
+            yield name, f"the checkpoint has no '{name}'", "the model has such a parameter, quantized or not"
 
 
 def _layer_problems(

@@ -1,8 +1,9 @@
 """Read a published checkpoint back: to a layer's deployed output, to float tensors, or into a float model.
 
 Nothing in the files is trusted: opening checks what descriptions and headers say, and each tensor's values are checked
-when it is read (`verify` reads all of them). Headers are read at once, tensors when they are asked for, one layer at a
-time.
+when it is read. `verify` reads all of them, and looks whether those of a layer follow from each other; `findings` lists
+what is wrong instead of raising the first of it. Headers are read at once, tensors when they are asked for, one layer
+at a time.
 
     checkpoint = open_checkpoint(files)
     y = checkpoint.read_layer("transformer_blocks.0.attn.to_q")(x)     what the hardware makes of x
@@ -18,31 +19,74 @@ import torch
 from torch import Tensor
 
 from quant_core.checkpoint.entries import TIMESTEP_SEP_KEY, CheckpointFiles
-from quant_core.checkpoint.inventory import Inventory, StoredGroup, broken, take_inventory
+from quant_core.checkpoint.findings import Finding, check
+from quant_core.checkpoint.inventory import Inventory, StoredGroup, take_inventory
 from quant_core.checkpoint.json_file import read_object
+from quant_core.checkpoint.layer_rules import LAYER_RULES, StoredLayer
 from quant_core.checkpoint.tensor_parts import TensorFiles, TensorInfo, index_path
 from quant_core.errors import ConfigurationError, suggestion
 from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer
 from quant_core.schemes import BY_TYPE
 from quant_core.schemes.scheme import separator
-from quant_core.schemes.tensor_rules import TensorRule
+from quant_core.schemes.tensor_rules import FINITE, TensorRule, ValueRule
 
 
 class Checkpoint:
-    """Hold an open checkpoint: what it says of itself, and its tensors on demand.
-
-    inventory: what it holds. metadata: the strings of its header. timestep_sep: the first static step of a timestep
-    scheme (as written into the header, or half the steps), None for others.
-    """
+    """Hold an open checkpoint: what it says of itself, and its tensors on demand; metadata: its header's strings."""
 
     def __init__(self, files: CheckpointFiles) -> None:
         self.files = files
-        description = read_object(files.description)
+        self._description = read_object(files.description)
         self._tensors = TensorFiles(_existing_form(files.weights))
         self._infos = self._tensors.infos()
-        self.inventory: Inventory = take_inventory(description, self._infos, files.description)
         self.metadata = self._tensors.metadata
-        self.timestep_sep = self._timestep_sep()
+        self._inventory, self._form = take_inventory(self._description, self._infos, files)
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether nothing at all can be made of the files."""
+        return self._inventory is None
+
+    @property
+    def inventory(self) -> Inventory:
+        """Return what the checkpoint holds. Raises VerificationError where nothing can be made of it."""
+        if self._inventory is None:
+            raise self._form[0].error()
+        return self._inventory
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield all that breaks a rule: form first, then, reading layer by layer, values and what follows from them."""
+        yield from self._form_findings()
+        if self._inventory is None:
+            return
+        for group in (*self._inventory.layers.values(), *self._inventory.attentions.values()):
+            tensors = {key: self._tensors.read(member) for key, member in group.members.items()}
+            bad = [self._bad_value(group.members[key], t, group.rules[key].values) for key, t in tensors.items()]
+            yield from filter(None, bad)
+            # Of values that are no scales or codes nothing follows.
+            if not any(bad) and group.type in BY_TYPE:
+                yield from check(LAYER_RULES, StoredLayer(group, tensors), self.files.weights)
+        for name in self._inventory.floats:
+            if self._infos[name].dtype.is_floating_point:
+                yield from filter(None, [self._bad_value(name, self._tensors.read(name), FINITE)])
+
+    def _form_findings(self) -> Iterator[Finding]:
+        yield from self._form
+        written, timesteps = self.metadata.get(TIMESTEP_SEP_KEY), self._inventory and self._inventory.timesteps
+        if timesteps is None or written is None:
+            return
+        if not (written.isascii() and written.isdigit() and int(written) <= timesteps):
+            what = f"the header says {TIMESTEP_SEP_KEY} {written!r}"
+            yield Finding("separator", self.files.weights, "", what, f"there are {timesteps} steps")
+
+    @property
+    def timestep_sep(self) -> int | None:
+        """Return the first static step of a timestep scheme, None for others."""
+        timesteps, written = self.inventory.timesteps, self.metadata.get(TIMESTEP_SEP_KEY)
+        if timesteps is None:
+            return None
+        # One that is no number is a finding, and says nothing of the step.
+        return separator(int(written) if written and written.isdecimal() else None, timesteps)
 
     def read_layer(self, name: str) -> DeployedLayer:
         """Return a quantized layer, by its name in the float model: call it with an input (and a step).
@@ -64,9 +108,13 @@ class Checkpoint:
         """Return dtype and shape of a stored tensor, without reading it."""
         return self._infos[name]
 
+    def read_raw(self, name: str) -> Tensor:
+        """Return a tensor as it is stored, by its full name, whatever its values are."""
+        return self._tensors.read(name)
+
     def read_float(self, name: str) -> Tensor:
         """Return a tensor that was not quantized."""
-        return self._tensors.read(name)
+        return self.read_raw(name)
 
     def float_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the float model by its name there, in the model's dtype, one at a time."""
@@ -82,9 +130,14 @@ class Checkpoint:
         return dict(self.float_tensors())
 
     def verify(self) -> None:
-        """Read every quantized layer and every attention scale. Raises VerificationError at the first bad value."""
-        for group in (*self.inventory.layers.values(), *self.inventory.attentions.values()):
-            self._read_group(group)
+        """Read everything. Raises VerificationError at the first that `findings` finds."""
+        for finding in self.findings():
+            raise finding.error()
+
+    def check_form(self) -> None:
+        """Raise VerificationError at the first thing that descriptions and headers show to be wrong."""
+        for finding in self._form_findings():
+            raise finding.error()
 
     def _layer(self, name: str) -> StoredGroup:
         layers = self.inventory.layers
@@ -102,27 +155,17 @@ class Checkpoint:
 
     def _read_checked(self, member: str, rule: TensorRule) -> Tensor:
         tensor = self._tensors.read(member)
-        valid = rule.values.holds(tensor)
-        if not bool(valid.all()):
-            index = (~valid).nonzero()[0].tolist()
-            raise broken(
-                f"'{member}' holds {tensor[tuple(index)].item()} at {index}",
-                self._tensors.path,
-                f"it may hold {rule.values.says} only",
-            )
+        if finding := self._bad_value(member, tensor, rule.values):
+            raise finding.error()
         return tensor
 
-    def _timestep_sep(self) -> int | None:
-        timesteps, written = self.inventory.timesteps, self.metadata.get(TIMESTEP_SEP_KEY)
-        if timesteps is None:
+    def _bad_value(self, member: str, tensor: Tensor, values: ValueRule) -> Finding | None:
+        valid = values.holds(tensor)
+        if bool(valid.all()):
             return None
-        if written is None:
-            return separator(None, timesteps)
-        if not (written.isascii() and written.isdigit() and int(written) <= timesteps):
-            raise broken(
-                f"the header says {TIMESTEP_SEP_KEY} {written!r}", self._tensors.path, f"there are {timesteps} steps"
-            )
-        return int(written)
+        index = (~valid).nonzero()[0].tolist()
+        what = f"'{member}' holds {tensor[tuple(index)].item()} at {index}"
+        return Finding("values", self._tensors.path, member, what, f"it may hold {values.says} only")
 
 
 def open_checkpoint(files: CheckpointFiles) -> Checkpoint:
@@ -130,7 +173,9 @@ def open_checkpoint(files: CheckpointFiles) -> Checkpoint:
 
     Raises InputError for files that are missing or damaged, and VerificationError for ones that break a rule.
     """
-    return Checkpoint(files)
+    checkpoint = Checkpoint(files)
+    checkpoint.check_form()
+    return checkpoint
 
 
 def _existing_form(weights: Path) -> Path:

@@ -37,4 +37,5 @@ SCHEME = Scheme(
     rules=WEIGHT_RULES,
     output=output,
     with_attention=True,
+    least_outputs=2,  # it squeezes the scales, and one that is left has no axis any more
 )

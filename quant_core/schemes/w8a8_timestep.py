@@ -65,4 +65,5 @@ SCHEME = Scheme(
     rules={**WEIGHT_RULES, **per_step(STATIC_RULES)},
     layer_tensors=layer_tensors,
     output=output,
+    least_outputs=2,  # it squeezes the scales, and one that is left has no axis any more
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,9 +11,10 @@ from torch import nn
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.layers.deployed import DeployedLinear
+from quant_core.naming import linear_at
 from quant_core.parallel.groups import reduce_over
 from quant_core.schemes.option_rules import schemes_that
-from quant_core.schemes.scheme import PerStepConfig, separator
+from quant_core.schemes.scheme import PerStepConfig, Scheme, separator
 from quant_core.session.session import Session
 
 
@@ -25,6 +27,18 @@ def check_float(model: nn.Module) -> None:
             where=f"{type(model).__name__}: {len(quantized)} layers, first {quantized[0]}",
             why="a model is quantized in place, and codes of codes mean nothing",
             advice="load the float model again",
+        )
+
+
+def check_outputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Check that the runtime can compute every layer. Raises ConfigurationError naming those that it cannot."""
+    narrow = [name for name, scheme in schemes.items() if linear_at(model, name).out_features < scheme.least_outputs]
+    if narrow:
+        raise ConfigurationError(
+            f"{schemes[narrow[0]].quant_type} layers with one output: {', '.join(narrow[:5])}",
+            where=f"{type(model).__name__}: {len(narrow)} of {len(schemes)} layers to quantize",
+            why="the runtime loads such a layer and fails when it computes: it squeezes the one scale to no axis",
+            advice=f"keep them float: disable_names (--disable_names {' '.join(narrow[:5])})",
         )
 
 

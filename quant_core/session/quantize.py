@@ -35,7 +35,7 @@ from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation
-from quant_core.session.checks import check_float, check_numerics, check_records, first_static_step
+from quant_core.session.checks import check_float, check_numerics, check_outputs, check_records, first_static_step
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.observation import input_observer, reduce_ranges
 from quant_core.session.session import Session
@@ -76,6 +76,7 @@ def quant_model(
     """
     session = Session(model, config, structure or find_structure(model), parallel or Parallel(), progress)
     check_float(model)
+    check_outputs(model, dict.fromkeys(session.targets, session.scheme))
     check_numerics(session)
     check_records(session)
     timestep_sep = first_static_step(session)

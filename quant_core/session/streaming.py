@@ -32,6 +32,7 @@ from quant_core.parallel.groups import Group, Parallel, reduce_over
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation, Scheme
+from quant_core.session.checks import check_outputs
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
 from quant_core.session.targets import target_layers
@@ -75,7 +76,9 @@ def quantize_streaming(
             advice="drop part_file_size, or quantize with quant_model",
         )
     parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.key]
-    layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
+    targets = target_layers(model, config.scheme.disable_names)
+    check_outputs(model, dict.fromkeys(targets, scheme))
+    layers = describe_layers(model, targets, scheme, numerics)
     if config.save is None:
         return QuantizedModel(scheme.quant_type, layers, None)
     described = list(entries(model, buffers=not numerics.is_reference, extra={}))

@@ -62,13 +62,35 @@ class PublishedJob:
 
 
 @pytest.fixture(scope="session")
-def dual_timestep_job(tiny_flux_folder: Path, made_once: Callable[..., Path]) -> PublishedJob:
+def job_on_two_ranks(made_once: Callable[..., Path]) -> Callable[..., PublishedJob]:
+    """Return a function that has two ranks run a job of that name, model, pipeline and flags, once."""
+
+    def job(name: str, model: str, pipeline: Path, *flags: str) -> PublishedJob:
+        def run(out: Path) -> None:
+            finished = run_job(2, model, pipeline, write_prompts(out / "calib_prompts.txt"), out, *flags)
+            (out / "stdout.txt").write_text(finished.stdout)
+
+        folder = made_once(name, run)
+        return PublishedJob(folder, folder / "calib_prompts.txt", flags)
+
+    return job
+
+
+@pytest.fixture(scope="session")
+def dual_timestep_job(tiny_flux_folder: Path, job_on_two_ranks: Callable[..., PublishedJob]) -> PublishedJob:
     """FLUX on two ranks, the dual-card layout, per-timestep scales; read it, or run it again with the same flags."""
     flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")
+    return job_on_two_ranks("dual_timestep_job", "flux", tiny_flux_folder, *flags)
 
-    def run(out: Path) -> None:
-        finished = run_job(2, "flux", tiny_flux_folder, write_prompts(out / "calib_prompts.txt"), out, *flags)
-        (out / "stdout.txt").write_text(finished.stdout)
 
-    folder = made_once("dual_timestep_job", run)
-    return PublishedJob(folder, folder / "calib_prompts.txt", flags)
+@pytest.fixture(scope="session")
+def dual_smoothed_job(tiny_flux_folder: Path, job_on_two_ranks: Callable[..., PublishedJob]) -> PublishedJob:
+    """FLUX on two ranks with smoothed dynamic layers and scales of attention."""
+    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_dynamic_fa3", "--anti_method", "m4")
+    return job_on_two_ranks("dual_smoothed_job", "flux", tiny_flux_folder, *flags)
+
+
+@pytest.fixture(scope="session")
+def dual_sd3_job(tiny_sd3_folder: Path, job_on_two_ranks: Callable[..., PublishedJob]) -> PublishedJob:
+    """SD3 on two ranks, one copy over both, static layers of a float16 model."""
+    return job_on_two_ranks("dual_sd3_job", "sd3", tiny_sd3_folder)

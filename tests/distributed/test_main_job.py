@@ -122,11 +122,10 @@ def test_four_ranks_are_two_copies_of_two_shards_and_write_each_shard_once(tiny_
     assert all(Path(image).stat().st_size > 0 for info in listed for image in info["images"])
 
 
-def test_sd3_on_two_ranks_spreads_one_copy_over_both(tiny_sd3_folder, prompts, tmp_path):
-    finished = run_job(2, "sd3", tiny_sd3_folder, prompts, tmp_path)
-    assert "world 2 = dp 1 × tp 2" in finished.stdout
+def test_sd3_on_two_ranks_spreads_one_copy_over_both(dual_sd3_job: PublishedJob):
+    assert "world 2 = dp 1 × tp 2" in dual_sd3_job.stdout
     for rank in (0, 1):
-        loaded = consumer.load(tmp_path / "weights", rank, "w8a8")
+        loaded = consumer.load(dual_sd3_job.folder / "weights", rank, "w8a8")
         consumer.check(loaded, torch.float16)
         assert loaded.description["pos_embed.pos_embed"] == "FLOAT"
         bias = "transformer_blocks.0.attn.to_out.0.bias"

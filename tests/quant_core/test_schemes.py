@@ -142,6 +142,31 @@ def test_a_smoothed_layer_is_read_where_the_runtime_multiplies_its_input_and_ref
 
 
 @each_scheme
+def test_a_layer_of_one_output_is_refused_where_the_runtime_cannot_compute_it(tmp_path: Path, name: str):
+    model = SmallModel()
+    model.second = torch.nn.Linear(16, 1, bias=False)  # its output is added to eight numbers
+    if SCHEMES[name].least_outputs == 1:
+        files = quant_model(model, session(name, tmp_path)).files
+        assert files is not None
+        open_checkpoint(files).verify()
+    else:
+        with pytest.raises(ConfigurationError, match=r"layers with one output: second") as caught:
+            quant_model(model, session(name, tmp_path))
+        assert "--disable_names second" in caught.value.advice
+
+
+@each_scheme
+def test_a_stored_layer_of_one_output_is_found_where_the_runtime_cannot_compute_it(tmp_path: Path, name: str):
+    def cut(tensors: dict[str, Tensor], _: object) -> None:
+        for tensor in [each for each in tensors if each.startswith("second.") and "input" not in each]:
+            axis = -1 if tensor.endswith(("quant_bias", "deq_scale")) else 0
+            tensors[tensor] = tensors[tensor].narrow(axis, 0, 1).contiguous()
+
+    found = [each.rule for each in open_checkpoint(damaged(written(tmp_path, name), cut)).findings()]
+    assert found == ([] if SCHEMES[name].least_outputs == 1 else ["operators"])
+
+
+@each_scheme
 def test_attention_scales_are_read_beside_any_scheme(tmp_path: Path, name: str):
     checkpoint = open_checkpoint(damaged(written(tmp_path, name), add_attention))
     checkpoint.verify()

@@ -53,5 +53,8 @@ def commands() -> dict[str, Command]:
         )
         for model in adapter_names()
     )
-    merge = Command("merge", "Publish the shards that an earlier run left unmerged.", "launcher.cli.commands.merge")
-    return {command.name: command for command in (*jobs, merge)}
+    on_files = (
+        Command("merge", "Publish the shards that an earlier run left unmerged.", "launcher.cli.commands.merge"),
+        Command("verify", "Check a published checkpoint by every rule.", "launcher.cli.commands.verify"),
+    )
+    return {command.name: command for command in (*jobs, *on_files)}

@@ -1,0 +1,46 @@
+"""`verify`: check a published checkpoint by every rule, and say what the runtime will make of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field
+
+from launcher.config.job_config import Section
+from launcher.config.option_flags import POSITIONAL
+from launcher.devices.kinds import use_only
+from launcher.devices.launch import Launch
+
+
+class VerifyOptions(Section):
+    """Check the files of all ranks, each by itself and against each other; nothing is changed."""
+
+    folder: Annotated[Path, POSITIONAL] = Field(
+        description="folder of the quantized weights",
+        validation_alias=AliasChoices("quant_weight_save_folder", "folder"),
+    )
+    path: str | None = Field(
+        default=None, description="folder of the float pipeline: compare every weight with it, layer by layer"
+    )
+    as_json: bool = Field(
+        default=False, description="print the findings as JSON", validation_alias=AliasChoices("json", "as_json")
+    )
+
+
+def options(name: str) -> type[VerifyOptions]:
+    """Return the options of the command."""
+    return VerifyOptions
+
+
+def run(options: VerifyOptions, launch: Launch | None) -> None:
+    """Check in this process, without a device; raises VerificationError when anything is wrong."""
+    use_only("cpu")
+    from launcher.inspection.verify import told, verify
+    from launcher.journal.logs import quiet_libraries
+
+    quiet_libraries()
+    verdict = verify(options.folder, options.path)
+    print(json.dumps(verdict.as_plain(), indent=1) if options.as_json else "\n".join(told(verdict)))
+    verdict.require_sound()
