@@ -23,7 +23,7 @@ T = TypeVar("T")
 def identify(job: Job) -> Results:
     """Return where the job's results go and what they depend on; rank 0 reads the model's files for all."""
     config, ranks = job.config, job.ranks
-    model = _ask_first(ranks, "reading the model's files", lambda: model_fields(config))
+    model = ask_first(ranks, "reading the model's files", lambda: model_fields(config))
     calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, read_batches(config.pipeline))
     return Results(
         folder=run_together(ranks, "making the output folders", lambda: _folder(job)),
@@ -37,10 +37,10 @@ def is_published(job: Job, results: Results) -> bool:
 
     Rank 0 looks for all: ranks that saw it differently would wait for each other.
     """
-    return _ask_first(job.ranks, "looking at the output folder", lambda: _is_published(job, results))
+    return ask_first(job.ranks, "looking at the output folder", lambda: _is_published(job, results))
 
 
-def _ask_first(ranks: Ranks, stage: str, look: Callable[[], T]) -> T:
+def ask_first(ranks: Ranks, stage: str, look: Callable[[], T]) -> T:
     """Return on all ranks what rank 0 finds; raises its error on all of them."""
     found = run_together(ranks, stage, lambda: look() if ranks.rank == 0 else None)
     [first, *_] = gather_objects(ranks, found, what=stage)
@@ -48,12 +48,17 @@ def _ask_first(ranks: Ranks, stage: str, look: Callable[[], T]) -> T:
     return first
 
 
-def _folder(job: Job) -> RunFolder:
+def run_folder(job: Job) -> RunFolder:
+    """Return the names of the files that this rank of the job reads and writes."""
     weights, dumps = job.config.output.quant_weight_save_folder, job.config.output.quant_dump_calib_folder
     assert weights is not None, "the configuration requires it"
     assert dumps is not None, "the configuration requires it"
-    folder = RunFolder(weights, dumps, quant_type(job), job.ranks.mesh, job.ranks.is_distributed)
-    for path in (weights, dumps, folder.staging):
+    return RunFolder(weights, dumps, quant_type(job), job.ranks.mesh, job.ranks.is_distributed)
+
+
+def _folder(job: Job) -> RunFolder:
+    folder = run_folder(job)
+    for path in (folder.weights, folder.dumps, folder.staging):
         make_folder(path)
         if job.ranks.rank == 0:
             sweep(path)
