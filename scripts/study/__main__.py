@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "study.md", help="file of the table")
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="MODEL")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="each has prompts of its own")
-    parser.add_argument("--pictures", type=int, default=2 * AT_ONCE, help="at most 16")
+    parser.add_argument("--pictures", type=int, default=AT_ONCE, help="at most 16")
     parser.add_argument("--full", action="store_true", help="every combination")
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()

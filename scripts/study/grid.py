@@ -59,9 +59,10 @@ class Method:
 def chosen(kind: str) -> Iterator[Method]:
     """Yield the methods that say something: schemes, then what each choice changes in one of them."""
     static = STATIC[kind]
+    smoothings = [name for name in SMOOTHINGS if name != "none" and (kind != "flux" or "all" not in name)]
     yield from (Method(scheme) for scheme in SCHEMES)
     yield from (Method(static, estimator=name) for name in ESTIMATORS["float32"] if name != "minmax")
-    yield from (Method(scheme, name) for scheme in (static, "w8a8_dynamic") for name in SMOOTHINGS if name != "none")
+    yield from (Method(scheme, name) for scheme in (static, "w8a8_dynamic") for name in smoothings)
     yield from (Method(scheme, numerics="reference") for scheme in (static, "w8a8_dynamic"))
     yield Method(static, "m4", "mse")
     yield Method(static, "m4", numerics="reference")
