@@ -136,11 +136,11 @@ def what_is_asked_for_is_measured(job: JobConfig) -> Iterator[ConfigurationError
             why="only a published checkpoint is evaluated",
             advice="add --do_quant, or drop --evaluate",
         )
-    elif options.evaluate == 0 and options.needs_pictures:
+    elif options.evaluate == 0 and (options.needs_pictures or options.evaluate_prompts):
         yield ConfigurationError(
-            "--evaluate 0 makes no pictures to compare",
-            where=f"--evaluate, {', '.join(f'--{name}' for name in asked)}",
-            why="PSNR, SSIM and FLIP are measured on pictures",
+            "--evaluate 0 makes no pictures",
+            where=f"--evaluate, {', '.join(f'--{name}' for name in asked) or '--evaluate_prompts'}",
+            why="PSNR, SSIM and FLIP are measured on pictures, and only they need prompts",
             advice="--evaluate 4, or --min_output_sqnr and --min_layer_sqnr only",
         )
 

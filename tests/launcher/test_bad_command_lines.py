@@ -56,6 +56,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         [*JOB, "--evaluate", "0", "--max_flip", "0.1"],
         "--evaluate 0 makes no pictures",
     ),
+    "prompts without pictures": (
+        [*JOB, "--evaluate", "0", "--evaluate_prompts", "p.txt"],
+        "--evaluate 0 makes no pictures",
+    ),
     "fewer pictures than none": ([*JOB, "--evaluate", "-1"], "--evaluate"),
     "part of prompts that does not exist": ([*JOB, "--data_split_id", "1"], "data_split_id 1"),
     "hang timeout of nothing": ([*JOB, "--hang_timeout", "0"], "--hang_timeout cannot be '0'"),
