@@ -1,7 +1,7 @@
 # The four commands of a newcomer. Each is one line of shell that works without make.
 .PHONY: demo test lint format
 
-demo:            # two ranks quantize a tiny FLUX on the CPU
+demo:            # two ranks quantize a small trained FLUX on the CPU
 	sh scripts/demo.sh
 
 test:            # style, types, all tests

@@ -5,6 +5,8 @@ Every stage leaves complete files behind and skips itself when a matching earlie
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from launcher.config.job_config import JobConfig
 from launcher.failure.monitor import Monitor
 from launcher.failure.phases import run_together
@@ -13,8 +15,9 @@ from launcher.journal.logs import quiet_diffusers
 from launcher.ranks.agreement import require_alike
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
+from launcher.stages.evaluate import check_evaluation, evaluate
 from launcher.stages.folders import own_folders
-from launcher.stages.identify import identify, is_published
+from launcher.stages.identify import identify, is_published, run_folder
 from launcher.stages.images import check_save_path, explain_approximation, make_float_images
 from launcher.stages.job import Job
 from launcher.stages.merge import merge
@@ -26,6 +29,15 @@ from model_adapters.pipeline.prompts import Batch, even_share, read_batches
 
 def run(config: JobConfig, watch: Monitor | None = None) -> None:
     """Run the job on this rank, together with the others; a caller in Python may do without a started monitor."""
+    _on_ranks(config, watch, _quantize if config.quantization.do_quant else make_float_images)
+
+
+def evaluate_published(config: JobConfig, watch: Monitor | None = None) -> None:
+    """Evaluate what the job has published, and do nothing else of it."""
+    _on_ranks(config, watch, lambda job: evaluate(job, run_folder(job)))
+
+
+def _on_ranks(config: JobConfig, watch: Monitor | None, work: Callable[[Job], object]) -> None:
     watch = watch or Monitor(config)
     quiet_diffusers()
     ranks = join(config, watch.launch, watch.rendezvous.groups)
@@ -35,10 +47,7 @@ def run(config: JobConfig, watch: Monitor | None = None) -> None:
     job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
     require_alike(ranks, common_options(config), what="the options")
     with own_folders(job):
-        if config.quantization.do_quant:
-            _quantize(job)
-        else:
-            make_float_images(job)
+        work(job)
     watch.finish()
     leave(ranks)
 
@@ -55,6 +64,7 @@ def _quantize(job: Job) -> None:
         merge(job, results)
     if job.config.output.do_save_img:
         make_quant_images(job, results)
+    evaluate(job, results.folder)
 
 
 def _prepare(config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
@@ -63,6 +73,7 @@ def _prepare(config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
     session.check()
     job = Job(config, ranks, session, watch, _share(read_batches(config.pipeline), ranks))
     check_save_path(job)
+    check_evaluation(job)
     explain_approximation(job)
     return job
 

@@ -5,6 +5,7 @@
     quantization   what to quantize and how
     ranks          devices and how the ranks are laid out
     output         what is written where, and what a second run may reuse
+    evaluation     what is measured of the published checkpoint, and what it must reach
 
 Nothing here depends on a model or checks one option against another: see `resolve` and `job_rules`.
 """
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from launcher.config.yaml_text import commented_yaml
 from model_adapters.options import PipelineOptions
+from model_adapters.quality.gate import Thresholds
 from quant_core.processor import Exponent
 from quant_core.schemes import QUANT_TYPES, SCHEMES
 from quant_core.schemes.option_rules import schemes_that
@@ -116,6 +118,22 @@ class Output(Section):
     overwrite: bool = Field(default=False, description="replace an already published result of another job")
 
 
+class Evaluation(Section, Thresholds):
+    """What is measured of the published checkpoint, and what it must reach."""
+
+    evaluate: int | None = Field(
+        default=None,
+        ge=0,
+        description="measure the published checkpoint on this many new pictures; 0: layers and outputs only, on the "
+        "calibration data; left out: not at all",
+    )
+    evaluate_prompts: Path | None = Field(
+        default=None,
+        description="prompts to evaluate, in the format of the prompt file; left out: those of the prompt file that "
+        "calibration did not use, then the others with other noise",
+    )
+
+
 class JobConfig(Section):
     """Describe one run completely. Build it with `resolve.job_config` or the command line, which check it."""
 
@@ -124,6 +142,7 @@ class JobConfig(Section):
     quantization: Quantization = Quantization()
     ranks: RankOptions = RankOptions()
     output: Output = Output()
+    evaluation: Evaluation = Evaluation()
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as commented YAML, which `--config` accepts."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from launcher.config.job_config import JobConfig
+from model_adapters.quality.gate import Thresholds
 from quant_core.errors import ConfigurationError
 from quant_core.schemes import QUANT_TYPES
 from quant_core.schemes.option_rules import OptionNames, option_problems, schemes_that
@@ -116,6 +117,34 @@ def device_id_counts_cards(job: JobConfig) -> Iterator[ConfigurationError]:
         )
 
 
+def what_is_asked_for_is_measured(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse a threshold on what nobody measures, and to measure what nobody makes."""
+    options = job.evaluation
+    asked = [name for name in Thresholds.model_fields if getattr(options, name) is not None]
+    if options.evaluate is None:
+        if given := [*asked, *(["evaluate_prompts"] if options.evaluate_prompts else [])]:
+            yield ConfigurationError(
+                f"--{given[0]} has no meaning without --evaluate",
+                where=f"--{given[0]}, --evaluate",
+                why="nothing is measured of the checkpoint",
+                advice="add --evaluate 4 (four pictures), or --evaluate 0 for layers and outputs only",
+            )
+    elif not job.quantization.do_quant:
+        yield ConfigurationError(
+            f"--evaluate {options.evaluate} has no meaning without --do_quant",
+            where="--evaluate, --do_quant",
+            why="only a published checkpoint is evaluated",
+            advice="add --do_quant, or drop --evaluate",
+        )
+    elif options.evaluate == 0 and (options.needs_pictures or options.evaluate_prompts):
+        yield ConfigurationError(
+            "--evaluate 0 makes no pictures",
+            where=f"--evaluate, {', '.join(f'--{name}' for name in asked) or '--evaluate_prompts'}",
+            why="PSNR, SSIM and FLIP are measured on pictures, and only they need prompts",
+            advice="--evaluate 4, or --min_output_sqnr and --min_layer_sqnr only",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     has_something_to_do,
     quantizing_has_its_folders,
@@ -123,4 +152,5 @@ RULES: tuple[Rule, ...] = (
     smoothing_options_belong_to_their_method,
     options_fit_the_scheme,
     device_id_counts_cards,
+    what_is_asked_for_is_measured,
 )

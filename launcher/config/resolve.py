@@ -13,10 +13,17 @@ from typing import Any
 from pydantic import Field, create_model, model_validator
 
 from launcher.config.config_errors import Origin, together, validated
-from launcher.config.job_config import JobConfig, Output, Quantization, RankOptions, Section
+from launcher.config.job_config import Evaluation, JobConfig, Output, Quantization, RankOptions, Section
 from launcher.config.job_rules import RULES
 from launcher.config.yaml_text import parse_yaml
 from model_adapters import load_options
+
+_SECTIONS: Mapping[str, type[Section]] = {
+    "quantization": Quantization,
+    "ranks": RankOptions,
+    "output": Output,
+    "evaluation": Evaluation,
+}
 
 
 def job_config(model: str, tree: Mapping[str, Any], origin: Origin | None = None) -> JobConfig:
@@ -49,7 +56,7 @@ def job_config_class(model: str) -> type[JobConfig]:
     # Nothing given of the pipeline is the empty section, so that what it lacks is named.
     empty = Field(default_factory=dict, validate_default=True)
     fields: dict[str, Any] = {"model": (str, model), "pipeline": (adapter.OPTIONS, empty)}
-    for name, section in (("quantization", Quantization), ("ranks", RankOptions), ("output", Output)):
+    for name, section in _SECTIONS.items():
         of_model = _with_defaults(section, adapter.DEFAULTS)
         fields[name] = (of_model, Field(default_factory=of_model))
     return create_model("JobConfig", __base__=_CheckedJob, **fields)

@@ -34,7 +34,7 @@ def parse_yaml(text: str, *, where: str = "--config") -> dict[str, Any]:
         raise ConfigurationError(
             f"the configuration is a {type(tree).__name__}, not a mapping",
             where=where,
-            why="it holds the sections model, pipeline, quantization, ranks, output",
+            why="it holds the sections model, pipeline, quantization, ranks, output, evaluation",
             advice="start from the configuration that a run stores beside its output",
         )
     return {str(key): value for key, value in tree.items() if value is not None}

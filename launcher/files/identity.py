@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from launcher.config.job_config import JobConfig
+from launcher.config.job_config import Evaluation, JobConfig
 from launcher.files.digests import digest_of_file, digest_of_text
 from launcher.files.fingerprint import Fingerprint, flatten
 from launcher.ranks.mesh import Mesh
@@ -43,6 +43,7 @@ OUTSIDE_IDENTITY: Mapping[str, frozenset[str]] = {
         {"save_path", "do_save_img", "quant_weight_save_folder", "quant_dump_calib_folder"}
         | {"calibrate", "resume", "fingerprint", "overwrite"}
     ),
+    "evaluation": frozenset(Evaluation.model_fields),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from launcher.ranks.process_group import Ranks
@@ -18,6 +19,15 @@ T = TypeVar("T")
 def all_agree(ranks: Ranks, mine: bool, *, what: str = "an agreement") -> bool:
     """Return on all ranks whether every rank said yes."""
     return all(gather_objects(ranks, mine, what=what))
+
+
+def copy_agrees(ranks: Ranks, mine: bool) -> bool:
+    """Return on all ranks of this copy of the model whether every one of them said yes."""
+    if ranks.tp_control is None or ranks.mesh.tp_size == 1:
+        return mine
+    answer = torch.tensor(int(mine))
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN, group=ranks.tp_control)
+    return bool(answer)
 
 
 def gather_objects(ranks: Ranks, mine: T, *, what: str = "an exchange", timeout_s: float | None = None) -> list[T]:

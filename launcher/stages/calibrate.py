@@ -47,7 +47,8 @@ def calibrate(job: Job, results: Results) -> Path | None:
 
 
 def _is_needless(job: Job) -> bool:
-    if reads_dump(job) or job.config.output.calibrate == "always":
+    wanted = job.config.output.calibrate == "always" or job.config.evaluation.evaluate == 0  # which measures on it
+    if wanted or reads_dump(job):
         return False
     quant_type = job.config.quantization.quant_type
     job.console.say(f"calibrate: skipped, {quant_type} reads no activations (--calibrate always dumps them anyway)")

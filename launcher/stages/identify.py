@@ -6,16 +6,22 @@ ranks of different jobs would wait for each other, or fit together by chance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from launcher.failure.phases import run_together
 from launcher.files.identity import calibration_fingerprint, model_fields, quantization_fingerprint
 from launcher.files.manifest import read_manifest
 from launcher.files.run_folder import RunFolder
 from launcher.ranks.agreement import gather_objects, require_alike
+from launcher.ranks.process_group import Ranks
 from launcher.stages.job import Job, Results
 from launcher.stages.quantize import quant_type
 from model_adapters.pipeline.prompts import read_batches
 from quant_core.atomic_file import make_folder
 from quant_core.errors import InputError
+
+T = TypeVar("T")
 
 
 def identify(job: Job) -> Results:
@@ -37,16 +43,27 @@ def is_published(job: Job, results: Results) -> bool:
 
     Rank 0 looks for all: ranks that saw it differently would wait for each other.
     """
-    ranks, stage = job.ranks, "looking at the output folder"
-    found = run_together(ranks, stage, lambda: ranks.rank == 0 and _is_published(job, results))
-    return gather_objects(ranks, found, what=stage)[0]
+    return ask_first(job.ranks, "looking at the output folder", lambda: _is_published(job, results))
 
 
-def _folder(job: Job) -> RunFolder:
+def ask_first(ranks: Ranks, stage: str, look: Callable[[], T]) -> T:
+    """Return on all ranks what rank 0 finds; raises its error on all of them."""
+    found = run_together(ranks, stage, lambda: look() if ranks.rank == 0 else None)
+    [first, *_] = gather_objects(ranks, found, what=stage)
+    assert first is not None, "rank 0 looked"
+    return first
+
+
+def run_folder(job: Job) -> RunFolder:
+    """Return the names of the files that this rank of the job reads and writes."""
     weights, dumps = job.config.output.quant_weight_save_folder, job.config.output.quant_dump_calib_folder
     assert weights is not None, "the configuration requires it"
     assert dumps is not None, "the configuration requires it"
-    folder = RunFolder(weights, dumps, quant_type(job), job.ranks.mesh, job.ranks.is_distributed)
+    return RunFolder(weights, dumps, quant_type(job), job.ranks.mesh, job.ranks.is_distributed)
+
+
+def _folder(job: Job) -> RunFolder:
+    folder = run_folder(job)
     make_folder(folder.staging)
     return folder
 

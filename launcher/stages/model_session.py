@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from launcher.config.job_config import JobConfig
@@ -96,17 +97,25 @@ class ModelSession:
     def pipeline(self) -> Any:
         """Return the pipeline around the transformer, without text encoders, loading its parts the first time."""
         if self._pipeline is None:
-            options = self.config.pipeline
-            self._pipeline = load_pipeline(
-                self.adapter,
-                options,
-                self.transformer.model,
-                self.ranks.device,
-                self.adapter.dtype(options),
-                cpu_offload=self.offloads,
-                with_text=False,
-            )
+            self._pipeline = self._load_pipeline(self.adapter.dtype(self.config.pipeline))
         return self._pipeline
+
+    def load_exact_pipeline(self) -> Any:
+        """Return the same pipeline, loaded anew, with everything but the transformer in float32."""
+        self.drop_pipeline()
+        self._pipeline = self._load_pipeline(torch.float32)
+        return self._pipeline
+
+    def _load_pipeline(self, dtype: torch.dtype) -> Any:
+        return load_pipeline(
+            self.adapter,
+            self.config.pipeline,
+            self.transformer.model,
+            self.ranks.device,
+            dtype,
+            cpu_offload=self.offloads,
+            with_text=False,
+        )
 
     def approximating(self) -> AbstractContextManager[Any]:
         """Return a context in which the pipeline may approximate steps, if the options say so."""

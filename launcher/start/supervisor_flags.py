@@ -41,4 +41,4 @@ def job_on_ranks(command_words: Sequence[str]) -> JobConfig:
             why="it works on files, in one process",
             advice=f"leave out what stands in front of {asked.command.name}",
         )
-    return asked.options
+    return asked.command.job(asked.options)

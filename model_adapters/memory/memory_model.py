@@ -22,9 +22,11 @@ from model_adapters.adapter import ModelAdapter
 from model_adapters.inputs import size
 from model_adapters.memory.live_bytes import peak_bytes
 from model_adapters.options import PipelineOptions
+from model_adapters.pipeline.arithmetic import other_arithmetic
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.naming import linear_at
+from quant_core.quality.replayed import HELD_BYTES
 from quant_core.schemes import QUANT_TYPES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session.streaming import BLOCK_NUMEL
@@ -37,7 +39,8 @@ class MemoryModel:
 
     weights: this rank's float part; activations: the most that one forward holds beside them; record: what one batch
     adds to the dump; dump: all of it; codes: int8 weights beside the float ones; workspace: the most that quantizing
-    one layer or one input takes; widest: the largest tensor; quantized: what is published.
+    one layer or one input takes; widest: the largest tensor; quantized: what is published; comparing: what activations
+    are while an evaluation compares layers, or computes the noise floor.
     """
 
     weights: int
@@ -48,6 +51,7 @@ class MemoryModel:
     workspace: int
     widest: int
     quantized: int
+    comparing: int
 
     @property
     def loading(self) -> int:
@@ -64,6 +68,11 @@ class MemoryModel:
         """Peak of quantizing by replay, of which `codes` and `dump` are on the host."""
         replaying = self.weights + self.codes + self.dump + self.activations
         return max(self.loading, replaying + self.workspace)
+
+    @property
+    def evaluating(self) -> int:
+        """Peak of an evaluation, of which held codes are on the host; the decoder of its pictures comes on top."""
+        return max(self.loading, self.weights + min(self.codes, HELD_BYTES) + self.comparing)
 
     @property
     def streaming(self) -> int:
@@ -102,6 +111,7 @@ def estimate_memory(
         workspace=_workspace(weights, largest_input, scheme, NUMERICS["float32"], streams),
         widest=max(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         quantized=_quantized_bytes(model, targets, scheme, options.infer_steps),
+        comparing=_follow_evaluation(model, targets, arguments, dtype) + size(arguments),
     )
 
 
@@ -117,6 +127,32 @@ def _follow_forward(model: nn.Module, targets: list[str], arguments: dict[str, T
         hook.remove()
     largest = max(seen, key=lambda shape: shape.numel())
     return peak, torch.empty(largest, dtype=next(model.parameters()).dtype, device="meta")
+
+
+def _follow_evaluation(model: nn.Module, targets: list[str], arguments: dict[str, Tensor], dtype: torch.dtype) -> int:
+    """Return the most bytes alive in a forward whose layers are compared, or in one of the noise floor."""
+
+    def forward() -> object:
+        return model(**arguments, return_dict=False)
+
+    with other_arithmetic(model, dtype):
+        floor = peak_bytes(forward)
+    hooks = [model.get_submodule(name).register_forward_hook(_compare) for name in targets]
+    compared = peak_bytes(forward)
+    for hook in hooks:
+        hook.remove()
+    return max(floor, compared)
+
+
+def _compare(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Make what comparing a layer with its deployed self makes: all in float32, and integers in between."""
+    x, weight = inputs[0].float(), linear.weight
+    assert isinstance(weight, Tensor), "targets are linears"
+    exact = nn.functional.linear(x, weight.float())
+    codes = x.to(torch.int8)
+    integers = torch.empty_like(output, dtype=torch.int32)
+    del codes
+    (exact - integers.float()).square_()
 
 
 def _workspace(

@@ -81,6 +81,7 @@ class Origin(_Data):
     model: str = Field(description="name of the adapter")
     quant_type: str
     fingerprint: str = Field(description="digest of the job that made the checkpoint")
+    checkpoint: str = Field(default="", description="digest of the content of its files")
     options: Mapping[str, int | float | str | None] = Field(
         default_factory=dict, description="options of the pipeline that the pictures depend on"
     )

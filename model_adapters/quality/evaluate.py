@@ -27,10 +27,7 @@ from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.quality.ratio import StepRatios
-from quant_core.quality.replayed import LayerOutput, compare_layers, compare_outputs, kept_outputs, sampled
-
-# Codes of so many layers are held on the host while all records are replayed: 11 GiB of FLUX.1-dev take six replays.
-HELD_BYTES = 2 * 2**30
+from quant_core.quality.replayed import HELD_BYTES, LayerOutput, compare_layers, compare_outputs, kept_outputs, sampled
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,17 @@ _LEFT_OUT = frozenset(
 )
 
 
-def origin_of(adapter: ModelAdapter, options: PipelineOptions, *, quant_type: str, fingerprint: str) -> Origin:
-    """Describe an evaluation; fingerprint: of the job that made the checkpoint."""
+def origin_of(
+    adapter: ModelAdapter, options: PipelineOptions, *, quant_type: str, fingerprint: str, checkpoint: str
+) -> Origin:
+    """Describe an evaluation; fingerprint: of the job that made the checkpoint; checkpoint: digest of its files."""
     dtype = adapter.dtype(options)
     chosen = options.model_dump(mode="json", exclude=set(_LEFT_OUT))
     return Origin(
         model=adapter.name,
         quant_type=quant_type,
         fingerprint=fingerprint,
+        checkpoint=checkpoint,
         options=dict(sorted(chosen.items())),
         dtype=_name(dtype),
         floor_dtype=_name(other_dtype(dtype)),

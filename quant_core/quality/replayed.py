@@ -28,6 +28,8 @@ from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.calibration.timestep import TimestepManager
 from quant_core.quality.ratio import StepRatios, compare
 
+# Codes of so many layers are held on the host while all records are replayed: 11 GiB of FLUX.1-dev take six replays.
+HELD_BYTES = 2 * 2**30
 # What one layer computes: input (..., I) and denoising step to output (..., O), on the input's device.
 LayerOutput = Callable[[Tensor, "int | None"], Tensor]
 # A forward hook: module, its inputs and its local output to the output that the rest of the model sees.

@@ -47,6 +47,20 @@ CASES: dict[str, tuple[list[str], str]] = {
     "exponent without its method": ([*JOB, "--anti_alpha", "0.5"], "--anti_alpha 0.5 has no"),
     "exponent beyond 1": ([*JOB, "--anti_method", "m4", "--anti_alpha", "2"], "--anti_alpha"),
     "one of several processors": ([*JOB, "--device_id", "1"], "--device_id 1 has no meaning"),
+    "threshold without an evaluation": ([*JOB, "--min_psnr", "30"], "--min_psnr has no meaning without --evaluate"),
+    "evaluation without a checkpoint": (
+        [*without("--do_quant"), "--do_save_img", "--evaluate", "4"],
+        "--evaluate 4 has no meaning without --do_quant",
+    ),
+    "threshold of pictures without pictures": (
+        [*JOB, "--evaluate", "0", "--max_flip", "0.1"],
+        "--evaluate 0 makes no pictures",
+    ),
+    "prompts without pictures": (
+        [*JOB, "--evaluate", "0", "--evaluate_prompts", "p.txt"],
+        "--evaluate 0 makes no pictures",
+    ),
+    "fewer pictures than none": ([*JOB, "--evaluate", "-1"], "--evaluate"),
     "part of prompts that does not exist": ([*JOB, "--data_split_id", "1"], "data_split_id 1"),
     "hang timeout of nothing": ([*JOB, "--hang_timeout", "0"], "--hang_timeout cannot be '0'"),
     "configuration that is missing": ([*JOB, "--config", "no.yaml"], "cannot read 'no.yaml'"),

@@ -39,6 +39,7 @@ COUNTS = {
     },
     "ranks": {"device"},
     "output": set[str](),
+    "evaluation": set[str](),
 }
 
 

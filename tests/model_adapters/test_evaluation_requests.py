@@ -65,7 +65,7 @@ def test_batches_are_those_of_the_whole_job(tmp_path: Path):
 
 def test_a_card_says_what_its_pictures_depend_on_and_no_path(tmp_path: Path):
     job = options(tmp_path, infer_steps=4, width=512)
-    origin = origin_of(load_adapter("flux"), job, quant_type="W8A8", fingerprint="abc")
+    origin = origin_of(load_adapter("flux"), job, quant_type="W8A8", fingerprint="abc", checkpoint="def")
     assert (origin.options["infer_steps"], origin.options["width"], origin.options["seed"]) == (4, 512, 42)
     assert (origin.dtype, origin.floor_dtype) == ("bfloat16", "float32")
     assert set(origin.versions) >= {"torch", "diffusers"}

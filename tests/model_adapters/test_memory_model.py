@@ -39,7 +39,10 @@ from model_adapters import load_adapter
 from model_adapters.weights.loading import load_part
 from model_adapters.weights.transformer_part import describe_transformer
 from quant_core import DumperManager, SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
+from quant_core.calibration.records import Record
 from quant_core.calibration.replay import to_device
+from model_adapters.quality.evaluate import evaluate_layers, published
+from quant_core.checkpoint.entries import CheckpointFiles
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -62,6 +65,11 @@ if stage == "calibrating":
         for step in range(STEPS):
             inputs["hidden_states"] = torch.rand(inputs["hidden_states"].shape).bfloat16()
             model(**inputs, return_dict=False)
+elif stage == "evaluating":
+    dumper.close()
+    records = [Record(kwargs={**inputs, "return_dict": False}, step=0)]
+    files = CheckpointFiles(*sorted(Path(out).iterdir(), reverse=True))
+    evaluate_layers(model, published(files), records, dtype=torch.bfloat16)
 else:
     dumper.close()
     records = [{"kwargs": {**inputs, "return_dict": False}, "timestep_idx": 0}]
@@ -91,6 +99,18 @@ def test_a_process_peaks_where_the_model_says(folder, stage, tmp_path):
     assert done.returncode == 0, done.stderr
     measured, expected = int(done.stdout), getattr(estimate(folder, "w8a8"), stage)
     assert expected == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_an_evaluation_peaks_where_the_model_says(folder, tmp_path):
+    adapter = load_adapter("flux")
+    options = adapter.options(path=str(folder), width=SIDE, height=SIDE, infer_steps=STEPS)
+    part = describe_transformer(adapter, str(folder), dtype=torch.bfloat16)
+    _publish(adapter, part, options, "w8a8_dynamic", tmp_path / "out")
+    command = [sys.executable, "-c", PROGRAM, str(folder), "evaluating", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert estimate(folder, "w8a8_dynamic").evaluating == pytest.approx(int(done.stdout), rel=TOLERANCE)
 
 
 def test_the_published_size_is_known_before_anything_is_read(tiny_flux_folder, tmp_path):

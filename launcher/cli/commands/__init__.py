@@ -1,21 +1,25 @@
 """The commands. Each is a row here and a file beside this one; everything else reads the table.
 
-A command's file has two functions and imports no torch, so that `--help` is quick:
+A command's file has these functions and imports no torch, so that `--help` is quick:
 
     options(name)           the pydantic class whose fields are the flags (`launcher.config.option_flags`)
     run(options, launch)    does the work as the rank that `launch` says; what it needs is imported inside
+    job(options)            of a command that runs on ranks: the configuration of what they do
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from launcher.devices.launch import Launch
 from model_adapters import adapter_names
+
+if TYPE_CHECKING:  # the help of all commands needs the options of none
+    from launcher.config.job_config import JobConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Command:
         """Return the class of what may follow the command's name."""
         return import_module(self.module).options(self.name)
 
+    def job(self, options: Any) -> JobConfig:
+        """Return what a command that runs on ranks has them do."""
+        return import_module(self.module).job(options)
+
     def run(self, options: Any, launch: Launch | None) -> None:
         """Run the command with an instance of its options; `launch` is None where the rank's variables contradict."""
         import_module(self.module).run(options, launch)
@@ -54,6 +62,12 @@ def commands() -> dict[str, Command]:
         for model in adapter_names()
     )
     on_files = (
+        Command(
+            "evaluate",
+            "Measure a published checkpoint against its float model.",
+            "launcher.cli.commands.evaluate",
+            on_ranks=True,
+        ),
         Command("merge", "Publish the shards that an earlier run left unmerged.", "launcher.cli.commands.merge"),
         Command("verify", "Check a published checkpoint by every rule.", "launcher.cli.commands.verify"),
     )

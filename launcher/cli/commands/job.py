@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from launcher.config.job_config import JobConfig
 from launcher.config.resolve import job_config_class
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
+
+if TYPE_CHECKING:
+    from launcher.failure.monitor import Monitor
 
 
 def options(name: str) -> type[JobConfig]:
@@ -13,22 +19,36 @@ def options(name: str) -> type[JobConfig]:
     return job_config_class(name)
 
 
+def job(options: JobConfig) -> JobConfig:
+    """Return what the ranks are to run."""
+    return options
+
+
 def run(options: JobConfig, launch: Launch | None) -> None:
     """Run a job under a monitor; returns only when it is done."""
-    # Not later: the monitor asks torch for its accelerator, which must have been loaded by then, in one piece.
-    use_only(options.ranks.device)
-    from launcher.journal.logs import quiet_libraries
-    from model_adapters.weights.offline import stay_offline
 
-    stay_offline(options.pipeline.path)
-    quiet_libraries()
-    from launcher.failure.monitor import Monitor
-
-    monitor = Monitor(options, launch)
-    monitor.start()
-    try:
+    def work(monitor: Monitor) -> None:
         from launcher.run import run as run_job  # takes seconds, under the monitor
 
         run_job(options, monitor)
+
+    under_monitor(options, launch, work)
+
+
+def under_monitor(config: JobConfig, launch: Launch | None, work: Callable[[Monitor], object]) -> None:
+    """Do this rank's part of a job under a started monitor, which ends the process if it fails."""
+    # Not later: the monitor asks torch for its accelerator, which must have been loaded by then, in one piece.
+    use_only(config.ranks.device)
+    from launcher.journal.logs import quiet_libraries
+    from model_adapters.weights.offline import stay_offline
+
+    stay_offline(config.pipeline.path)
+    quiet_libraries()
+    from launcher.failure.monitor import Monitor
+
+    monitor = Monitor(config, launch)
+    monitor.start()
+    try:
+        work(monitor)
     except (Exception, KeyboardInterrupt) as error:
         monitor.fail(error)

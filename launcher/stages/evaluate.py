@@ -1,0 +1,236 @@
+"""EVALUATE: measure the published files against the float model, write their quality card, and judge it.
+
+The copies of the model share the pictures (or, without pictures, the calibration data); the ranks of a copy compute the
+same ones together, and the first of them keeps them. What was painted is found again after an interruption, and a card
+of the same checkpoint and the same pictures is not made twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from launcher.failure.phases import run_together
+from launcher.files.digests import digest_of_file, digest_of_text
+from launcher.files.fingerprint import Fingerprint
+from launcher.files.identity import calibration_fingerprint, model_fields
+from launcher.files.manifest import Manifest, read_manifest
+from launcher.files.run_folder import RunFolder
+from launcher.ranks.agreement import copy_agrees, gather_objects
+from launcher.stages.encode import encode, prompts_of
+from launcher.stages.identify import ask_first
+from launcher.stages.job import Job
+from model_adapters.pipeline.prompts import Batch
+from model_adapters.quality.card import Origin, QualityCard, read_card
+from model_adapters.quality.evaluate import Published, evaluate_layers, published
+from model_adapters.quality.evaluate import evaluate as evaluate_pictures
+from model_adapters.quality.gate import check_quality
+from model_adapters.quality.measured import Measured, card_of
+from model_adapters.quality.origin import origin_of
+from model_adapters.quality.painting import Painting
+from model_adapters.quality.requests import evaluation_batches
+from model_adapters.quality.results import CARD, SHEET, write_results
+from model_adapters.quality.store import FLOAT, FLOOR, QUANTIZED, PictureStore
+from model_adapters.quality.verdict import verdict
+from quant_core.calibration.records import Record, as_records, load_dump
+from quant_core.checkpoint.reader import open_checkpoint
+from quant_core.errors import ConfigurationError, InputError, VerificationError
+
+QUALITY = "quality"
+# A copy with one batch more than another paints it three times, and replays what was recorded of it.
+_LEAD = 4
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """Say what is evaluated: the checkpoint, its files, and what the pictures of all copies are.
+
+    calibration: digest of the fingerprint that its calibration data carries. found: the card of the very same, if an
+    earlier run made it.
+    """
+
+    origin: Origin
+    store: PictureStore
+    batches: list[Batch]
+    calibration: str
+    found: QualityCard | None = None
+
+    @property
+    def card(self) -> Path:
+        return self.store.folder / CARD
+
+    def is_of(self, card: QualityCard) -> bool:
+        """Tell whether a card is of this checkpoint and these pictures."""
+        wanted = [(r.number, r.prompt, self.store.seed + r.number) for batch in self.batches for r in batch]
+        return card.origin == self.origin and [(p.number, p.prompt, p.seed) for p in card.pictures] == wanted
+
+
+def check_evaluation(job: Job) -> None:
+    """Refuse, before anything is loaded, prompts that cannot be read, and pictures of a model that makes none."""
+    options = job.config.evaluation
+    if options.evaluate and job.model.adapter.result.suffix != ".png":
+        raise ConfigurationError(
+            f"{job.model.adapter.name} makes no pictures to evaluate",
+            where="--evaluate",
+            why=f"what it makes is kept as {job.model.adapter.result.suffix}",
+            advice="--evaluate 0 compares layers and outputs only",
+        )
+    _batches(job)
+
+
+def evaluate(job: Job, folder: RunFolder) -> None:
+    """Measure what is published in the folder, if the job asks for it; raises VerificationError if it falls short."""
+    if job.config.evaluation.evaluate is None:
+        return
+    job.watch.enter("evaluate")
+    subject = ask_first(job.ranks, "looking at the published checkpoint", lambda: _look(job, folder))
+    card = subject.found or _make_card(job, folder, subject)
+    for sentence in verdict(card):
+        job.console.say(f"evaluate: {sentence}")
+    job.console.say(f"evaluate: {'evaluated already: ' if subject.found else ''}{subject.card}")
+    if card.pictures:
+        job.console.say(f"evaluate: {subject.card.with_name(SHEET)}")
+    judge = partial(check_quality, card, job.config.evaluation, where=str(subject.card))
+    run_together(job.ranks, "judging the checkpoint", judge)
+
+
+def _batches(job: Job) -> list[Batch]:
+    """Return the pictures of all copies."""
+    options = job.config.evaluation
+    return evaluation_batches(job.config.pipeline, options.evaluate or 0, options.evaluate_prompts)
+
+
+def _look(job: Job, folder: RunFolder) -> _Subject:
+    """Find out what there is to evaluate, and whether that was done already."""
+    manifest = read_manifest(folder.manifest)
+    if manifest is None:
+        raise InputError(
+            "no checkpoint is published here",
+            where=str(folder.manifest),
+            why="the manifest is missing, which is written last",
+            advice="run the job, or publish its shards: python -m launcher merge FOLDER",
+        )
+    if changed := manifest.changed_files(folder.weights):
+        job.console.say(f"evaluate: changed since they were published, and measured as they are: {', '.join(changed)}")
+    subject = _describe(job, folder, manifest)
+    if job.config.output.resume == "never" or not subject.card.is_file():
+        return subject
+    try:
+        card = read_card(subject.card)
+    except InputError:
+        return subject
+    return replace(subject, found=card) if subject.is_of(card) else subject
+
+
+def _describe(job: Job, folder: RunFolder, manifest: Manifest) -> _Subject:
+    config, adapter, batches = job.config, job.model.adapter, _batches(job)
+    floating = calibration_fingerprint(config, adapter, job.ranks.mesh, model_fields(config), batches)
+    checkpoint = digest_of_text(repr(sorted((f.name, _digest(folder.weights / f.name)) for f in manifest.files)))
+    quantized = Fingerprint({**floating.fields, "checkpoint": checkpoint})
+    fingerprints = {FLOAT: floating.digest, FLOOR: floating.digest, QUANTIZED: quantized.digest}
+    calibrated = {name: value for name, value in manifest.fields.items() if not name.startswith("quantization.")}
+    origin = origin_of(
+        adapter,
+        config.pipeline,
+        quant_type=config.quantization.quant_type,
+        fingerprint=manifest.fingerprint,
+        checkpoint=checkpoint,
+    )
+    store = PictureStore(folder.weights / QUALITY, fingerprints, config.pipeline.seed)
+    return _Subject(origin, store, batches, Fingerprint(calibrated).digest)
+
+
+def _digest(path: Path) -> str:
+    return digest_of_file(path) if path.is_file() else "missing"
+
+
+def _make_card(job: Job, folder: RunFolder, subject: _Subject) -> QualityCard:
+    """Measure on all ranks, and publish card and contact sheet."""
+    checkpoint = run_together(job.ranks, "opening the published files", lambda: _open(job, folder))
+    job.model.drop()
+    measure = _measure_pictures if subject.batches else _measure_layers
+    mine = measure(job, folder, subject, checkpoint)
+    # It computes from the published files now, and its embeddings are those of other prompts than the job's.
+    job.model.drop()
+    job.model.embeddings = {}
+    limit = _LEAD * job.ranks.timeout_s
+    parts = gather_objects(job.ranks, mine, what="the end of the evaluation", timeout_s=limit)
+    card = card_of(parts, subject.origin)
+    requests = [request for batch in subject.batches for request in batch]
+
+    def write() -> None:
+        if job.ranks.rank == 0:
+            write_results(subject.store.folder, card, subject.store, requests)
+            subject.store.tidy(subject.batches)
+
+    run_together(job.ranks, "writing the quality card", write)
+    return card
+
+
+def _open(job: Job, folder: RunFolder) -> Published:
+    """Open this rank's files. Raises VerificationError for those of another rank."""
+    files, rank = folder.shard(), job.ranks.mesh.tp_rank
+    said = open_checkpoint(files).metadata.get("tp_rank", str(rank))
+    if said != str(rank):
+        raise VerificationError(
+            f"the file of shard {rank} holds shard {said}",
+            where=str(files.weights),
+            why="its header says so: files of two ranks were swapped",
+            advice="give the files their names back, or run the job again",
+        )
+    return published(files)
+
+
+def _measure_pictures(job: Job, folder: RunFolder, subject: _Subject, checkpoint: Published) -> Measured:
+    """Paint this copy's share of the pictures, with the float model and with the published files, and compare them."""
+    mesh, session = job.ranks.mesh, job.model
+    share = subject.batches[mesh.dp_rank :: mesh.dp_size]
+    session.embeddings = {}
+    encode(replace(job, batches=share))
+    pipeline = run_together(job.ranks, "loading the model", session.load_exact_pipeline)
+    painting = Painting(
+        session.adapter,
+        job.config.pipeline,
+        session.adapter.dtype(job.config.pipeline),
+        share,
+        lambda batch: session.embeddings_of(prompts_of(batch)),
+        subject.store,
+        saves=mesh.tp_rank == 0,
+        agree=partial(copy_agrees, job.ranks),
+        after_batch=lambda kind, done, total: _progress(job, f"{kind} pictures", done, total),
+    )
+    return evaluate_pictures(painting, pipeline, checkpoint, progress=partial(_progress, job))
+
+
+def _measure_layers(job: Job, folder: RunFolder, subject: _Subject, checkpoint: Published) -> Measured:
+    """Compare layers and outputs on this copy's share of the calibration data."""
+    records = run_together(job.ranks, "reading the calibration data", lambda: _records(job, folder, subject))
+    model = run_together(job.ranks, "loading the model", lambda: job.model.transformer).model
+    dtype = job.model.adapter.dtype(job.config.pipeline)
+    with job.model.computing():
+        return evaluate_layers(model, checkpoint, records, dtype=dtype, progress=partial(_progress, job))
+
+
+def _records(job: Job, folder: RunFolder, subject: _Subject) -> Sequence[Record]:
+    """Read the dumps that the checkpoint was made from, this copy's share of those of this rank's shard."""
+    mesh = job.ranks.mesh
+    dumps = [load_dump(path) for path in sorted(folder.dumps.glob("calib_data*.pth"))]
+    wanted = {"fingerprint": subject.calibration, "tp_rank": mesh.tp_rank}
+    own = [dump for dump in dumps if wanted.items() <= dump["header"].items()]
+    if not own:
+        raise InputError(
+            "there is no calibration data of this checkpoint to compare layers on",
+            where=str(folder.dumps),
+            why=f"{len(dumps)} files of other jobs lie there" if dumps else "no calib_data*.pth lies there",
+            advice="--evaluate 4 makes pictures and needs none",
+        )
+    own.sort(key=lambda dump: dump["header"]["dp_rank"])
+    return [record for dump in own[mesh.dp_rank :: mesh.dp_size] for record in as_records(dump)]
+
+
+def _progress(job: Job, stage: str, done: int, total: int) -> None:
+    """Show how far the evaluation is; between two pictures or records the ranks of one copy may stop together."""
+    job.watch.progress(f"evaluate: {stage}", done, total)
+    job.watch.safe_point(job.ranks.tp_control)

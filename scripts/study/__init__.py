@@ -1,0 +1,1 @@
+"""A study of what quantization does to pictures of the small trained models."""

@@ -1,0 +1,122 @@
+"""Quantize the small trained models in many ways and compare what they paint: one table, as markdown.
+
+    python scripts/study                               the rows that say something, minutes a model and seed
+    python scripts/study --models sd3 --seeds 1        a look
+    python scripts/study --full                        every combination that is allowed, hours
+
+Each figure is the mean over seeds with its standard deviation; a seed has its own prompts and noise to calibrate, and
+its own noise to paint. Everything is done in this process. A cell that is done stands in `results.jsonl` of the work
+folder and is not done again; `--table` only writes the table of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone that is not installed works as well
+
+import diffusers
+import torch
+import transformers
+
+from scripts.add_outlier_channels import add_outlier_channels
+from scripts.study.grid import Method, chosen, full
+from scripts.study.subject import AT_ONCE, CALIBRATED, MODELS, STEPS, Subject
+from scripts.study.table import Cell, markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = ("flux", "flux, outliers", "sd3", "sd3, outliers")
+# The row of the model itself: which of its pictures are right, and the noise floor's likeness to them.
+FLOAT = {"scheme": "float; noise floor", "smoothing": "", "estimator": "", "numerics": ""}
+
+
+class Study:
+    """Measure cells and keep them in a file, one a line."""
+
+    def __init__(self, work: Path, pictures: int) -> None:
+        self.work, self.pictures = work, pictures
+        self.file = work / "results.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+
+    def cells(self) -> list[Cell]:
+        """Return what has been measured; a last line that was cut short is measured again."""
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def measure(self, model: str, seed: int, methods: Iterable[Method]) -> None:
+        """Measure one model and seed, but what is there."""
+        done = [{name: cell[name] for name in FLOAT} for cell in self.cells() if self._is_of(cell, model, seed)]
+        missing = [method for method in methods if asdict(method) not in done]
+        if FLOAT in done and not missing:
+            return
+        kind = model.partition(",")[0]
+        folder = self.work / model.replace(", ", "_") / str(seed)
+        subject = Subject(kind, self._path(kind, model), seed, self.pictures, folder)
+        figures = subject.float_figures()
+        if FLOAT not in done:
+            self._keep({"model": model, "seed": seed, **FLOAT, **figures})
+        for number, method in enumerate(missing, start=1):
+            began = time.monotonic()
+            self._keep({"model": model, "seed": seed, **asdict(method), **subject.figures(method)})
+            print(f"{model}, seed {seed}: {number}/{len(missing)} ({time.monotonic() - began:.0f} s)", flush=True)
+
+    def _is_of(self, cell: Cell, model: str, seed: int) -> bool:
+        return (cell["model"], cell["seed"]) == (model, seed)
+
+    def _path(self, kind: str, model: str) -> Path:
+        if model == kind:
+            return MODELS / kind
+        path = self.work / f"{kind}_with_outliers"
+        return path if path.exists() else add_outlier_channels(MODELS / kind, path)
+
+    def _keep(self, cell: Cell) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(cell) + "\n")
+
+
+def text(cells: Iterable[Cell], pictures: int) -> Iterator[str]:
+    """Yield the lines of the whole document."""
+    found = list(cells)
+    seeds = len({cell["seed"] for cell in found})
+    yield "# What quantization does to the small trained models\n"
+    yield (
+        f"Made by `python scripts/study`. {seeds} seeds; each calibrates on {CALIBRATED} prompts and paints {pictures} "
+        f"others, 64 × 64, in {STEPS} steps. Decibels but SSIM, FLIP and the share of right pictures, which is of this"
+        f" tool's own judge (shape, colour and ground as the prompt says). Mean ± standard deviation over seeds. The"
+        f" first row of a model is its noise floor: the same pictures with the transformer computed in another dtype."
+    )
+    yield from markdown(found)
+
+
+def main() -> int:
+    """Measure what is asked for and not there yet, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--work", type=Path, default=ROOT / "demo" / "study", help="folder of results and pictures")
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "study.md", help="file of the table")
+    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="MODEL")
+    parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="each has prompts of its own")
+    parser.add_argument("--pictures", type=int, default=AT_ONCE, help="at most 16")
+    parser.add_argument("--full", action="store_true", help="every combination")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    study = Study(asked.work, asked.pictures)
+    for seed in () if asked.table else range(asked.seeds):
+        for model in asked.models:
+            study.measure(model, seed, full() if asked.full else chosen(model.partition(",")[0]))
+    asked.out.write_text("\n".join(text(study.cells(), asked.pictures)) + "\n", encoding="utf-8")
+    print(asked.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

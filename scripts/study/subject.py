@@ -1,0 +1,170 @@
+"""A model to quantize in many ways: what it paints in float, what its noise floor is, what calibrates it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from model_adapters import load_adapter, load_options
+from model_adapters.adapter import Embeddings
+from model_adapters.pipeline.prompt_encoding import encode_prompts
+from model_adapters.pipeline.prompts import Batch, ImageRequest
+from model_adapters.quality.metrics import similarity
+from model_adapters.quality.painting import Painting, paint
+from model_adapters.quality.store import FLOAT, FLOOR, QUANTIZED, PictureStore
+from model_adapters.weights.loading import load_pipeline, load_transformer
+from quant_core import DumperManager, quant_model
+from quant_core.calibration.records import Record
+from quant_core.calibration.replay import replay
+from quant_core.layers.deployed import DeployedLinear
+from quant_core.quality.replayed import compare_layers, compare_outputs, kept_outputs, sampled
+from scripts.study.grid import Method
+from scripts.tiny_training.checking import look
+from scripts.tiny_training.drawing import SCENE_OF_CAPTION
+
+MODELS = Path(__file__).resolve().parents[1] / "tiny_models"
+SIDE, STEPS, AT_ONCE = 64, 8, 8
+# Each seed calibrates on prompts of its own, and paints with noise of its own.
+CALIBRATED = 8
+# Layers and outputs are compared in so many steps.
+COMPARED_STEPS = 4
+OPTIONS: Mapping[str, dict[str, Any]] = {"flux": {}, "sd3": {"guidance_scale": 3.0}}
+
+Figures = dict[str, float]
+
+
+class Subject:
+    """One model and one seed. What the float model makes is made once, and its pictures stay in the folder `work`."""
+
+    def __init__(self, kind: str, path: Path, seed: int, pictures: int, work: Path) -> None:
+        self.adapter, self.work = load_adapter(kind), work
+        self.options = load_options(kind).OPTIONS(
+            path=str(path), width=SIDE, height=SIDE, infer_steps=STEPS, seed=1000 * seed, **OPTIONS[kind]
+        )
+        self.dtype = self.adapter.dtype(self.options)
+        shown = _prompts("calibration")[CALIBRATED * seed :][:CALIBRATED]
+        self.calibrated = _batches(shown, at_once=1, first=0)
+        self.painted = _batches(_prompts("evaluation")[:pictures], at_once=AT_ONCE, first=CALIBRATED)
+
+    def float_figures(self) -> Figures:
+        """Return how alike the noise floor's pictures are to the float model's, and which of the latter are right."""
+        self._paint(FLOAT, self.transformer)
+        self._paint(FLOOR, self.transformer)
+        return {**self._likeness(FLOOR), "right": self._right(FLOAT)}
+
+    def figures(self, method: Method) -> Figures:
+        """Quantize a copy of the model and measure it: decibels, likeness, the share of pictures that are right."""
+        deployed = copy.deepcopy(self.transformer)
+        config = method.session(self.calibration, self.adapter.disabled_layers[method.scheme])
+        quant_model(deployed, config, structure=self.adapter.structure)
+        layers = self._layers(deployed)
+        output = compare_outputs(deployed, self.records, self.exact).overall.decibels
+        self._paint(QUANTIZED, deployed, fingerprint=str(method))
+        return {
+            "median_layer": median(layers),
+            "worst_layer": min(layers),
+            "output": output,
+            **self._likeness(QUANTIZED),
+            "right": self._right(QUANTIZED),
+        }
+
+    @cached_property
+    def transformer(self) -> nn.Module:
+        return load_transformer(self.adapter, self.options.path, dtype=self.dtype, device="cpu").model
+
+    @cached_property
+    def embeddings(self) -> dict[tuple[str, ...], Embeddings]:
+        prompts = [_words(batch) for batch in (*self.calibrated, *self.painted)]
+        return encode_prompts(self.adapter, self.options, prompts, "cpu", self.dtype)
+
+    @cached_property
+    def calibration(self) -> list[Any]:
+        """What the float pipeline, all of it in the model's dtype, calls its transformer with."""
+        pipeline = load_pipeline(self.adapter, self.options, self.transformer, "cpu", self.dtype, with_text=False)
+        dumper = DumperManager(
+            self.transformer, capture_mode="timestep", step_source=lambda: self.adapter.step_index(pipeline)
+        )
+        for batch in self.calibrated:
+            noise = [torch.Generator().manual_seed(self.options.seed + request.number) for request in batch]
+            embeddings = self.embeddings[_words(batch)]
+            self.adapter.generate(pipeline, embeddings, self.options, noise, decodes=False)
+        dumper.close()
+        return dumper.records
+
+    @cached_property
+    def records(self) -> list[Record]:
+        return sampled(self._store("").records(self.painted), COMPARED_STEPS)
+
+    @cached_property
+    def exact(self) -> list[torch.Tensor]:
+        with kept_outputs(self.transformer) as outputs:
+            replay(self.transformer, self.records, stage="float outputs")
+        return outputs
+
+    def _layers(self, deployed: nn.Module) -> list[float]:
+        targets = {
+            name: copy.deepcopy(module).float()
+            for name, module in deployed.named_modules()
+            if isinstance(module, DeployedLinear)
+        }
+        found = compare_layers(self.transformer, targets, lambda name: lambda x, step: targets[name](x), self.records)
+        return [ratios.overall.decibels for ratios in found.values()]
+
+    def _store(self, fingerprint: str) -> PictureStore:
+        return PictureStore(self.work, {FLOAT: "", FLOOR: "", QUANTIZED: fingerprint}, self.options.seed)
+
+    def _paint(self, kind: str, transformer: nn.Module, fingerprint: str = "") -> None:
+        pipeline = load_pipeline(self.adapter, self.options, transformer, "cpu", torch.float32, with_text=False)
+        painting = Painting(
+            self.adapter,
+            self.options,
+            self.dtype,
+            self.painted,
+            lambda batch: self.embeddings[_words(batch)],
+            self._store(fingerprint),
+        )
+        paint(painting, kind, pipeline)
+
+    def _likeness(self, kind: str) -> Figures:
+        found = [similarity(self._picture(FLOAT, each), self._picture(kind, each)) for each in self._requests]
+        return {name: mean(getattr(each, name) for each in found) for name in ("psnr", "ssim", "flip")}
+
+    def _right(self, kind: str) -> float:
+        """Return the share of pictures that show what their prompt says."""
+        return mean(_shows(self._picture(kind, each), each.prompt) for each in self._requests)
+
+    @property
+    def _requests(self) -> list[ImageRequest]:
+        return [request for batch in self.painted for request in batch]
+
+    def _picture(self, kind: str, request: ImageRequest) -> np.ndarray:
+        with Image.open(self._store("").picture(kind, request)) as image:
+            return np.asarray(image.convert("RGB"))
+
+
+def _prompts(name: str) -> list[str]:
+    return (MODELS / f"prompts_{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _batches(prompts: Sequence[str], at_once: int, first: int) -> list[Batch]:
+    requests = [ImageRequest(prompt, "", first + place, place, 0) for place, prompt in enumerate(prompts)]
+    return [tuple(requests[start : start + at_once]) for start in range(0, len(requests), at_once)]
+
+
+def _words(batch: Batch) -> tuple[str, ...]:
+    return tuple(request.prompt for request in batch)
+
+
+def _shows(picture: np.ndarray, prompt: str) -> bool:
+    """Tell whether a picture (H, W, 3) shows what the prompt says."""
+    sight = look(torch.tensor(picture, dtype=torch.float32).permute(2, 0, 1) / 255)
+    return sight is not None and sight.shows(SCENE_OF_CAPTION[prompt])
