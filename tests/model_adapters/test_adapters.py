@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch import nn
 
 from model_adapters import adapter_names, load_adapter
@@ -187,3 +188,18 @@ def test_attentions_are_the_modules_that_count_heads(kind, count):
     named = [name for name, module in model.named_modules() if matches(name, structure.attentions) and module]
     assert named == [name for name, module in model.named_modules() if hasattr(module, "heads")]
     assert len(named) == count
+
+
+@pytest.mark.parametrize("drawing", [FlowMatchLCMScheduler, FlowMatchEulerDiscreteScheduler])
+def test_a_scheduler_that_draws_noise_draws_it_from_each_prompts_own_generator(running, drawing):
+    adapter, options, pipeline = running
+    pipeline.scheduler = drawing.from_config(pipeline.scheduler.config, stochastic_sampling=True)
+
+    def latents(*prompts: str) -> torch.Tensor:
+        torch.seed()  # another rank's process
+        own = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+        return adapter.generate(pipeline, adapter.encode(pipeline, [*prompts], options), options, own, decodes=False)
+
+    alone = latents("a cat")
+    assert torch.equal(alone, latents("a cat"))
+    torch.testing.assert_close(latents("a cat", "a whole dog")[:1], alone, rtol=1e-3, atol=1e-3)
