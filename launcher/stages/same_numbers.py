@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from launcher.files.digests import digest_of_text, digest_of_tensor
+from launcher.files.digests import digest_of_tensor, digest_of_text
 from launcher.ranks.process_group import Ranks
 from quant_core.errors import VerificationError
 
