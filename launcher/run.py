@@ -11,6 +11,7 @@ from launcher.failure.phases import run_together
 from launcher.journal.logs import quiet_diffusers
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
+from launcher.stages.fetch import fetch
 from launcher.stages.identify import identify, is_published
 from launcher.stages.images import check_save_path, explain_approximation, make_float_images
 from launcher.stages.job import Job
@@ -28,6 +29,7 @@ def run(config: JobConfig, watch: Monitor | None = None) -> None:
     ranks = join(config, watch.launch, watch.rendezvous.groups)
     for reason in ranks.reasons:
         watch.console.say(reason)
+    config = fetch(config, ranks, watch)
     watch.enter("prepare")
     job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
     if config.quantization.do_quant:

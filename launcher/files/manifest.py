@@ -15,7 +15,7 @@ from quant_core.errors import InputError
 class TimestepPolicy(BaseModel):
     """Tell the runtime which steps run static; it runs every step dynamic if nobody does.
 
-    `registration` holds the line to paste into the inference program, by MindIE-SD version; none where no step is static.
+    `registration` holds the line to paste into the inference program, by MindIE-SD version (none if no step is static).
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -58,6 +58,7 @@ def resolve(
     if structure is None:
         raise _no_structure(model)
     usual, optional = structure.smoothing_groups, structure.optional_smoothing_groups
+    resolved = ResolvedGroups()
     for declared in (usual, usual + optional)[selection == "all" :]:
         found = list(_declared_on(model, declared))
         resolved = _without_float_members(_joined_by_values(found) if fused else found, targets)
