@@ -16,6 +16,7 @@ from launcher.ranks.agreement import require_alike
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
 from launcher.stages.evaluate import check_evaluation, evaluate
+from launcher.stages.fetch import fetch
 from launcher.stages.folders import own_folders
 from launcher.stages.identify import identify, is_published, run_folder
 from launcher.stages.images import check_save_path, explain_approximation, make_float_images
@@ -43,6 +44,7 @@ def _on_ranks(config: JobConfig, watch: Monitor | None, work: Callable[[Job], ob
     ranks = join(config, watch.launch, watch.rendezvous.groups)
     for reason in ranks.reasons:
         watch.console.say(reason)
+    config = fetch(config, ranks, watch)
     watch.enter("prepare")
     job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
     require_alike(ranks, common_options(config), what="the options")

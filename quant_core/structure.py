@@ -47,9 +47,9 @@ class SmoothingGroup(_Frozen):
 class ModelStructure(_Frozen):
     """Say which linears share an input and where the attentions are.
 
-    `optional_smoothing_groups` are smoothed on request only. `m4_alpha` and `smoothing_floor`: the model's own exponent
-    of m4, and the least factor of m4 and m6. `attentions` are patterns of attention modules, in the grammar of
-    `quant_core.naming`.
+    `optional_smoothing_groups` are smoothed on request, or where all others stay float. `m4_alpha` and
+    `smoothing_floor`: the model's own exponent of m4, and the least factor of m4 and m6. `attentions` are patterns of
+    attention modules, in the grammar of `quant_core.naming`.
     """
 
     model_class: str

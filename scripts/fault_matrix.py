@@ -1,7 +1,8 @@
 """Break a two-rank job in every way at every stage, and show that it ends quickly, names the culprit and resumes.
 
-    python scripts/fault_matrix.py                              all 48 cells, about half an hour on two cores
+    python scripts/fault_matrix.py                              all cells of `fault_table.py`, half an hour on two cores
     python scripts/fault_matrix.py --faults "kill -9" --stages merge --ranks 0
+    python scripts/fault_matrix.py --user nobody                as another user; root only
     python scripts/fault_matrix.py --repeat 20                  no fault: the same job many times, the same bytes
 
 Each cell runs the tiny FLUX with one fault under the supervisor, then once more without. It passes when
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -25,7 +27,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
 import psutil
@@ -34,38 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launcher.journal.status import read_status  # noqa: E402
-from scripts.fault_worker import FILLER, KINDS, STAGES  # noqa: E402
-from scripts.make_tiny_pipeline import make_tiny_pipeline, write_prompts  # noqa: E402
+from scripts.fault_bench import MARK, Bench  # noqa: E402
+from scripts.fault_table import RANKS, ROWS, Fault, cells  # noqa: E402
+from scripts.fault_worker import ACTED, FILLER, PLACES  # noqa: E402
 
-WORLD = 2
-RANKS = (0, WORLD - 1)
-HANG_S = 4  # --hang_timeout: as short as a loaded machine allows, so that freezing is found within the ten seconds
-LIMIT_S = 10.0
 DISK_BYTES = 32 * 2**20  # a few times the size of the whole run
-# The exit status that each fault must lead to; 0 where the job can still be finished.
-EXPECTED = {"kill -9": 6, "SIGTERM": 75, "exception": 1, "OOM error": 5, "full disk": 3, "frozen": 6}
-# Who is asked to leave when nothing is left to do finishes; where one rank fills the disk while another needs its last
-# few bytes, the faster one decides.
-FINISHES = {("SIGTERM", "merge", 0), ("SIGTERM", "merge", 1)}
-MAY_FINISH = {("full disk", "merge", 1)}
 _VOLATILE = re.compile(r"(^|/)(logs/.*|status\.json|quant_job\.yaml)$")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One cell of the matrix."""
-
-    kind: str
-    stage: str
-    rank: int
-
-    @property
-    def statuses(self) -> set[int]:
-        """The exit statuses that the job may end with, one but for a race."""
-        place = (self.kind, self.stage, self.rank)
-        if place in FINISHES:
-            return {0}
-        return {EXPECTED[self.kind], 0} if place in MAY_FINISH else {EXPECTED[self.kind]}
 
 
 @dataclass
@@ -78,48 +53,13 @@ class Cell:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A tiny pipeline, its prompts and the files of an undisturbed run."""
-
-    work: Path
-    model: Path
-    prompts: Path
-
-    @classmethod
-    def make(cls, work: Path) -> Bench:
-        """Make the inputs below `work`."""
-        return cls(work, make_tiny_pipeline("flux", work / "tiny-flux"), write_prompts(work / "prompts.txt"))
-
-    def run(
-        self, out: Path, fault: dict[str, object] | None = None, flags: Sequence[str] = ()
-    ) -> tuple[int, str, float]:
-        """Run the job once; returns its exit status, what it printed, and when it had ended (epoch seconds).
-
-        flags: further ones of torchrun.
-        """
-        words = [
-            sys.executable, str(ROOT / "scripts" / "fault_worker.py"), "--nproc_per_node", str(WORLD), *flags,
-            "flux", "--path", self.model, "--device", "cpu", "--device_type", "A2-32g-dual",
-            "--prompt_path", self.prompts, "--max_num_prompt", "3", "--width", "64", "--height", "64",
-            "--infer_steps", "2", "--do_quant", "--quant_type", "w8a8_timestep",
-            "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps",
-            "--hang_timeout", str(HANG_S), "--timeout_s", "120",
-        ]  # fmt: skip
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault)}
-        done = subprocess.run(
-            list(map(str, words)), env=environ, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-        )
-        return done.returncode, done.stdout + done.stderr, time.time()
-
-
-def try_fault(bench: Bench, fault: Fault, undisturbed: dict[str, bytes], limit_s: float = LIMIT_S) -> Cell:
-    """Run one cell in a folder of its own; the job must be gone within `limit_s` seconds."""
+def try_fault(bench: Bench, fault: Fault, undisturbed: dict[str, bytes]) -> Cell:
+    """Run one cell in a folder of its own. undisturbed: the files of an undisturbed run of the same job."""
     out = bench.work / "cell"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     with _small_disk(out) if fault.kind == "full disk" else nullcontext():
-        return _try_in(out, bench, fault, undisturbed, limit_s)
+        return _try_in(out, bench, fault, undisturbed)
 
 
 @contextmanager
@@ -141,19 +81,20 @@ def can_mount() -> bool:
         return False
 
 
-def _try_in(out: Path, bench: Bench, fault: Fault, undisturbed: dict[str, bytes], limit_s: float) -> Cell:
-    mark = out / "struck"
-    status, text, ended = bench.run(
-        out, {"kind": fault.kind, "stage": fault.stage, "rank": fault.rank, "mark": str(mark)}
-    )
-    if not mark.exists():
+def _try_in(out: Path, bench: Bench, fault: Fault, undisturbed: dict[str, bytes]) -> Cell:
+    status, text, ended = bench.run(out, fault, job=fault.row.job)
+    if not (out / MARK).exists():
         return Cell(fault, 0.0, status, [f"the fault never struck: {text[-2000:]}"])
-    cell = Cell(fault, ended - mark.stat().st_mtime, status)
-    if cell.seconds > limit_s:
+    cell = Cell(fault, ended - (out / MARK).stat().st_mtime, status)
+    if fault.row.outside and (problem := (out / ACTED).read_text()):
+        cell.problems.append(problem)
+    if status != 0 and cell.seconds > fault.row.limit_s:
         cell.problems.append(f"took {cell.seconds:.1f} s to end")
     cell.problems += _after_the_fault(fault, cell, out, text, undisturbed)
     (out / FILLER).unlink(missing_ok=True)
-    cell.problems += _after_the_second_run(bench, out, undisturbed)
+    if fault.row.spoils:
+        cell.problems += _with_a_flipped_byte(bench, fault, out)
+    cell.problems += _after_the_last_run(bench, fault, out, undisturbed)
     return cell
 
 
@@ -165,23 +106,36 @@ def _after_the_fault(fault: Fault, cell: Cell, out: Path, text: str, undisturbed
     told = read_status(out / "weights") or {}
     if told.get("exit_code") != cell.status:
         yield f"status.json says {told}"
-    if cell.status not in (0, 75):  # who was asked to leave has no culprit
-        ranks = RANKS if fault.kind == "full disk" else (fault.rank,)  # whoever writes next finds it full
-        if not any(f"rank {rank}" in text for rank in ranks):
-            yield "the terminal does not name the rank"
-        if not any(f"rank {rank}" in (told.get("error") or {}).get("where", "") for rank in ranks):
-            yield f"status.json says {told}"
+    if fault.culprit and cell.status != 0:
+        for place, said in (("the terminal", text), ("status.json", json.dumps(told.get("error")))):
+            if fault.culprit not in said:
+                yield f"{place} does not name {fault.culprit}: {said[-1500:]}"
     for name, content in files_below(out).items():
         if name in undisturbed and content != undisturbed[name]:
             yield f"{name} stands under its final name and is not what it must be"
 
 
-def _after_the_second_run(bench: Bench, out: Path, undisturbed: dict[str, bytes]) -> Iterator[str]:
-    status, text, _ = bench.run(out)
+def _with_a_flipped_byte(bench: Bench, fault: Fault, out: Path) -> Iterator[str]:
+    """Flip a byte in the middle of a file and run the job; it heals by itself, or names the file, which is removed."""
+    [path] = out.glob(fault.row.spoils)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    status, text, _ = bench.run(out, job=fault.row.job)
+    if status != fault.row.then:
+        yield f"with a flipped byte the job ended with {status}: {text[-1500:]}"
     if status != 0:
-        yield f"the second run ended with {status}: {text[-1500:]}"
+        if path.name not in text:
+            yield f"the terminal does not name {path.name}: {text[-1500:]}"
+        path.unlink()
+
+
+def _after_the_last_run(bench: Bench, fault: Fault, out: Path, undisturbed: dict[str, bytes]) -> Iterator[str]:
+    status, text, _ = bench.run(out, job=fault.row.job)
+    if status != 0:
+        yield f"the last run ended with {status}: {text[-1500:]}"
     if different := sorted(name for name in undisturbed if files_below(out).get(name) != undisturbed[name]):
-        yield f"the second run made other bytes: {different}"
+        yield f"the last run made other bytes: {different}"
 
 
 def _belongs(process: psutil.Process, out: Path) -> bool:
@@ -199,7 +153,7 @@ def files_below(out: Path) -> dict[str, bytes]:
         if path.is_file()
         and not _VOLATILE.search(name := path.relative_to(out).as_posix())
         and not any(part.startswith(".") for part in path.relative_to(out).parts)
-        and name not in ("struck", FILLER)
+        and name not in (MARK, ACTED, FILLER)
     }
 
 
@@ -207,7 +161,7 @@ def table(cells: Sequence[Cell]) -> str:
     """Return the matrix: a line for each fault and stage, with seconds and exit status by rank."""
     lines = [
         f"| fault | stage | {' | '.join(f'rank {rank}: s, exit' for rank in RANKS)} |",
-        "|---|---|" + "---|" * WORLD,
+        "|---|---|" + "---|" * len(RANKS),
     ]
     by_place = {(cell.fault.kind, cell.fault.stage, cell.fault.rank): cell for cell in cells}
     for kind, stage in dict.fromkeys((cell.fault.kind, cell.fault.stage) for cell in cells):
@@ -220,8 +174,9 @@ def _shown(cell: Cell | None) -> str:
     return "" if cell is None else f"{cell.seconds:.1f}, {cell.status}{' !!' if cell.problems else ''}"
 
 
-def repeat(bench: Bench, undisturbed: dict[str, bytes], times: int) -> int:
+def repeat(bench: Bench, times: int) -> int:
     """Run the undisturbed job again and again in a new folder; returns how many runs hung, failed or differed."""
+    undisturbed = _undisturbed(bench, "one copy")
     bad, seconds = 0, []
     for _ in range(times):
         out = bench.work / "again"
@@ -237,34 +192,67 @@ def repeat(bench: Bench, undisturbed: dict[str, bytes], times: int) -> int:
 def main() -> int:
     """Run the chosen cells, print each as it ends and the table at last; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", nargs="*", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--ranks", nargs="*", type=int, default=list(RANKS))
+    parser.add_argument("--faults", nargs="*", default=[], choices=list(ROWS), metavar="FAULT", help=", ".join(ROWS))
+    parser.add_argument("--stages", nargs="*", default=[], choices=list(PLACES), metavar="STAGE")
+    parser.add_argument("--ranks", nargs="*", type=int, default=[])
+    parser.add_argument("--user", help="run as this user, who may read everything and write what is its own")
     parser.add_argument("--repeat", type=int, default=0, metavar="N", help="run the undisturbed job N times instead")
     options = parser.parse_args()
-    if "full disk" in options.faults and os.geteuid() != 0:
-        # Mounting takes root, or a name space of one's own.
-        words = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, *sys.argv]
-        os.execvp(words[0], words)
-    cells: list[Cell] = []
+    if options.user:
+        _run_as(options.user)
+    chosen = list(cells(tuple(options.faults), tuple(options.stages), tuple(options.ranks)))
+    apart = [fault for fault in chosen if fault.row.mounts and os.geteuid() != 0]
     with tempfile.TemporaryDirectory(prefix="fault_matrix_") as work:
         bench = Bench.make(Path(work))
-        status, text, _ = bench.run(bench.work / "undisturbed")
-        if status != 0:
-            print(text)
-            return 1
-        undisturbed = files_below(bench.work / "undisturbed")
         if options.repeat:
-            return repeat(bench, undisturbed, options.repeat)
-        for kind, stage, rank in product(options.faults, options.stages, options.ranks):
-            cells.append(try_fault(bench, Fault(kind, stage, rank), undisturbed))
-            cell = cells[-1]
-            mark = "!!" if cell.problems else "ok"
-            print(f"{mark} {kind}, {stage}, rank {rank}: {cell.seconds:.1f} s, exit {cell.status}", flush=True)
-            print("".join(f"   {problem}\n" for problem in cell.problems), end="", flush=True)
-    failed = sum(bool(cell.problems) for cell in cells)
-    print(f"\n{table(cells)}\n\n{len(cells) - failed} of {len(cells)} cells passed")
-    return int(failed > 0)
+            return repeat(bench, options.repeat)
+        failed = _run_all(bench, [fault for fault in chosen if fault not in apart])
+    return int(failed > 0) | (_run_in_a_name_space(apart) if apart else 0)
+
+
+def _run_as(user: str) -> None:
+    """Become an ordinary user; what it runs may lie where only root can read."""
+    reads = "+dac_read_search"
+    words = ["setpriv", f"--reuid={user}", "--clear-groups", f"--inh-caps={reads}", f"--ambient-caps={reads}"]
+    arguments = [word for word in sys.argv if word not in ("--user", user, f"--user={user}")]
+    environ = {**os.environ, "HOME": "/nonexistent"}
+    group = f"--regid={pwd.getpwnam(user).pw_gid}"
+    os.execvpe(words[0], [*words, group, sys.executable, *arguments], environ)
+
+
+def _run_in_a_name_space(faults: Sequence[Fault]) -> int:
+    """Run the cells that mount a file system where this user is root; returns the exit status."""
+    print("in a name space of their own:", flush=True)
+    cells_of = ["--faults", *dict.fromkeys(fault.kind for fault in faults)]
+    cells_of += ["--stages", *dict.fromkeys(fault.stage for fault in faults)]
+    cells_of += ["--ranks", *dict.fromkeys(str(fault.rank) for fault in faults)]
+    words = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, __file__, *cells_of]
+    return subprocess.run(words, check=False).returncode
+
+
+def _run_all(bench: Bench, faults: Sequence[Fault]) -> int:
+    """Run the cells, print them and the table; returns how many failed."""
+    seen: list[Cell] = []
+    undisturbed: dict[str, dict[str, bytes]] = {}
+    for fault in faults:
+        job = fault.row.job
+        if job not in undisturbed:
+            undisturbed[job] = _undisturbed(bench, job)
+        seen.append(cell := try_fault(bench, fault, undisturbed[job]))
+        mark = "!!" if cell.problems else "ok"
+        print(f"{mark} {fault.kind}, {fault.stage}, rank {fault.rank}: {cell.seconds:.1f} s, exit {cell.status}")
+        print("".join(f"   {problem}\n" for problem in cell.problems), end="", flush=True)
+    failed = sum(bool(cell.problems) for cell in seen)
+    print(f"\n{table(seen)}\n\n{len(seen) - failed} of {len(seen)} cells passed", flush=True)
+    return failed
+
+
+def _undisturbed(bench: Bench, job: str) -> dict[str, bytes]:
+    out = bench.work / f"undisturbed, {job}"
+    status, text, _ = bench.run(out, job=job)
+    if status != 0:
+        raise SystemExit(text)
+    return files_below(out)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ for it. FAULT names it as JSON: kind, stage, rank, and the file to touch at the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +22,9 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 FILLER = "filler"
+# What somebody outside touches when it has done its part.
+ACTED = "acted"
+_CLONE_NEWNS = 0x20000  # <linux/sched.h>
 
 
 def _raise(error: BaseException) -> NoReturn:
@@ -41,6 +47,29 @@ def _no_device_memory() -> NoReturn:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB (injected)")
 
 
+def _compute_other_numbers() -> None:
+    """Let every step of the scheduler from now on end a little beside where it should."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    _after(FlowMatchEulerDiscreteScheduler, "step", lambda result: (result[0] * 1.01, *result[1:]))
+
+
+def _wait_for_the_other(folder: Path) -> None:
+    """Stand still until somebody outside has done its part."""
+    while not (folder / ACTED).exists():
+        time.sleep(0.02)
+
+
+def _see_a_disk_of_its_own(folder: Path) -> None:
+    """Lay an empty file system over the folder of the weights, for this process alone: another host's disk."""
+    weights = folder / "weights"
+    weights.mkdir(mode=0o750, exist_ok=True)
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "no name space of its own")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(weights)], check=True)
+
+
 # What strikes, given the folder of the run.
 KINDS: dict[str, Callable[[Path], object]] = {
     "kill -9": lambda _: os.kill(os.getpid(), signal.SIGKILL),
@@ -49,7 +78,16 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "OOM error": lambda _: _no_device_memory(),
     "full disk": _fill_the_disk,
     "frozen": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "other numbers": lambda _: _compute_other_numbers(),
+    "own disk": _see_a_disk_of_its_own,
+    "wait": _wait_for_the_other,
+    "nothing": lambda _: None,
 }
+
+
+def in_start(strike: Callable[[], object]) -> None:
+    """Strike before anything is imported."""
+    strike()
 
 
 def in_load(strike: Callable[[], object]) -> None:
@@ -57,6 +95,13 @@ def in_load(strike: Callable[[], object]) -> None:
     from launcher.stages import calibrate
 
     _before_stage(calibrate, "loading the model", strike)
+
+
+def in_batch(strike: Callable[[], object]) -> None:
+    """Strike before the second batch."""
+    from launcher.stages import images
+
+    _before(images, "prompts_of", lambda batch: batch[0].number == 1, strike)
 
 
 def in_calibrate(strike: Callable[[], object]) -> None:
@@ -73,6 +118,27 @@ def in_quantize(strike: Callable[[], object]) -> None:
     _before(quantize, "_progress", lambda job, stage, done, total: done == 2, strike)
 
 
+def in_observe(strike: Callable[[], object]) -> None:
+    """Strike after the second record has been observed."""
+    from launcher.stages import quantize
+
+    _before(quantize, "_progress", lambda job, stage, done, total: (stage, done) == ("observe", 2), strike)
+
+
+def in_write(strike: Callable[[], object]) -> None:
+    """Strike when the shard is about to be written."""
+    from quant_core.session import quantize
+
+    _before(quantize, "_save", lambda *_: True, strike)
+
+
+def in_publish(strike: Callable[[], object]) -> None:
+    """Strike rank 0 when all shards are staged and none is published."""
+    from launcher.stages import merge
+
+    _before(merge, "publish_shards", lambda *_: True, strike)
+
+
 def in_merge(strike: Callable[[], object]) -> None:
     """Strike rank 0 between the renaming of the shards and the manifest, the others while they wait for it."""
     if os.environ["RANK"] == "0":
@@ -85,10 +151,15 @@ def in_merge(strike: Callable[[], object]) -> None:
         _before_stage(merge, "merging", strike)
 
 
-STAGES: dict[str, Callable[[Callable[[], object]], None]] = {
+PLACES: dict[str, Callable[[Callable[[], object]], None]] = {
+    "start": in_start,
     "load": in_load,
+    "batch": in_batch,
     "calibrate": in_calibrate,
     "quantize": in_quantize,
+    "observe": in_observe,
+    "write": in_write,
+    "publish": in_publish,
     "merge": in_merge,
 }
 
@@ -102,6 +173,11 @@ def _before(owner: Any, name: str, when: Callable[..., bool], strike: Callable[[
         return original(*args, **kwargs)
 
     setattr(owner, name, wrapped)
+
+
+def _after(owner: Any, name: str, change: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: change(original(*args, **kwargs)))
 
 
 def _before_stage(module: Any, stage: str, strike: Callable[[], object]) -> None:
@@ -123,7 +199,7 @@ def put_in(fault: dict[str, Any]) -> None:
             mark.touch()
             KINDS[fault["kind"]](mark.parent)
 
-    STAGES[fault["stage"]](strike)
+    PLACES[fault["stage"]](strike)
 
 
 if __name__ == "__main__":

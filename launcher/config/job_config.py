@@ -51,7 +51,8 @@ class Quantization(Section):
     )
     anti_beta: Exponent | None = Field(default=None, description="exponent of the weights in m6; left out: searched")
     anti_groups: Literal["default", "all"] = Field(
-        default="default", description="layers to smooth: the model's usual ones, or its optional ones too"
+        default="default",
+        description="layers to smooth: the model's usual ones (all, where these stay float), or its optional ones too",
     )
     anti_fused: bool = Field(
         default=False, description="fold smoothing into the layers in front, so that nothing is multiplied at run time"

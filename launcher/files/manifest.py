@@ -15,7 +15,7 @@ from quant_core.errors import InputError
 class TimestepPolicy(BaseModel):
     """Tell the runtime which steps run static; it runs every step dynamic if nobody does.
 
-    `registration` holds the line to paste into the inference program, by MindIE-SD version.
+    `registration` holds the line to paste into the inference program, by MindIE-SD version (none if no step is static).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,14 +28,12 @@ class TimestepPolicy(BaseModel):
     def of(cls, timesteps: int, timestep_sep: int) -> TimestepPolicy:
         """Write the registration of steps `timestep_sep` to `timesteps` as static."""
         static = f"range({timestep_sep}, {timesteps})"
-        return cls(
-            timesteps=timesteps,
-            timestep_sep=timestep_sep,
-            registration={
-                "3.0": f'policy.register({static}, "static")',
-                "3.1": f'policy.register({static}, "static", target="w8a8_static_linear")',
-            },
-        )
+        lines = {
+            "3.0": f'policy.register({static}, "static")',
+            "3.1": f'policy.register({static}, "static", target="w8a8_static_linear")',
+        }
+        registration = lines if timestep_sep < timesteps else {}
+        return cls(timesteps=timesteps, timestep_sep=timestep_sep, registration=registration)
 
 
 class Manifest(BaseModel):

@@ -17,6 +17,7 @@ from launcher.stages.encode import encode
 from launcher.stages.images import Gallery, lacking, run_pipeline
 from launcher.stages.job import Job, Results
 from launcher.stages.quantize import reads_dump
+from launcher.stages.same_numbers import SameNumbers
 from quant_core.calibration.capture import DumperManager
 from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError
@@ -100,15 +101,24 @@ def _run(job: Job, results: Results, parts: CalibrationParts, finished: int) -> 
     """Run the batches that no earlier run finished, and keep each one's records."""
     if finished:
         job.console.say(f"calibrate: {finished} of {len(job.batches)} batches were finished by an earlier run")
-    dumper = DumperManager(job.model.transformer.model, capture_mode="timestep", step_source=lambda: _current_step(job))
+    transformer = job.model.transformer.model
+    dumper = DumperManager(transformer, capture_mode="timestep", step_source=lambda: _current_step(job))
+    same = SameNumbers(job.ranks, transformer, lambda: job.model.adapter.step_index(job.model.pipeline))
+
+    def keep(done: int) -> None:
+        number = finished + done
+        same.check(f"batch {number} of {len(job.batches)}")
+        parts.save(number - 1, dumper.take())
+
     run_pipeline(
         job,
         "calibrate",
         batches=job.batches[finished:],
         gallery=float_images(job, results) if job.config.output.do_save_img else None,
-        after_batch=lambda done: parts.save(finished + done - 1, dumper.take()),
+        after_batch=keep,
     )
     dumper.close()
+    same.close()
 
 
 def _current_step(job: Job) -> int:

@@ -120,8 +120,10 @@ def _withdraw(folder: Path, *, keep: set[str]) -> None:
 def report(folder: Path, manifest: Manifest, say: Callable[[str], object]) -> None:
     """Say what was published, and what the user of a per-step checkpoint still has to do."""
     say(f"merge: {len(manifest.files)} files and {MANIFEST} in {folder}")
-    if manifest.timestep_policy is not None:
-        policy = manifest.timestep_policy
+    policy = manifest.timestep_policy
+    if policy is not None and not policy.registration:
+        say("runtime: nothing to register, as every step runs dynamic")
+    elif policy is not None:
         say(f"runtime: register steps {policy.timestep_sep} to {policy.timesteps - 1} as static, or all run dynamic:")
         for version, line in policy.registration.items():
             say(f"  MindIE-SD {version}: {line}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model_adapters.adapter import ResultFormat
 from model_adapters.options import ImageOptions
+from model_adapters.pipeline.noise import drawing_from
 
 PNG = ResultFormat(".png", lambda image, path: image.save(path, format="PNG"))
 
@@ -23,12 +24,13 @@ def generate(
 ) -> Any:
     """Run the pipeline once for a batch of encoded prompts; guidance that nobody chose is the pipeline's own."""
     guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
-    return pipeline(
-        **embeddings,
-        width=options.width,
-        height=options.height,
-        num_inference_steps=options.infer_steps,
-        generator=generators,
-        output_type="pil" if decodes else "latent",
-        **guidance,
-    ).images
+    with drawing_from(generators, pipeline.scheduler):
+        return pipeline(
+            **embeddings,
+            width=options.width,
+            height=options.height,
+            num_inference_steps=options.infer_steps,
+            generator=generators,
+            output_type="pil" if decodes else "latent",
+            **guidance,
+        ).images

@@ -14,7 +14,14 @@ from torch import nn
 
 from model_adapters.adapter import ModelAdapter
 from model_adapters.options import PipelineOptions
-from model_adapters.weights.model_folder import PARTS_NAME, check_class, pipeline_folder, read_json
+from model_adapters.weights.model_folder import (
+    PARTS_NAME,
+    check_class,
+    pipeline_folder,
+    read_json,
+    read_parts,
+    variant_of_pipeline,
+)
 from model_adapters.weights.transformer_folders import used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer, place
 from quant_core.errors import InputError
@@ -117,8 +124,7 @@ def load_text_encoders(
 
 def _without(parts: tuple[str, ...], options: PipelineOptions) -> dict[str, None]:
     """Return None for every part of the pipeline whose name begins so, which loads the pipeline without it."""
-    index = read_json(pipeline_folder(options.path) / PARTS_NAME)
-    return dict.fromkeys(name for name in index if name.startswith(parts))
+    return dict.fromkeys(name for name in read_parts(pipeline_folder(options.path)) if name.startswith(parts))
 
 
 def _assemble(
@@ -126,10 +132,10 @@ def _assemble(
 ) -> Any:
     """Load all parts of a pipeline but those that are given (or None, to go without), on the host, frozen."""
     folder = pipeline_folder(options.path)
-    index = folder / PARTS_NAME
-    check_class(index, read_json(index), adapter.pipeline_class)
+    check_class(folder / PARTS_NAME, read_json(folder / PARTS_NAME), adapter.pipeline_class)
+    missing = {name: None for name, kind in read_parts(folder).items() if not any(kind)}
     try:
-        return _freeze(_from_folder(adapter, folder, dtype, given))
+        return _freeze(_from_folder(adapter, folder, dtype, {**missing, **given}))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"the {adapter.pipeline_class} around the transformer cannot be loaded",
@@ -144,7 +150,12 @@ def _from_folder(adapter: ModelAdapter, folder: Path, dtype: torch.dtype, given:
         # The newest diffusers calls it `dtype`, the oldest one that is supported knows only this name.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         return adapter.pipeline_type().from_pretrained(
-            folder, **given, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            folder,
+            **given,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=variant_of_pipeline(folder),
         )
 
 

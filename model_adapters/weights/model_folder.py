@@ -23,6 +23,9 @@ INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
 # How to come by a sound copy of a file that somebody published.
 _ADVICE = "copy or download it again, and compare its size and checksum"
 
+# Weights of a variant stand beside the usual ones, or alone: diffusion_pytorch_model.fp16.safetensors.
+_VARIANT = re.compile(r"(?:diffusion_pytorch_model|model)\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safetensors)")
+_USUAL = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors(?:\.index\.json)?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -70,14 +73,61 @@ def check_class(path: Path, config: dict[str, Any], expected: str) -> None:
         )
 
 
+def read_parts(root: Path) -> dict[str, list[str | None]]:
+    """Return the library and class of each part of a pipeline; `[None, None]` for one that it goes without.
+
+    Raises InputError for an index that is missing, damaged, or says it in another way.
+    """
+    index = root / PARTS_NAME
+    content = read_json(index)
+    if unclear := [name for name, kind in content.items() if kind is None]:
+        raise InputError(
+            f"{PARTS_NAME} says null for {', '.join(unclear)}",
+            where=str(index),
+            why="a part that the pipeline goes without is a pair of library and class, both null",
+            advice=f'write "{unclear[0]}": [null, null]',
+        )
+    return {name: kind for name, kind in content.items() if isinstance(kind, list)}  # others are options
+
+
+def variant_of_pipeline(root: Path) -> str | None:
+    """Return the variant (`fp16`) that some part of a pipeline has weights of and no usual ones; None if none has."""
+    parts = [root / name for name, kind in read_parts(root).items() if any(kind)]
+    return next((variant for part in parts if (variant := variant_of(part))), None)
+
+
+def variant_of(folder: Path) -> str | None:
+    """Return the variant that a model's folder has weights of; None where it has the usual ones, or none.
+
+    Raises InputError when there are several to choose from.
+    """
+    names = [path.name for path in folder.glob("*")]
+    if any(map(_USUAL.fullmatch, names)):
+        return None
+    found = sorted({match[1] or match[2] for name in names if (match := _VARIANT.fullmatch(name))})
+    if len(found) > 1:
+        raise InputError(
+            f"{folder.name}/ has weights in several variants: {', '.join(found)}",
+            where=str(folder),
+            why="none of them has the usual names, so it is unclear which are meant",
+            advice="keep the files of one variant, or give its files the names without it",
+        )
+    return found[0] if found else None
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a diffusers model's folder holds weights, or an index of them."""
+    return any(path.is_file() for path in _leading(folder))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder in the order to read them: those of the index, else the one.
 
     Raises InputError when there is none, or when the index names a file that is missing.
     """
-    if (folder / INDEX_NAME).exists():
-        return _indexed_files(folder)
-    single = folder / WEIGHTS_NAME
+    index, single = _leading(folder)
+    if index.exists():
+        return _indexed_files(index)
     if single.is_file():
         return [single]
     others = ", ".join(sorted(found.name for found in folder.glob("*.*") if found.name != "config.json")) or "nothing"
@@ -85,8 +135,15 @@ def weight_files(folder: Path) -> list[Path]:
         f"{folder.name}/ has no weights",
         where=str(folder),
         why=f"neither {WEIGHTS_NAME} nor {INDEX_NAME} is there, but {others}",
-        advice="save the model with save_pretrained(..., safe_serialization=True), without a variant",
+        advice="save the model with save_pretrained(..., safe_serialization=True)",
     )
+
+
+def _leading(folder: Path) -> tuple[Path, Path]:
+    """Return where the index of a diffusers model's weights would be, and where the only file would, variant or not."""
+    end = f".{variant}" if (variant := variant_of(folder)) else ""
+    index, single = INDEX_NAME.removesuffix(".json"), WEIGHTS_NAME.removesuffix(".safetensors")
+    return folder / f"{index}{end}.json", folder / f"{single}{end}.safetensors"
 
 
 @contextmanager
@@ -100,17 +157,16 @@ def open_weights(path: Path) -> Iterator[Any]:
         raise damaged(path, str(error), _ADVICE) from error
 
 
-def _indexed_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_NAME
+def _indexed_files(index: Path) -> list[Path]:
     try:
         files = sorted(read_index(index))
     except VerificationError as error:  # there it is a bad result, here it is bad input
         raise InputError(
-            f"{INDEX_NAME} names no weight files", where=str(index), why=error.why, advice=_ADVICE
+            f"{index.name} names no weight files", where=str(index), why=error.why, advice=_ADVICE
         ) from None
     for file in files:
         if not file.is_file():
-            raise _incomplete(file, f"{INDEX_NAME} names it")
+            raise _incomplete(file, f"{index.name} names it")
     return files
 
 

@@ -15,8 +15,8 @@ from model_adapters.weights.model_folder import (
     CONFIG_NAME,
     INDEX_NAME,
     PARTS_NAME,
-    WEIGHTS_NAME,
-    read_json,
+    has_weights,
+    read_parts,
     weight_files,
 )
 from quant_core.errors import ConfigurationError
@@ -40,8 +40,7 @@ def divided_folders(root: Path) -> list[Path]:
 def used_folders(root: Path) -> list[Path]:
     """Return the folders that a job on this pipeline reads: the whole transformer's, else those of all ranks."""
     whole = root / WHOLE
-    has_weights = (whole / WEIGHTS_NAME).exists() or (whole / INDEX_NAME).exists()
-    return [whole] if has_weights else divided_folders(root) or [whole]
+    return [whole] if has_weights(whole) else divided_folders(root) or [whole]
 
 
 def folder_of_rank(root: Path, plan: ShardPlan, tp_rank: int, tp_size: int) -> tuple[Path, bool]:
@@ -85,7 +84,6 @@ def pipeline_files(root: Path) -> list[Path]:
     index = root / PARTS_NAME
     if not index.exists():
         return own
-    # A part that the pipeline goes without is [null, null]; options of the pipeline itself are no parts.
-    named = [name for name, kind in read_json(index).items() if isinstance(kind, list) and any(kind)]
+    named = [name for name, kind in read_parts(root).items() if any(kind)]
     others = [path for name in named if name != WHOLE for path in sorted((root / name).rglob("*")) if path.is_file()]
     return [index, *own, *others]

@@ -51,22 +51,29 @@ def resolve(
 ) -> ResolvedGroups:
     """Return the groups of the model, block by block; one with a member that stays float is left out whole.
 
-    targets: the linears that will be quantized. fused: groups with the same values become one.
+    targets: the linears that will be quantized. fused: groups with the same values become one. The default groups are
+    the model's usual ones, and its optional ones too where all usual ones stay float.
     Raises ConfigurationError when nothing is left to smooth.
     """
     if structure is None:
         raise _no_structure(model)
-    declared = structure.smoothing_groups + (structure.optional_smoothing_groups if selection == "all" else ())
-    found = list(_declared_on(model, declared))
+    usual, optional = structure.smoothing_groups, structure.optional_smoothing_groups
     resolved = ResolvedGroups()
-    for group in _joined_by_values(found) if fused else found:
-        float_members = [name for name in group.linears if name not in targets]
-        if float_members:
+    for declared in (usual, usual + optional)[selection == "all" :]:
+        found = list(_declared_on(model, declared))
+        resolved = _without_float_members(_joined_by_values(found) if fused else found, targets)
+        if resolved.smoothed:
+            return resolved
+    raise _nothing_to_smooth(model, resolved.skipped)
+
+
+def _without_float_members(groups: Iterable[LinearGroup], targets: Collection[str]) -> ResolvedGroups:
+    resolved = ResolvedGroups()
+    for group in groups:
+        if float_members := [name for name in group.linears if name not in targets]:
             resolved.skipped[group.name] = f"{', '.join(float_members)} stays float"
         else:
             resolved.smoothed.append(group)
-    if not resolved.smoothed:
-        raise _nothing_to_smooth(model, structure, resolved.skipped, selection)
     return resolved
 
 
@@ -108,18 +115,11 @@ def _no_structure(model: nn.Module) -> ConfigurationError:
     )
 
 
-def _nothing_to_smooth(
-    model: nn.Module, structure: ModelStructure, skipped: dict[str, str], selection: Selection
-) -> ConfigurationError:
+def _nothing_to_smooth(model: nn.Module, skipped: dict[str, str]) -> ConfigurationError:
     reasons = "; ".join(dict.fromkeys(skipped.values())) or "none of the groups of its structure exists in the model"
-    optional = structure.optional_smoothing_groups if selection == "default" else ()
     return ConfigurationError(
         f"no group of linears of {type(model).__name__} is left to smooth",
-        where=f"outlier suppression, smoothing_groups '{selection}'",
+        where="outlier suppression",
         why=f"a group with a layer that stays float is left out whole: {reasons}",
-        advice=(
-            "smoothing_groups='all' (--anti_groups all), which adds those inside the blocks"
-            if optional
-            else "quantize these layers too (disable_names), or drop the outlier suppression (--anti_method)"
-        ),
+        advice="quantize these layers too (disable_names), or drop the outlier suppression (--anti_method)",
     )

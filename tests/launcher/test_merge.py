@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.files.folder_lock import hold
+from launcher.files.manifest import TimestepPolicy
 from launcher.files.run_folder import MANIFEST, STAGING, note_file, shard_files
 from launcher.files.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
-from launcher.stages.merge import merge_files, publish_shards
+from launcher.stages.merge import merge_files, publish_shards, report
 from quant_core.errors import FolderInUse, InputError, VerificationError
 from quant_core.parallel.sharding import Shard, Style
 
@@ -110,6 +111,15 @@ def test_the_merge_command_publishes_what_a_run_left_staged(folder, capsys):
     assert "4 files and quant_manifest.json" in capsys.readouterr().out
     with pytest.raises(InputError, match="no staged shards"):
         merge_files(folder)
+
+
+@pytest.mark.parametrize(("first_static", "says"), [(1, "register steps 1 to 1 as static"), (2, "nothing to register")])
+def test_what_the_runtime_must_be_told_is_said(folder, first_static, says):
+    told: list[str] = []
+    policy = TimestepPolicy.of(2, first_static)
+    report(folder, publish_shards(folder, notes(folder)).model_copy(update={"timestep_policy": policy}), told.append)
+    assert says in told[1]
+    assert len(told) == 2 + len(policy.registration)
 
 
 def test_an_interrupted_publication_is_finished_by_the_next(folder):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch import nn
 
 from model_adapters import adapter_names, load_adapter
-from model_adapters.weights.loading import load_pipeline, load_transformer
+from model_adapters.weights.loading import load_pipeline, load_text_encoders, load_transformer
 from quant_core.errors import InputError
 from quant_core.naming import linear_names, matches, select
 from quant_core.schemes import QUANT_TYPES
@@ -101,6 +103,28 @@ def test_the_pipeline_is_frozen_and_holds_the_given_transformer(running):
     assert not any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
 
+def test_sd3_without_t5_in_fp16_files_only_makes_images(tiny_sd3_folder, tmp_path):
+    """As diffusers saves a pipeline that was loaded with `text_encoder_3=None, tokenizer_3=None`."""
+    adapter = load_adapter("sd3")
+    whole = adapter.pipeline_type().from_pretrained(tiny_sd3_folder, text_encoder_3=None, tokenizer_3=None)
+    whole.save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / "text_encoder_3").exists()
+    assert not (tmp_path / "text_encoder" / "model.safetensors").exists()
+    options = adapter.options(path=str(tmp_path), width=WIDTH, height=HEIGHT, infer_steps=STEPS)
+    embeddings = adapter.encode(load_text_encoders(adapter, options, "cpu", torch.float32), ["a cat"], options)
+    transformer = load_transformer(adapter, str(tmp_path), dtype=torch.float32, device="cpu").model
+    pipeline = load_pipeline(adapter, options, transformer, "cpu", torch.float32, with_text=False)
+    assert len(adapter.generate(pipeline, embeddings, options, generator())) == 1
+
+
+def test_a_part_that_is_plainly_null_is_explained(tiny_sd3_folder, tmp_path):
+    index = json.loads((tiny_sd3_folder / "model_index.json").read_text()) | {"text_encoder_3": None}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    adapter = load_adapter("sd3")
+    with pytest.raises(InputError, match=r'"text_encoder_3": \[null, null\]'):
+        load_pipeline(adapter, adapter.options(path=str(tmp_path)), build("sd3"), "cpu", torch.float32)
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [("model_index.json", "model_index.json is missing"), ("vae/config.json", "cannot be loaded")],
@@ -187,3 +211,18 @@ def test_attentions_are_the_modules_that_count_heads(kind, count):
     named = [name for name, module in model.named_modules() if matches(name, structure.attentions) and module]
     assert named == [name for name, module in model.named_modules() if hasattr(module, "heads")]
     assert len(named) == count
+
+
+@pytest.mark.parametrize("drawing", [FlowMatchLCMScheduler, FlowMatchEulerDiscreteScheduler])
+def test_a_scheduler_that_draws_noise_draws_it_from_each_prompts_own_generator(running, drawing):
+    adapter, options, pipeline = running
+    pipeline.scheduler = drawing.from_config(pipeline.scheduler.config, stochastic_sampling=True)
+
+    def latents(*prompts: str) -> torch.Tensor:
+        torch.seed()  # another rank's process
+        own = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+        return adapter.generate(pipeline, adapter.encode(pipeline, [*prompts], options), options, own, decodes=False)
+
+    alone = latents("a cat")
+    assert torch.equal(alone, latents("a cat"))
+    torch.testing.assert_close(latents("a cat", "a whole dog")[:1], alone, rtol=1e-3, atol=1e-3)

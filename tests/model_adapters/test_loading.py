@@ -52,6 +52,15 @@ def test_a_whole_model_has_the_tensors_and_dtypes_that_diffusers_loads(kind, dty
         assert ours.full_shapes[name] == tuple(tensor.shape)
 
 
+@pytest.mark.parametrize("max_shard_size", ["10GB", "500KB"])
+def test_a_folder_that_holds_one_variant_only_is_read(max_shard_size, tmp_path):
+    build("flux").save_pretrained(tmp_path / "transformer", max_shard_size=max_shard_size, variant="fp16")
+    assert not any((tmp_path / "transformer" / name).exists() for name in (WEIGHTS_NAME, INDEX_NAME))
+    expected, read = build("flux").state_dict(), load("flux", tmp_path).model.state_dict()
+    assert list(read) == list(expected)
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize(("kind", "layout"), [("flux", "mindie"), ("flux", "megatron"), ("sd35", "megatron")])
 @pytest.mark.parametrize("tp_size", [2, 3])
 def test_the_shards_of_all_ranks_join_to_the_whole_model(kind, layout, tp_size, tmp_path):
@@ -228,9 +237,12 @@ def _write(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / "transformer" / name).write_bytes(content)
 
 
-def _use_variant(folder: Path) -> None:
+def _use_variants(folder: Path, *variants: str) -> None:
     weights = folder / "transformer" / WEIGHTS_NAME
-    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    content = weights.read_bytes()
+    weights.unlink()
+    for variant in variants:
+        weights.with_name(f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(content)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -245,7 +257,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative width": (_rewrite_config(lambda c: c.update(attention_head_dim=-8)), "can be built from config.json"),
     "more layers than weights": (_rewrite_config(lambda c: c.update(num_layers=2)), "32 missing"),
     "no weights": (lambda f: (f / "transformer" / WEIGHTS_NAME).unlink(), "transformer/ has no weights"),
-    "only a variant": (_use_variant, "diffusion_pytorch_model.fp16.safetensors"),
+    "two variants": (lambda f: _use_variants(f, "bf16", "fp16"), "has weights in several variants: bf16, fp16"),
     "weights are cut off": (_truncate, "it is truncated or damaged: copy or download it again"),
     "weights are empty": (_write(WEIGHTS_NAME, b""), "cannot be read"),
     "weights are no safetensors": (_write(WEIGHTS_NAME, b"PK\x03\x04" * 1000), "cannot be read"),

@@ -9,7 +9,9 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,41 +37,63 @@ def simulation() -> Simulation:
         pytest.skip(str(reason))
 
 
+# What a job of each name runs with: how many cards, and the words. Every job has one static and one dynamic step.
+JOBS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "flux, two cards": (2, ("flux", "--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")),
+    "flux, one card, offloaded": (
+        1,
+        ("flux", "--device_type", "A2-32g-single", "--quant_type", "w8a8_dynamic_fa3", "--do_save_img"),
+    ),
+    "flux, one card, streamed": (1, ("flux", "--quant_type", "w8a8_dynamic", "--calibrate", "needed")),
+    "sd3, two cards": (2, ("sd3", "--quant_type", "w8a8")),
+}
+
+
 @dataclass(frozen=True)
 class Job:
-    """A finished job's folders."""
+    """A finished job's folder."""
 
     folder: Path
 
     @property
     def flags(self) -> list[str]:
         weights, dumps = self.folder / "weights", self.folder / "dumps"
-        return ["--quant_weight_save_folder", str(weights), "--quant_dump_calib_folder", str(dumps)]
+        images = ["--save_path", str(self.folder / "images"), "--info_file_save_path", str(self.folder / "info.json")]
+        return ["--quant_weight_save_folder", str(weights), "--quant_dump_calib_folder", str(dumps), *images]
 
-    def tensors(self, tp_rank: int) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "weights" / f"quant_model_weight_w8a8_timestep_{tp_rank}.safetensors")
+    def shards(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {path.name: load_file(path) for path in sorted((self.folder / "weights").glob("*.safetensors"))}
 
-    def description(self, tp_rank: int) -> str:
-        return (self.folder / "weights" / f"quant_model_description_w8a8_timestep_{tp_rank}.json").read_text()
+    def texts(self) -> dict[str, str]:
+        found = sorted((self.folder / "weights").glob("quant_model_description_*.json"))
+        return {path.name: path.read_text() for path in found}
 
-    def records(self, rank: int) -> list[dict[str, torch.Tensor]]:
-        dump = torch.load(self.folder / "dumps" / f"calib_data_rank{rank}.pth", weights_only=True)
-        return [record["kwargs"] for record in dump["records"]]
+    def images(self) -> dict[str, bytes]:
+        found = sorted((self.folder / "images").rglob("*.png"))
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in found}
+
+    def records(self) -> dict[str, list[dict[str, torch.Tensor]]]:
+        dumps = sorted((self.folder / "dumps").glob("*.pth"))
+        return {
+            path.name: [record["kwargs"] for record in torch.load(path, weights_only=True)["records"]] for path in dumps
+        }
 
     def calls(self, rank: int) -> list[str]:
         return (self.folder / f"calls_{rank}.txt").read_text().splitlines()
 
 
-def job_words(pipeline: Path, prompts: Path, *more: str) -> list[str]:
-    """Return the smallest FLUX job that uses every stage, with one static and one dynamic step."""
-    words = ["flux", "--path", str(pipeline), "--device_type", "A2-32g-dual", "--prompt_path", str(prompts)]
+def job_words(name: str, folders: Mapping[str, Path], prompts: Path, *more: str) -> list[str]:
+    """Return a small job of that name."""
+    model, *words = JOBS[name][1]
+    path = "--sd3_model_path" if model == "sd3" else "--path"
     # torch_npu pads what it gathers to a multiple of 512 bytes, with a kernel that is not simulated: not at this size.
     sizes = ["--width", "64", "--height", "64", "--infer_steps", "2", "--max_num_prompt", "2"]
-    return [*words, *sizes, "--do_quant", "--quant_type", "w8a8_timestep", *more]
+    return [model, path, str(folders[model]), "--prompt_path", str(prompts), *sizes, *words, "--do_quant", *more]
 
 
-def run_job(simulation: Simulation, words: list[str], environ: dict[str, str]) -> Finished:
-    return run_torchrun(2, HERE / "run_launcher.py", *words, environ=environ, python=simulation.python, timeout_s=280)
+def run_job(simulation: Simulation, words: list[str], environ: dict[str, str], cards: int = 2) -> Finished:
+    script = HERE / "run_launcher.py"
+    return run_torchrun(cards, script, *words, environ=environ, python=simulation.python, timeout_s=280)
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +102,35 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(
-    simulation: Simulation, tiny_flux_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Job]:
-    """Run the two-rank job on simulated NPUs and, in the same environment without CANN, on the CPU."""
-    made: dict[str, Job] = {}
-    for device in ("npu", "cpu"):
-        job = made[device] = Job(tmp_path_factory.mktemp(device))
-        cann = simulation.environ(NPU_SIM_LOG=str(job.folder)) if device == "npu" else {}
-        environ = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **cann}
-        done = run_job(simulation, job_words(tiny_flux_folder, prompts, "--device", device, *job.flags), environ)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return made
+def folders(tiny_flux_folder: Path, tiny_sd3_folder: Path) -> dict[str, Path]:
+    return {"flux": tiny_flux_folder, "sd3": tiny_sd3_folder}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    simulation: Simulation, folders: dict[str, Path], prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Job]]:
+    """Return a function that runs a job on simulated NPUs and, in the same environment without CANN, on the CPU."""
+
+    @cache
+    def run(name: str) -> dict[str, Job]:
+        made = {}
+        for device in ("npu", "cpu"):
+            job = made[device] = Job(tmp_path_factory.mktemp(device))
+            cann = simulation.environ(NPU_SIM_LOG=str(job.folder)) if device == "npu" else {}
+            environ = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **cann}
+            words = job_words(name, folders, prompts, "--device", device, *job.flags)
+            done = run_job(simulation, words, environ, cards=JOBS[name][0])
+            assert done.returncode == 0, done.stderr[-3000:]
+        return made
+
+    return run
+
+
+@pytest.fixture(params=JOBS)
+def jobs(request: pytest.FixtureRequest, finished: Callable[[str], dict[str, Job]]) -> dict[str, Job]:
+    """Each job, by device."""
+    return finished(request.param)
 
 
 def test_the_simulation_computes_and_communicates_like_the_cpu(simulation: Simulation) -> None:
@@ -98,31 +139,39 @@ def test_the_simulation_computes_and_communicates_like_the_cpu(simulation: Simul
     assert sorted(re.findall(r"rank (\d) is right", done.stdout)) == ["0", "1"]
 
 
-@pytest.mark.parametrize("tp_rank", [0, 1])
-def test_published_shards_equal_those_of_the_cpu_bit_by_bit(jobs: dict[str, Job], tp_rank: int) -> None:
+def test_what_is_published_equals_that_of_the_cpu_bit_by_bit(jobs: dict[str, Job]) -> None:
     """Not the files' bytes: their header holds the fingerprint, and the device is a part of that."""
-    on_npu, on_cpu = jobs["npu"].tensors(tp_rank), jobs["cpu"].tensors(tp_rank)
+    on_npu, on_cpu = jobs["npu"].shards(), jobs["cpu"].shards()
     assert list(on_npu) == list(on_cpu)
-    assert len(on_npu) > 300  # 45 quantized layers with up to eight tensors each: nothing was left out
-    assert [name for name in on_npu if not torch.equal(on_npu[name], on_cpu[name])] == []
-    assert [name for name in on_npu if on_npu[name].dtype != on_cpu[name].dtype] == []
-    assert jobs["npu"].description(tp_rank) == jobs["cpu"].description(tp_rank)
+    for shard, tensors in on_npu.items():
+        assert list(tensors) == list(on_cpu[shard])
+        assert len(tensors) > 200  # tens of quantized layers with up to eight tensors each: nothing was left out
+        assert [name for name in tensors if not torch.equal(tensors[name], on_cpu[shard][name])] == []
+        assert [name for name in tensors if tensors[name].dtype != on_cpu[shard][name].dtype] == []
+    assert jobs["npu"].texts() == jobs["cpu"].texts()
+
+
+def test_the_calibration_data_and_the_images_are_the_cpus_too(jobs: dict[str, Job]) -> None:
+    on_npu, on_cpu = jobs["npu"].records(), jobs["cpu"].records()
+    assert list(on_npu) == list(on_cpu)
+    for rank, records in on_npu.items():
+        assert len(records) == len(on_cpu[rank]) == 4  # 2 prompts, 2 steps
+        for here, there in zip(records, on_cpu[rank]):
+            tensors = {name: value for name, value in here.items() if isinstance(value, torch.Tensor)}
+            assert "hidden_states" in tensors
+            assert all(torch.equal(value, there[name]) for name, value in tensors.items())
+    assert jobs["npu"].images() == jobs["cpu"].images()
+
+
+def test_a_card_that_holds_one_block_at_a_time_makes_images_of_both_models(finished) -> None:
+    names = [f"images/calib_{kind}/{prompt}_0.png" for kind in ("fp", "quant") for prompt in range(2)]
+    assert list(finished("flux, one card, offloaded")["npu"].images()) == names
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_calibration_data_are_the_cpus_too(jobs: dict[str, Job], rank: int) -> None:
-    on_npu, on_cpu = jobs["npu"].records(rank), jobs["cpu"].records(rank)
-    assert len(on_npu) == len(on_cpu) == 4  # 2 prompts, 2 steps
-    for here, there in zip(on_npu, on_cpu):
-        tensors = {name: value for name, value in here.items() if isinstance(value, torch.Tensor)}
-        assert "hidden_states" in tensors
-        assert all(torch.equal(value, there[name]) for name, value in tensors.items())
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_cann_sees_the_calls_in_their_order(jobs: dict[str, Job], rank: int) -> None:
+def test_cann_sees_the_calls_in_their_order(finished, rank: int) -> None:
     """The device is this rank's before HCCL connects; then one communicator, of the model's ranks, small buffers."""
-    calls = jobs["npu"].calls(rank)
+    calls = finished("flux, two cards")["npu"].calls(rank)
     connected = calls.index("HcclCommConfig hccl_buffer_size=64")
     # The last: torch_npu itself begins on device 0 in every process, whatever is set first.
     assert [call for call in calls[:connected] if call.startswith("aclrtSetDevice")][-1] == f"aclrtSetDevice {rank}"
@@ -132,11 +181,12 @@ def test_cann_sees_the_calls_in_their_order(jobs: dict[str, Job], rank: int) -> 
 
 
 def test_a_card_that_stops_answering_ends_the_job_with_an_explained_error(
-    simulation: Simulation, tiny_flux_folder: Path, prompts: Path, tmp_path: Path
+    simulation: Simulation, folders: dict[str, Path], prompts: Path, tmp_path: Path
 ) -> None:
     limits = {"HCCL_EXEC_TIMEOUT": "5", "HCCL_CONNECT_TIMEOUT": "120"}
     environ = simulation.environ(**limits, NPU_SIM_SILENT_RANK="1")
-    done = run_job(simulation, job_words(tiny_flux_folder, prompts, "--device", "npu", *Job(tmp_path).flags), environ)
+    words = job_words("flux, two cards", folders, prompts, "--device", "npu", *Job(tmp_path).flags)
+    done = run_job(simulation, words, environ)
     assert done.returncode == 1, "torchrun says 1 for any failure"
     said = re.search(r"^error: (.*)\n  where  (.*)\n  why    (.*)\n  try    (.*)$", done.stderr, re.MULTILINE)
     assert said is not None, done.stderr[-3000:]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from model_adapters import load_adapter
 from quant_core import (
     FA3ProcessorConfig,
     M3ProcessorConfig,
@@ -383,10 +384,30 @@ def test_a_session_says_which_groups_it_left_out():
     }
 
 
+def test_optional_groups_are_smoothed_where_the_recipe_keeps_all_usual_ones_float():
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**SD3)
+    targets = target_layers(model, load_adapter("sd3").disabled_layers["w8a8_dynamic"])
+    by_default, chosen = (
+        groups_to_smooth(
+            model, M4ProcessorConfig(smoothing_groups=groups), structure=structure_of("sd3"), targets=targets
+        )
+        for groups in ("default", "all")
+    )
+    assert by_default == chosen
+    assert "transformer_blocks.0.attn.to_q" in by_default.smoothed[0].linears
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "disable", "says", "advises"),
     [
-        ("sd3", M4ProcessorConfig(), ["context_embedder"], "context_embedder stays float", "--anti_groups all"),
+        (
+            "sd3",
+            M4ProcessorConfig(),
+            ["context_embedder", "*attn*", "*ff*"],
+            "context_embedder stays float",
+            "quantize",
+        ),
         ("flux", M4ProcessorConfig(), ["*attn*", "*ff*"], "stays float", "disable_names"),
         ("flux", M4ProcessorConfig(fused=True), ["*.norm1.linear"], "norm1.linear (for ", "--anti_fused"),
         ("sd3", M4ProcessorConfig(fused=True), [], "nothing in the model makes the input of context_embedder", "fused"),
@@ -402,7 +423,7 @@ def test_a_smoothing_without_effect_or_place_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("config", "disable"), [(M4ProcessorConfig(), ("context_embedder",)), (M4ProcessorConfig(fused=True), ())]
+    ("config", "disable"), [(M4ProcessorConfig(), ("*embedder", "*_blocks*")), (M4ProcessorConfig(fused=True), ())]
 )
 def test_a_refusal_needs_neither_weights_nor_a_forward(config: SmoothingConfig, disable: tuple[str, ...]):
     with torch.device("meta"):

@@ -1,0 +1,50 @@
+"""FETCH: have a model that is named by a hub id on every host, before anybody reads it.
+
+Only the first rank of each host asks the hub, so that a host fetches the model once. A first download may take an hour;
+the other ranks wait for as long as it goes on, whatever `--timeout_s` says: its rank shows that it lives, and the hub's
+client gives up by itself on a connection that says nothing.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from launcher.config.job_config import JobConfig
+from launcher.failure.monitor import Monitor
+from launcher.failure.phases import run_together
+from launcher.ranks.agreement import all_agree, gather_objects
+from launcher.ranks.process_group import Ranks
+from model_adapters.weights.model_folder import is_hub_id, pipeline_folder
+
+# How often the ranks tell each other whether they still fetch, and may leave if they were asked to.
+_LOOK_S = 2.0
+
+
+def fetch(config: JobConfig, ranks: Ranks, watch: Monitor) -> JobConfig:
+    """Return the configuration with the model's folder on this host in the place of its hub id; all ranks together.
+
+    Raises InputError, on all ranks, when the hub does not give the model out.
+    """
+    hub_id, launch = config.pipeline.path, ranks.mesh.launch
+    if not is_hub_id(hub_id):
+        return config
+    watch.enter("fetch")
+    watch.console.say(f"model: the first rank of each host fetches {hub_id} from the hub")
+    fetching = _begin(hub_id) if launch.local_rank == 0 else None
+    while not all_agree(ranks, fetching is None or fetching.done(), what=f"fetching {hub_id}"):
+        watch.safe_point(ranks.control)
+        wait([fetching] if fetching else [], min(_LOOK_S, ranks.timeout_s / 4))
+    folder = run_together(ranks, f"fetching {hub_id}", lambda: fetching and fetching.result())
+    folders = gather_objects(ranks, folder, what="where the model is")
+    mine = folders[launch.rank - launch.local_rank]
+    watch.console.say(f"model: {hub_id} is in {mine}")
+    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"path": str(mine)})})
+
+
+def _begin(hub_id: str) -> Future[Path]:
+    """Fetch in a thread; nobody waits for it when the process is to leave."""
+    pool = ThreadPoolExecutor(1)
+    fetching = pool.submit(pipeline_folder, hub_id)
+    pool.shutdown(wait=False)
+    return fetching
