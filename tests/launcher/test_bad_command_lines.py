@@ -49,7 +49,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "one of several processors": ([*JOB, "--device_id", "1"], "--device_id 1 has no meaning"),
     "part of prompts that does not exist": ([*JOB, "--data_split_id", "1"], "data_split_id 1"),
     "hang timeout of nothing": ([*JOB, "--hang_timeout", "0"], "--hang_timeout cannot be '0'"),
-    "configuration that is missing": ([*JOB, "--config", "no.yaml"], "cannot read 'no.yaml'"),
+    "configuration that is missing": ([*JOB, "--config", "no.yaml"], "there is no file and no recipe 'no.yaml'"),
 }
 # Configuration files, by their content.
 FILES = {
