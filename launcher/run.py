@@ -5,10 +5,12 @@ Every stage leaves complete files behind and skips itself when a matching earlie
 
 from __future__ import annotations
 
+import sys
+
 from launcher.config.job_config import JobConfig
 from launcher.failure.monitor import Monitor
 from launcher.failure.phases import run_together
-from launcher.journal.logs import quiet_diffusers
+from launcher.journal.logs import log, quiet_diffusers
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
 from launcher.stages.identify import identify, is_published
@@ -29,6 +31,7 @@ def run(config: JobConfig, watch: Monitor | None = None) -> None:
     for reason in ranks.reasons:
         watch.console.say(reason)
     watch.enter("prepare")
+    log("asked for", words=sys.argv[1:])
     job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
     if config.quantization.do_quant:
         _quantize(job)
