@@ -5,13 +5,14 @@ Every stage leaves complete files behind and skips itself when a matching earlie
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from launcher.config.job_config import JobConfig
 from launcher.failure.monitor import Monitor
 from launcher.failure.phases import run_together
 from launcher.files.identity import common_options
-from launcher.journal.logs import quiet_diffusers
+from launcher.journal.logs import log, quiet_diffusers
 from launcher.ranks.agreement import require_alike
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
@@ -46,6 +47,7 @@ def _on_ranks(config: JobConfig, watch: Monitor | None, work: Callable[[Job], ob
         watch.console.say(reason)
     config = fetch(config, ranks, watch)
     watch.enter("prepare")
+    log("asked for", words=sys.argv[1:])
     job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
     require_alike(ranks, common_options(config), what="the options")
     with own_folders(job):

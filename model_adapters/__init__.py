@@ -44,6 +44,15 @@ def load_adapter(name: str) -> ModelAdapter:
     return import_module(f"{_package(name)}.adapter").ADAPTER
 
 
+def config_files(name: str) -> list[Path]:
+    """Return the configurations of a job that come with a model, in the folder `configs` of its package.
+
+    Raises ConfigurationError naming the nearest model for an unknown name.
+    """
+    package = import_module(_package(name))
+    return sorted(path for place in package.__path__ for path in Path(place).glob("configs/*.yaml"))
+
+
 @cache
 def _packages() -> dict[str, str]:
     """Return each model's package by name; a folder here wins over a stranger's package of the same name."""

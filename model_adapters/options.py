@@ -31,13 +31,20 @@ class PipelineOptions(BaseModel):
     # Every other option tells one calibration from another. These cannot change it, or are known by what they lead to:
     # the model and the prompts by their content, the dtype by the one that is computed in.
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {"path", "prompt_path", "prompt_type", "max_num_prompt", "info_file_save_path", "dtype"}
+        {"path", "transformer", "lora", "prompt_path", "prompt_type", "max_num_prompt", "info_file_save_path", "dtype"}
     )
 
     # The hardware set-ups that may be chosen.
     DEVICE_TYPES: ClassVar[tuple[DeviceType, ...]] = ()
 
     path: str = Field(min_length=1, description="folder of the float pipeline (or its hub id, owner/name)")
+    transformer: str | None = Field(
+        default=None,
+        description="safetensors file of the transformer, as published or saved by diffusers, instead of the folder's",
+    )
+    lora: tuple[str, ...] = Field(
+        default=(), description="LoRA files to fuse into the weights before anything is measured: FILE[:scale]"
+    )
     prompt_path: str = Field(default="./calib_prompts.txt", min_length=1, description="file with the prompts")
     prompt_type: PromptType = Field(default="plain", description="format of the prompt file")
     num_images_per_prompt: int = Field(default=1, ge=1, description="images to generate for each prompt")

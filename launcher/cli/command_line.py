@@ -14,11 +14,13 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from launcher.cli.commands import Command, commands
-from launcher.cli.flag_parser import CONFIG, PROGRAM, flag_parser, typed_values
+from launcher.cli.flag_parser import CONFIG, PROGRAM, WRITE_CONFIG, flag_parser, typed_values
 from launcher.config.config_errors import Origin, validated
 from launcher.config.option_flags import Flag, flags_of
-from launcher.config.yaml_text import parse_yaml
+from launcher.config.recipes import config_path
+from launcher.config.yaml_text import commented_yaml, parse_yaml
 from launcher.devices.launch import Launch
+from quant_core.atomic_file import write_text_atomically
 from quant_core.errors import ConfigurationError, suggestion
 
 
@@ -49,12 +51,16 @@ def parse(argv: Sequence[str]) -> Invocation:
     options = command.options()
     flags = flags_of(options)
     given = typed_values(flag_parser(command, options, flags), words, flags)
-    config = Path(given.pop(CONFIG)) if CONFIG in given else None
+    config = config_path(name, given.pop(CONFIG)) if CONFIG in given else None
+    written = given.pop(WRITE_CONFIG, None)
     tree = _read_config(config, options) if config else {}
     typed = [flag for flag in flags if flag.name in given]
     for flag in typed:
         _put(tree, flag, given[flag.name])
-    return Invocation(command, validated(options, tree, Origin(frozenset(flag.path for flag in typed), config)))
+    resolved = validated(options, tree, Origin(frozenset(flag.path for flag in typed), config))
+    if written is not None:
+        _write_config_and_exit(Path(written), resolved)
+    return Invocation(command, resolved)
 
 
 def _unknown_command(name: str) -> ConfigurationError:
@@ -98,8 +104,21 @@ def _put(tree: dict[str, Any], flag: Flag, value: object) -> None:
     tree[name] = value
 
 
+def _write_config_and_exit(path: Path, resolved: BaseModel) -> NoReturn:
+    try:
+        write_text_atomically(path, commented_yaml(resolved))
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write '{path}'", where="--write_config", why=str(error), advice="choose another file"
+        ) from None
+    print(f"{path}: the options of this job, for --config")
+    raise SystemExit(0)
+
+
 def _print_help_and_exit() -> NoReturn:
-    lines = [f"  {command.name:<8} {command.summary}" for command in commands().values()]
+    width = max(map(len, commands()))
+    lines = [f"  {command.name:<{width}}  {command.summary}" for command in commands().values()]
     print(f"usage: {PROGRAM} COMMAND [flags]\n\ncommands:", *lines, sep="\n")
+    print("\na first day:", *(f"  {command.example}" for command in commands().values() if command.example), sep="\n")
     print(f"\n{PROGRAM} COMMAND --help lists the flags of a command.")
     raise SystemExit(0)

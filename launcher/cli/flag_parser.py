@@ -14,7 +14,13 @@ from launcher.config.option_flags import Flag
 from quant_core.errors import ConfigurationError, nearest
 
 PROGRAM = "python -m launcher"
-CONFIG = "config"  # the one flag that is no option of the job: where to read options from
+# The flags that are no options of the job: where options are read from, and where the resolved ones are written to.
+CONFIG, WRITE_CONFIG = "config", "write_config"
+# Flag -> what stands for its value, and its help.
+_ABOUT_OPTIONS = {
+    CONFIG: ("NAME|FILE", "a recipe's name, or a YAML file with options; flags override them"),
+    WRITE_CONFIG: ("FILE", "write the resolved options as YAML, for --config, and do nothing else"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +47,8 @@ def flag_parser(command: Command, options: type[BaseModel], flags: Sequence[Flag
         if flag.is_positional:
             parser.add_argument(flag.word, nargs="?", default=argparse.SUPPRESS, help=f"the same as {flag.option}")
     if command.takes_config:
-        parser.add_argument(f"--{CONFIG}", metavar="FILE", help="YAML file with options, which flags override")
+        for name, (metavar, text) in _ABOUT_OPTIONS.items():
+            parser.add_argument(f"--{name}", metavar=metavar, help=text)
     return parser
 
 
@@ -81,7 +88,9 @@ def _guilty(unknown: Sequence[str]) -> list[str]:
 
 def _unknown_word(word: str, program: str, flags: Sequence[Flag]) -> ConfigurationError:
     typed = word.split("=", 1)[0]
-    names = {CONFIG: f"--{CONFIG}"} | {name: flag.option for flag in flags for name in (flag.path[-1], flag.name)}
+    names = {name: f"--{name}" for name in _ABOUT_OPTIONS} | {
+        name: flag.option for flag in flags for name in (flag.path[-1], flag.name)
+    }
     close = nearest(typed.lstrip("-"), names)
     return ConfigurationError(
         f"no flag is called '{typed}'" if word.startswith("-") else f"'{word}' belongs to no flag",

@@ -87,7 +87,7 @@ class Flag:
         default = self.field.get_default()
         if self.field.is_required():
             remark = " (required)"
-        elif default is None or self.is_switch:
+        elif default is None or default == () or self.is_switch:
             remark = ""
         else:
             remark = f" (default: {default})"

@@ -33,7 +33,7 @@ def load() -> None:
     Raises:
         EnvironmentFailure: torch_npu or CANN is not installed, not set up in this shell, or of another version.
     """
-    _check_pair()
+    check_pair()
     try:
         importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError) as error:
@@ -104,8 +104,12 @@ def _seconds(environ: Mapping[str, str], name: str, default: int) -> int:
     return int(value)
 
 
-def _check_pair() -> None:
-    """Refuse a torch_npu that is not of torch's version, before importing it fails in a way that nobody understands."""
+def check_pair() -> None:
+    """Refuse a torch_npu that is not of torch's version, before importing it fails in a way that nobody understands.
+
+    Raises:
+        EnvironmentFailure: naming both versions.
+    """
     try:
         built_for, installed = (_release(version(package)) for package in ("torch_npu", "torch"))
     except PackageNotFoundError:

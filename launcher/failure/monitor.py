@@ -36,6 +36,7 @@ from launcher.failure.signals import arrived, on_signals, stopped_on
 from launcher.failure.way_out import leave
 from launcher.journal import logs
 from launcher.journal.console import Console
+from launcher.journal.stages import StageClock
 from launcher.journal.status import account_folder, write_status
 from launcher.ranks.rendezvous import meet
 
@@ -63,6 +64,7 @@ class Monitor:
         process = psutil.Process()
         self._heartbeat = Heartbeat(self.launch.rank, 0, process.pid, process.create_time(), here(), STARTING)
         self._heartbeats: dict[int, Heartbeat] = {}
+        self._clock = StageClock(self.launch.rank)
         limits = float(config.ranks.hang_timeout), float(config.ranks.timeout_s)
         self._liveness = Liveness(self.launch, *limits, now=time.monotonic())
         self._count = 0
@@ -82,7 +84,8 @@ class Monitor:
     def enter(self, stage: str) -> None:
         """Note which stage this rank is in."""
         self._heartbeat = replace(self._heartbeat, stage=stage, done=0, total=0, step=None)
-        logs.log(f"begins: {stage}", stage=stage)
+        if line := self._clock.turn(stage, held_memory(self.launch.local_rank)):
+            self.console.say(line)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Note and show how far this rank is in a stage."""
@@ -111,7 +114,8 @@ class Monitor:
 
     def finish(self) -> None:
         """Stop watching after success; rank 0 says that the job is done."""
-        self._heartbeat = replace(self._heartbeat, finished=True, stage="finished")
+        self.enter("finished")
+        self._heartbeat = replace(self._heartbeat, finished=True)
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -146,8 +150,11 @@ class Monitor:
         self._listen()
         self._count += 1
         # Not kept: the main thread may have changed stage and progress meanwhile.
-        self._state.publish(replace(self._heartbeat, count=self._count, memory=held_memory(self.launch.local_rank)))
+        own = replace(self._heartbeat, count=self._count, memory=held_memory(self.launch.local_rank))
+        self._state.publish(own)
         self._heartbeats = self._state.heartbeats()
+        for heartbeat in (*self._heartbeats.values(), own):
+            self._clock.see(heartbeat.rank, heartbeat.memory)
         if first := self._state.first_failure():
             self._leave(first)
         self._asked = self._asked or self._state.stop_asked()

@@ -22,6 +22,7 @@ from launcher.files.fingerprint import Fingerprint, flatten
 from launcher.ranks.mesh import Mesh
 from model_adapters.adapter import ModelAdapter
 from model_adapters.pipeline.prompts import Batch
+from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import pipeline_folder, read_json
 from model_adapters.weights.transformer_folders import pipeline_files
 
@@ -57,9 +58,14 @@ def model_fields(config: JobConfig) -> dict[str, Any]:
 
     A job that asks for it describes the large files by size and time.
     """
-    folder = pipeline_folder(config.pipeline.path)
+    folder, brought = pipeline_folder(config.pipeline.path), Brought.of(config.pipeline)
     describe = digest_of_file if config.output.fingerprint == "content" else _stat
-    return {str(path.relative_to(folder)): _describe(path, describe) for path in pipeline_files(folder)}
+    own = {str(path.relative_to(folder)): _describe(path, describe) for path in pipeline_files(folder, brought)}
+    if brought.transformer is not None:
+        own["--transformer"] = describe(brought.transformer)
+    return own | {
+        f"--lora {number}": f"{describe(lora.path)} x {lora.scale}" for number, lora in enumerate(brought.loras)
+    }
 
 
 def calibration_fingerprint(

@@ -11,6 +11,7 @@ from launcher.ranks.mesh import Mesh
 from quant_core.checkpoint.entries import CheckpointFiles, description_file_name, weight_file_name
 
 MANIFEST = "quant_manifest.json"
+CONFIG = "quant_job.yaml"
 # A folder of its own inside the output folder: on the same file system, so that publishing is a rename.
 STAGING = ".shards"
 
@@ -37,7 +38,7 @@ class RunFolder:
     @property
     def job(self) -> Path:
         """The resolved configuration, which `--config` accepts."""
-        return self.weights / "quant_job.yaml"
+        return self.weights / CONFIG
 
     @property
     def staging(self) -> Path:

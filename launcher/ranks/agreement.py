@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from launcher.journal.logs import log
 from launcher.ranks.process_group import Ranks
 from quant_core.errors import ConfigurationError, DistributedError
 
@@ -76,11 +78,12 @@ def barrier(ranks: Ranks, what: str, timeout_s: float | None = None) -> None:
     """
     if ranks.control is None:
         return
-    limit = ranks.timeout_s if timeout_s is None else timeout_s
+    limit, began = ranks.timeout_s if timeout_s is None else timeout_s, time.monotonic()
     try:
         dist.monitored_barrier(ranks.control, timeout=timedelta(seconds=limit), wait_all_ranks=True)
     except RuntimeError as error:
         raise _not_all_came(what, limit, error) from error
+    log(f"waited: {what}", wait=what, seconds=round(time.monotonic() - began, 3))
 
 
 def _not_all_came(what: str, limit: float, error: RuntimeError) -> DistributedError:

@@ -17,6 +17,7 @@ from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.pipeline.offload import run_block_by_block
 from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
+from model_adapters.weights.brought import Brought
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline, release_pipeline
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
 from quant_core.schemes import QUANT_TYPES
@@ -91,6 +92,7 @@ class ModelSession:
             tp_group=self.ranks.tp_device_group,
             layout=self.config.ranks.layout,
             dtype=self.adapter.dtype(options),
+            brought=Brought.of(options),
         )
 
     @property

@@ -14,6 +14,8 @@ from torch import nn
 
 from model_adapters.adapter import ModelAdapter
 from model_adapters.options import PipelineOptions
+from model_adapters.weights.brought import NOTHING, Brought
+from model_adapters.weights.lora import fuse_module, read_changes
 from model_adapters.weights.model_folder import (
     PARTS_NAME,
     check_class,
@@ -56,6 +58,7 @@ def load_transformer(
     layout: str | None = None,
     dtype: torch.dtype,
     device: torch.device | str,
+    brought: Brought = NOTHING,
 ) -> LoadedTransformer:
     """Load this rank's part of the transformer of a pipeline folder, frozen, in `dtype` on `device`.
 
@@ -63,7 +66,14 @@ def load_transformer(
     InputError when the folder is not whole or holds another model.
     """
     part = describe_transformer(
-        adapter, path, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group, layout=layout, dtype=dtype
+        adapter,
+        path,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        tp_group=tp_group,
+        layout=layout,
+        dtype=dtype,
+        brought=brought,
     )
     return load_part(part, device)
 
@@ -114,10 +124,12 @@ def load_text_encoders(
     Raises InputError when the folder is not whole.
     """
     # Some encoders ask for the transformer's widths, which a model without weights knows too.
-    empty = build_empty(adapter, used_folders(pipeline_folder(options.path))[0])
+    empty, loras = build_empty(adapter, used_folders(pipeline_folder(options.path))[0]), Brought.of(options).loras
     pipeline = _assemble(adapter, options, dtype, {**_without(_DECODERS, options), "transformer": empty})
     for name, part in pipeline.components.items():
         if name.startswith(_TEXT) and isinstance(part, nn.Module):
+            shapes = {key: tuple(tensor.shape) for key, tensor in part.state_dict().items()}
+            fuse_module(part, read_changes(adapter.pipeline_type(), loras, name, shapes))
             part.to(device)
     return pipeline
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from model_adapters.parallel.shard_plan import ShardPlan
+from model_adapters.weights.brought import NOTHING, Brought
 from model_adapters.weights.model_folder import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -72,15 +73,19 @@ def files_of(folder: Path, *, is_divided: bool) -> list[Path]:
     return weight_files(folder)
 
 
-def pipeline_files(root: Path) -> list[Path]:
+def pipeline_files(root: Path, brought: Brought = NOTHING) -> list[Path]:
     """Return every file that some rank of a job on this pipeline may read: of the transformer and of all other parts.
+
+    Of a transformer in whose place a file is brought only the configuration is read.
 
     A folder that holds nothing but a transformer has no index of parts. Raises InputError when the index is damaged or
     weights of the transformer are missing.
     """
     folders = used_folders(root)
     is_divided = folders != [root / WHOLE]
-    own = [path for folder in folders for path in (folder / CONFIG_NAME, *files_of(folder, is_divided=is_divided))]
+    own = [folders[0] / CONFIG_NAME]
+    if brought.transformer is None:
+        own = [path for folder in folders for path in (folder / CONFIG_NAME, *files_of(folder, is_divided=is_divided))]
     index = root / PARTS_NAME
     if not index.exists():
         return own

@@ -7,9 +7,11 @@ read from disk but headers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +20,18 @@ from torch import Tensor, nn
 
 from model_adapters.adapter import ModelAdapter
 from model_adapters.parallel.tensor_parallel import make_local
+from model_adapters.weights.brought import NOTHING, Brought
+from model_adapters.weights.lora import Changes, fuse, read_changes
 from model_adapters.weights.model_folder import CONFIG_NAME, check_class, open_weights, pipeline_folder, read_json
-from model_adapters.weights.transformer_folders import files_of, folder_of_rank
+from model_adapters.weights.single_file import SingleFile
+from model_adapters.weights.transformer_folders import WHOLE, files_of, folder_of_rank, used_folders
 from quant_core.checkpoint.tensor_file import DTYPES
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard, Style, cut
 
 _WHOLE = Shard(Style.REPLICATED, 0, 1)
+# Opens a file for reading slices of tensors by their names in diffusers.
+Open = Callable[[Path], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class TransformerPart:
 
     `model` is on the meta device, with local shapes, in the dtype to compute in; `shards` is by linear layer (a layer
     that is missing is replicated); `full_shapes` and `files` are by tensor name of the undivided model; `is_divided`:
-    the files hold this rank's slices already.
+    the files hold this rank's slices already; `changes` are added to the weights of layers when these are read.
     """
 
     model: nn.Module
@@ -41,6 +48,8 @@ class TransformerPart:
     full_shapes: dict[str, tuple[int, ...]]
     files: Mapping[str, Path]
     is_divided: bool = False
+    open: Open = open_weights
+    changes: Changes = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
         """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file.
@@ -50,13 +59,14 @@ class TransformerPart:
         """
         layer, _, tensor = name.rpartition(".")
         shard = _WHOLE if self.is_divided else self.shards.get(layer, _WHOLE)
-        with open_weights(self.files[name]) as file:
+        with self.open(self.files[name]) as file:
             source = file.get_slice(name)
-            return cut(source, shard.slices(tensor, source.get_shape()))
+            local = cut(source, shard.slices(tensor, source.get_shape()))
+        return fuse(local, self.changes[layer]) if tensor == "weight" and layer in self.changes else local
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor has in its file."""
-        with open_weights(self.files[name]) as file:
+        with self.open(self.files[name]) as file:
             return DTYPES[file.get_slice(name).get_dtype()]
 
 
@@ -69,22 +79,27 @@ def describe_transformer(
     tp_group: dist.ProcessGroup | None = None,
     layout: str | None = None,
     dtype: torch.dtype,
+    brought: Brought = NOTHING,
 ) -> TransformerPart:
-    """Describe this rank's part of the transformer of a pipeline folder.
+    """Describe this rank's part of the transformer of a pipeline folder, or of a file that is brought in its place.
 
     Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder is
-    not whole or holds another model.
+    not whole or holds another model, or a brought file does not fit it.
     """
-    plan = adapter.shard_plan(layout)
-    folder, is_divided = folder_of_rank(pipeline_folder(path), plan, tp_rank, tp_size)
+    plan, root, single = adapter.shard_plan(layout), pipeline_folder(path), brought.transformer
+    folder, is_divided = (used_folders(root)[0], False) if single else folder_of_rank(root, plan, tp_rank, tp_size)
     model = build_empty(adapter, folder)
     full_shapes = _shapes(model)
     shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
     expected = _shapes(model) if is_divided else full_shapes
-    files = _checked_files(files_of(folder, is_divided=is_divided), expected, folder)
+    open_file = SingleFile.of(single, adapter.transformer_class, expected).open if single else open_weights
+    paths = [single] if single else files_of(folder, is_divided=is_divided)
+    files = _checked_files(paths, expected, folder, open_file)
+    changes = read_changes(adapter.pipeline_type(), brought.loras, WHOLE, full_shapes) if brought.loras else {}
+    local = {layer: [term.of_shard(shards.get(layer)) for term in terms] for layer, terms in changes.items()}
     for name, tensor in model.state_dict().items():
         place(model, name, tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype))
-    return TransformerPart(model, shards, full_shapes, files, is_divided)
+    return TransformerPart(model, shards, full_shapes, files, is_divided, open_file, local)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -122,12 +137,14 @@ def place(model: nn.Module, name: str, value: Tensor) -> None:
         owner.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
 
 
-def _checked_files(files: list[Path], expected: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Path]:
+def _checked_files(
+    files: list[Path], expected: Mapping[str, tuple[int, ...]], folder: Path, open_file: Open
+) -> dict[str, Path]:
     """Return where each tensor lies, comparing the headers of all files with the model; no tensor is read."""
     found: dict[str, tuple[int, ...]] = {}
     homes: dict[str, Path] = {}
     for path in files:
-        with open_weights(path) as file:
+        with open_file(path) as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         found |= shapes
         homes |= dict.fromkeys(shapes, path)

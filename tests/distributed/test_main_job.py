@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from launcher.config.resolve import job_config
+from launcher.journal.trace import last_run, trace_events
 from launcher.run import run
 from model_adapters import load_adapter
 from model_adapters.weights.transformer_part import build_empty
@@ -155,3 +157,14 @@ def quantize_alone(model: str, folder: Path, prompts: Path, out: Path, **quantiz
         "output": folders,
     }
     run(job_config(model, tree))
+
+
+def test_the_logs_of_all_ranks_become_a_trace_that_shows_who_waited(dual_timestep_job: PublishedJob) -> None:
+    ranks = last_run(dual_timestep_job.folder / "weights", "quantize")
+    assert list(ranks) == [0, 1]
+    spans = [event for event in trace_events(ranks) if event["ph"] == "X"]
+    for rank in ranks:
+        names = {event["name"] for event in spans if event["pid"] == rank}
+        assert {"prepare", "load", "calibrate", "quantize", "merge", "waits: whether to calibrate"} <= names
+        stages = sorted((e["ts"], e["dur"]) for e in spans if e["pid"] == rank and not e["name"].startswith("waits"))
+        assert all(end + 2e3 >= begin + length for (begin, length), (end, _) in pairwise(stages))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from model_adapters import load_adapter
+from model_adapters.weights.brought import Brought, LoraFile
 from model_adapters.weights.loading import load_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
 from scripts.make_tiny_pipeline import write_prompts
@@ -39,3 +43,34 @@ def _quantize_held(folder: Path, tp_rank: int, output: Path) -> Written:
     save = SaveProcessorConfig(output_path=str(output))
     quant_model(loaded.model, SessionConfig(processor_cfg_map={"w8a8_dynamic": scheme, "save": save}))
     return Written.read(output, "w8a8_dynamic")
+
+
+def test_a_job_with_loras_publishes_what_a_job_on_the_fused_transformer_publishes(
+    tiny_flux_folder: Path, tmp_path: Path
+):
+    adapter, prompts = load_adapter("flux"), write_prompts(tmp_path / "prompts.txt")
+    lora = LoraFile(_write_lora(tmp_path / "lora.safetensors"), 0.5)
+    fused = load_transformer(
+        adapter, str(tiny_flux_folder), dtype=torch.bfloat16, device="cpu", brought=Brought(loras=(lora,))
+    )
+    save_file(fused.model.state_dict(), tmp_path / "fused.safetensors")
+    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_dynamic", "--calibrate", "needed")
+    for name, brought in (
+        ("lora", ("--lora", f"{lora.path}:{lora.scale}")),
+        ("file", ("--transformer", tmp_path / "fused.safetensors")),
+    ):
+        run_job(2, "flux", tiny_flux_folder, prompts, tmp_path / name, *flags, *brought)
+    for rank in (0, 1):
+        lora_files, single = (
+            Written.read(tmp_path / name / "weights", "w8a8_dynamic", suffix=f"_{rank}") for name in ("lora", "file")
+        )
+        assert differing(lora_files.tensors, single.tensors) == []
+    fields = json.loads((tmp_path / "lora" / "weights" / "quant_manifest.json").read_text())["fields"]
+    assert fields["files.--lora 0"].endswith(" x 0.5")
+
+
+def _write_lora(path: Path) -> Path:
+    layer = "transformer.transformer_blocks.0.attn.to_out.0"
+    factors = {f"{layer}.lora_A.weight": torch.randn(2, 64), f"{layer}.lora_B.weight": torch.randn(64, 2)}
+    save_file(factors, path)
+    return path

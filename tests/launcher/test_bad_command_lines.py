@@ -63,7 +63,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "fewer pictures than none": ([*JOB, "--evaluate", "-1"], "--evaluate"),
     "part of prompts that does not exist": ([*JOB, "--data_split_id", "1"], "data_split_id 1"),
     "hang timeout of nothing": ([*JOB, "--hang_timeout", "0"], "--hang_timeout cannot be '0'"),
-    "configuration that is missing": ([*JOB, "--config", "no.yaml"], "cannot read 'no.yaml'"),
+    "configuration that is missing": ([*JOB, "--config", "no.yaml"], "there is no file and no recipe 'no.yaml'"),
 }
 # Configuration files, by their content.
 FILES = {

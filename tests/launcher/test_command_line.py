@@ -91,6 +91,19 @@ def test_a_flag_replaces_what_yaml_says_under_the_other_name_of_the_same_option(
     assert job_of("sd3", "--config", str(file), "--sd3_model_path", "new").pipeline.path == "new"
 
 
+def test_the_help_shows_what_to_type_on_a_first_day_and_all_of_it_is_understood(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    told = capsys.readouterr().out
+    examples = [command.example for command in commands().values() if command.example]
+    assert len(examples) >= 3
+    for example in examples:
+        assert example in told
+        parse(example.partition("-m launcher ")[2].split())
+
+
 @pytest.mark.parametrize(
     ("words", "what", "advice"),
     [
@@ -112,7 +125,10 @@ def test_a_flag_replaces_what_yaml_says_under_the_other_name_of_the_same_option(
         (["merge", "a", "b"], "'b' belongs to no flag", "--help"),
         (["merge", "a", "--quant_weight_save_folder", "b"], "FOLDER and --quant_weight_save_folder are two", "--help"),
         (["merge", "--quant_typ", "w8a8"], "no flag is called '--quant_typ'", "--quant_type"),
-        ([*FLUX, "--config", "no/such.yaml"], "cannot read 'no/such.yaml'", "existing"),
+        ([*FLUX, "--config", "no/such.yaml"], "there is no file and no recipe 'no/such.yaml'", "existing"),
+        ([*FLUX, "--config", "tests"], "cannot read 'tests'", "existing"),
+        ([*FLUX, "--config", "qualty"], "there is no file and no recipe 'qualty'", "quality"),
+        ([*FLUX, "--write_config", "/proc/job.yaml"], "cannot write '/proc/job.yaml'", "another file"),
     ],
 )
 def test_a_wrong_command_line_gets_four_lines_with_what_to_type(words: list[str], what: str, advice: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from launcher.cli.commands import Command, commands
-from launcher.cli.flag_parser import CONFIG
+from launcher.cli.flag_parser import CONFIG, WRITE_CONFIG
 from launcher.config.option_flags import Flag, flags_of
 
 FROZEN = Path(__file__).resolve().parents[1] / "data" / "command_line.yaml"
@@ -42,7 +42,7 @@ def plain(value: object) -> object:
 
 
 def flags(command: Command) -> dict[str, Any]:
-    config = {f"--{CONFIG}": {"takes": "FILE"}} if command.takes_config else {}
+    config = {f"--{CONFIG}": {"takes": "FILE"}, f"--{WRITE_CONFIG}": {"takes": "FILE"}} if command.takes_config else {}
     return {flag.option: described(flag) for flag in flags_of(command.options())} | config
 
 

@@ -156,6 +156,29 @@ def test_a_file_separates_jobs_if_the_pipeline_reads_it(name: str, asked: Asked)
     assert changed(before, asked.fingerprints()) == (ALL if counts else set())
 
 
+def test_files_that_are_brought_separate_jobs_by_content_and_scale_and_not_by_name(asked: Asked, tmp_path: Path):
+    for name, value in (("a", 1.0), ("b", 2.0), ("copy of a", 1.0)):
+        save_file({"w": torch.tensor(value)}, tmp_path / f"{name}.safetensors")
+    a, b, copy = (str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "copy of a"))
+    for flag, given, others, same in (
+        ("transformer", a, [None, b], copy),
+        ("lora", [a], [[], [b], [f"{a}:0.5"], [a, a], [b, a]], [f"{copy}:1"]),
+    ):
+        before = asked.fingerprints(pipeline={flag: given})
+        assert not changed(before, asked.fingerprints(pipeline={flag: same}))
+        for other in others:
+            assert changed(before, asked.fingerprints(pipeline={flag: other})) == ALL
+
+
+def test_weights_in_whose_place_a_file_is_brought_do_not_count(asked: Asked, tmp_path: Path):
+    save_file({"w": torch.zeros(1)}, tmp_path / "mine.safetensors")
+    brought = {"transformer": str(tmp_path / "mine.safetensors")}
+    before = asked.fingerprints(pipeline=brought)
+    for weights in (asked.folder / "transformer").glob("*.safetensors*"):
+        weights.unlink()
+    assert not changed(before, asked.fingerprints(pipeline=brought))
+
+
 def test_a_folder_with_nothing_but_a_transformer_has_a_fingerprint(asked: Asked):
     for part in asked.folder.iterdir():
         if part.name != "transformer":

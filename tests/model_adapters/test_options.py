@@ -15,6 +15,8 @@ from model_adapters.sd3.options import SD3Options
 from quant_core.errors import ConfigurationError
 
 _SHARED = {
+    "transformer": None,
+    "lora": (),
     "prompt_path": "./calib_prompts.txt",
     "width": 1024,
     "height": 1024,

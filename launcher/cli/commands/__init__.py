@@ -27,7 +27,8 @@ class Command:
     """What a person types, what it is for, and the module that does it, imported when it is asked for.
 
     `on_ranks`: it is one program on many ranks; otherwise it works on files, in one process.
-    `takes_config`: its options are those of a job, and may come from a YAML file.
+    `takes_config`: its options are those of a job, and may come from a YAML file. `example`: of a command that a first
+    day needs, what to type.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Command:
     module: str
     on_ranks: bool = False
     takes_config: bool = False
+    example: str = ""
 
     def options(self) -> type[BaseModel]:
         """Return the class of what may follow the command's name."""
@@ -49,8 +51,43 @@ class Command:
         import_module(self.module).run(options, launch)
 
 
+_TWO_RANKS = "torchrun --nproc_per_node 2 -m launcher"
+# In the order of the help: what is of use before a job, and what works on its files.
+_BEFORE = (
+    Command(
+        "doctor",
+        "Look at this machine: what would stand in a job's way.",
+        "launcher.cli.commands.doctor",
+        example="python -m launcher doctor --ranks 2",
+    ),
+    Command(
+        "recipes",
+        "List the configurations that come with the models, or print one.",
+        "launcher.cli.commands.recipes",
+        example="python -m launcher recipes",
+    ),
+)
+_AFTER = (
+    Command(
+        "evaluate",
+        "Measure a published checkpoint against its float model.",
+        "launcher.cli.commands.evaluate",
+        on_ranks=True,
+    ),
+    Command("merge", "Publish the shards that an earlier run left unmerged.", "launcher.cli.commands.merge"),
+    Command("verify", "Check a published checkpoint by every rule.", "launcher.cli.commands.verify"),
+    Command(
+        "report",
+        "Tell of a published checkpoint what a person wants to know, in one page.",
+        "launcher.cli.commands.report",
+        example="python -m launcher report results/safetensors",
+    ),
+    Command("trace", "Show what each rank of a job did when.", "launcher.cli.commands.trace"),
+)
+
+
 def commands() -> dict[str, Command]:
-    """Return all commands by name, in the order of the help: a job for each model, then what works on its files."""
+    """Return all commands by name, in the order of the help."""
     jobs = (
         Command(
             model,
@@ -58,17 +95,8 @@ def commands() -> dict[str, Command]:
             "launcher.cli.commands.job",
             on_ranks=True,
             takes_config=True,
+            example=f"{_TWO_RANKS} {model} --config quality --path FOLDER --tp_size 2" if index == 0 else "",
         )
-        for model in adapter_names()
+        for index, model in enumerate(adapter_names())
     )
-    on_files = (
-        Command(
-            "evaluate",
-            "Measure a published checkpoint against its float model.",
-            "launcher.cli.commands.evaluate",
-            on_ranks=True,
-        ),
-        Command("merge", "Publish the shards that an earlier run left unmerged.", "launcher.cli.commands.merge"),
-        Command("verify", "Check a published checkpoint by every rule.", "launcher.cli.commands.verify"),
-    )
-    return {command.name: command for command in (*jobs, *on_files)}
+    return {command.name: command for command in (*_BEFORE, *jobs, *_AFTER)}

@@ -1,0 +1,89 @@
+"""Try what every job on several ranks needs: that they meet, and that a sum over them is right.
+
+Run by torchrun as `-m launcher.doctor.collective DEVICE`, on each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from launcher.doctor.devices import first_with_cards
+from launcher.doctor.finding import Finding, judged
+
+_WAIT_S = 120
+_NUMEL = 2**24  # 64 MiB of float32, about what two ranks of FLUX exchange at once
+
+
+def try_ranks(ranks: int | None, device: str | None) -> Iterator[Finding]:
+    """Start ranks and have them add numbers up; nothing without a number of ranks."""
+    if ranks is None:
+        yield Finding("--", "collectives", "not tried", "--ranks 2 starts two ranks and tries them")
+        return
+    device = device or first_with_cards()
+    tried = f"{ranks} ranks on {device}"
+    starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *starter, "-m", "launcher.doctor.collective", device]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    environ = {**own, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    try:
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=2 * _WAIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        yield Finding(
+            "!!", "collectives", f"{ranks} ranks on {device} hang", "look at the variables and host name above"
+        )
+        return
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not told:
+        errors = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
+        yield Finding(
+            "!!",
+            "collectives",
+            f"{ranks} ranks on {device} failed: {errors[-1] if errors else 'silently'}",
+            " ".join(command[1:]),
+        )
+        return
+    found = json.loads(told[0])
+    yield judged(
+        "collectives",
+        f"{tried} over {found['backend']}: a sum of 64 MiB takes {found['seconds']:.3f} s",
+        "the sum is wrong: do not run jobs on these devices",
+        is_well=found["is_right"],
+    )
+
+
+def main() -> None:
+    """Add up numbers over all ranks, on the device that a job would use; rank 0 prints what it found."""
+    import torch
+    import torch.distributed as dist
+
+    from launcher.devices.choice import choose_backend, choose_device_index, find_cards
+    from launcher.devices.launch import read_launch
+
+    launch, cards = read_launch(os.environ), find_cards(sys.argv[1], os.environ)
+    index, _ = choose_device_index(cards, 0, launch)
+    device = torch.device(cards.kind.name, *([index] if cards.kind.has_cards else []))
+    if cards.kind.has_cards:
+        torch.accelerator.set_device_index(index)
+    backend, _ = choose_backend(device, shared=cards.shared_by(launch))
+    cards.kind.set_environment(os.environ)
+    dist.init_process_group(backend, timeout=timedelta(seconds=_WAIT_S))
+    numbers = torch.full((_NUMEL,), float(launch.rank + 1), device=device)
+    dist.all_reduce(numbers.clone())  # the first one also connects
+    began = time.perf_counter()
+    dist.all_reduce(numbers)
+    right: Any = (numbers == launch.world * (launch.world + 1) / 2).all().item()  # waits for the device
+    seconds = time.perf_counter() - began
+    if launch.rank == 0:
+        print(json.dumps({"backend": backend, "seconds": seconds, "is_right": bool(right)}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

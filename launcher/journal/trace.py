@@ -1,0 +1,87 @@
+"""A job's logs as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: a track for each rank.
+
+The track shows the rank's stages, and inside them where it waited for others, so that a slow rank shows as the one that
+does not wait. Clocks of several hosts are shown as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launcher.journal.logs import LOGS
+from quant_core.errors import InputError
+
+FIRST_STAGE = "prepare"
+Line = Mapping[str, Any]
+
+
+def last_run(folder: Path, stage: str = FIRST_STAGE) -> dict[int, list[Line]]:
+    """Return the lines that each rank logged in the last run of a job that came to a stage, by rank.
+
+    Raises InputError where no run that did has logged.
+    """
+    logs = [list(_lines(path)) for path in (folder / LOGS).glob("rank*.jsonl")]
+    found = [[run for run in _runs(lines) if any(line.get("stage") == stage for line in run)] for lines in logs]
+    last = [runs[-1] for runs in found if runs]
+    if not last:
+        raise InputError(
+            f"there are no logs of a job that came to {stage}",
+            where=str(folder / LOGS),
+            why="a job logs beside its weights, or beside its images if it makes no weights",
+            advice="give the --quant_weight_save_folder of the job",
+        )
+    return {int(run[0]["rank"]): run for run in sorted(last, key=lambda run: run[0]["rank"])}
+
+
+def _runs(lines: list[Line]) -> list[list[Line]]:
+    """Divide the lines of a log, to which every run appends, at the beginnings of its first stage."""
+    begins = [i for i, line in enumerate(lines) if line.get("stage") == FIRST_STAGE and "seconds" not in line]
+    return [lines[begin:end] for begin, end in zip(begins, [*begins[1:], len(lines)])]
+
+
+def trace_events(ranks: Mapping[int, Sequence[Line]]) -> list[dict[str, Any]]:
+    """Return the events of a trace: times in microseconds since the first one."""
+    start = min(moment(line) for lines in ranks.values() for line in lines)
+    events: list[dict[str, Any]] = []
+    for rank, lines in ranks.items():
+        events.append({"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}})
+        events.append({"name": "process_sort_index", "ph": "M", "pid": rank, "args": {"sort_index": rank}})
+        for line in lines:
+            events += _events_of(line, rank, start)
+    return events
+
+
+def trace(folder: Path) -> str:
+    """Return the trace of the last run whose logs are in a folder, as JSON."""
+    return json.dumps({"traceEvents": trace_events(last_run(folder)), "displayTimeUnit": "ms"}, ensure_ascii=False)
+
+
+def moment(line: Line) -> float:
+    """Return when a line was logged, in seconds of the epoch."""
+    return datetime.fromisoformat(line["time"]).timestamp()
+
+
+def _events_of(line: Line, rank: int, start: float) -> Iterator[dict[str, Any]]:
+    at = (moment(line) - start) * 1e6
+    common = {"pid": rank, "tid": 0}
+    if "seconds" in line:
+        name = line["stage"] if "stage" in line else f"waits: {line['wait']}"
+        length = line["seconds"] * 1e6
+        yield {**common, "name": name, "ph": "X", "ts": round(at - length), "dur": round(length)}
+    elif line["level"] in ("warning", "error", "critical") or line["from"] == "launcher":
+        yield {**common, "name": line["text"][:200], "ph": "i", "ts": round(at), "s": "t"}
+    if "memory" in line:
+        yield {"pid": rank, "name": "memory in GB", "ph": "C", "ts": round(at), "args": {"GB": line["memory"] / 2**30}}
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """Return the lines of a log; a rank that was killed may have left half of one."""
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(text)
+        except ValueError:
+            continue

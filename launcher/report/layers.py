@@ -1,0 +1,95 @@
+"""The layers of a checkpoint: what became of each, how well, and which of them go together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from launcher.files.manifest import Manifest
+from model_adapters.quality.card import QualityCard
+from quant_core.checkpoint.json_file import read_object
+from quant_core.checkpoint.tensor_parts import TensorFiles
+from quant_core.naming import matches
+
+FLOAT = "FLOAT"
+_WEIGHT = ".weight"
+
+
+class LayerRow(BaseModel):
+    """A linear layer: its scheme, the shape of its weight on the first rank, and how far it is from its float self.
+
+    sqnr: in dB, None where it was not measured; steps: the same by denoising step.
+    """
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    is_smoothed: bool = False
+    why_float: str = ""
+    sqnr: float | None = None
+    steps: dict[int, float] = {}
+
+
+class ScopeRow(BaseModel):
+    """Layers whose names differ in numbers only."""
+
+    pattern: str
+    count: int
+    scheme: str
+    why_float: str
+    worst: float | None
+
+
+def layer_rows(folder: Path, manifest: Manifest, card: QualityCard | None) -> list[LayerRow]:
+    """Return the linear layers in the order of the description of the first rank."""
+    weights, description = (folder / file.name for file in manifest.files[:2])
+    types = read_object(description)
+    measured = {layer.name: layer for layer in card.layers} if card else {}
+    disabled = manifest.fields.get("quantization.disable_names") or ()
+    rows = []
+    for name, scheme, shape, is_smoothed in _linears(types, weights):
+        why = "" if scheme != FLOAT else _why_float(name, disabled)
+        found = measured.get(name)
+        quality: dict[str, Any] = {"sqnr": found.sqnr, "steps": dict(found.steps)} if found else {}
+        row = LayerRow(name=name, scheme=scheme, shape=shape, is_smoothed=is_smoothed, why_float=why, **quality)
+        rows.append(row)
+    return rows
+
+
+def scope_rows(layers: Sequence[LayerRow]) -> list[ScopeRow]:
+    """Return the layers by the patterns of their names, in their order."""
+    groups: dict[tuple[str, str, str], list[LayerRow]] = {}
+    for layer in layers:
+        groups.setdefault((re.sub(r"\d+", "*", layer.name, count=1), layer.scheme, layer.why_float), []).append(layer)
+    return [
+        ScopeRow(
+            pattern=pattern,
+            count=len(group),
+            scheme=scheme,
+            why_float=why,
+            worst=min((layer.sqnr for layer in group if layer.sqnr is not None), default=None),
+        )
+        for (pattern, scheme, why), group in groups.items()
+    ]
+
+
+def _linears(types: Mapping[str, str], weights: Path) -> Iterator[tuple[str, str, tuple[int, int], bool]]:
+    """Return name, scheme, shape and whether it is smoothed of each layer with a matrix, then called `L.linear`."""
+    infos = TensorFiles(weights).infos()
+    for key, scheme in types.items():
+        if not key.endswith(_WEIGHT) or key not in infos or len(infos[key].shape) != 2:
+            continue
+        owner = key.removesuffix(_WEIGHT)
+        layer = owner.removesuffix(".linear")
+        is_smoothed = layer != owner and f"{layer}.div.mul_scale" in types
+        rows, columns = infos[key].shape
+        yield layer if is_smoothed else owner, scheme, (rows, columns), is_smoothed
+
+
+def _why_float(name: str, disabled: Sequence[str]) -> str:
+    pattern = next((each for each in disabled if matches(name, each)), None)
+    return f"kept float by {pattern}" if pattern else "the last linear stays float"

@@ -1,0 +1,61 @@
+"""Draw a report as HTML, Markdown and JSON, and publish them beside the checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from launcher.journal.console import format_seconds
+from launcher.report.content import Report, quality_folder
+from launcher.report.drawing import heat_map, timeline
+from model_adapters.quality.results import SHEET
+from quant_core.atomic_file import write_text_atomically
+
+PAGES = ("report.html", "report.md")
+DATA = "report.json"
+
+
+def write_report(report: Report, folder: Path, output: Path) -> list[Path]:
+    """Publish the report in `output`; `folder` is the checkpoint's, where the pictures are. Returns the files."""
+    written = [write_text_atomically(output / name, page(report, name, folder, output)) for name in PAGES]
+    return [*written, write_text_atomically(output / DATA, report.model_dump_json(indent=1) + "\n")]
+
+
+def page(report: Report, name: str, folder: Path, output: Path) -> str:
+    """Return one page as text."""
+    sheet = quality_folder(folder) / SHEET
+    template = _templates().get_template(name)
+    return template.render(
+        report=report,
+        worst_first=sorted(report.layers, key=lambda layer: (layer.sqnr is None, layer.sqnr)),
+        heat=heat_map(report.layers, report.timestep_sep),
+        timeline=timeline(report.stages),
+        sheet=_picture(sheet) if report.verdict else None,
+        sheet_name=os.path.relpath(sheet, output),
+    )
+
+
+def _templates() -> Environment:
+    templates = Environment(
+        loader=PackageLoader("launcher.report"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"duration": format_seconds, "gib": lambda count: f"{count / 2**30:.2f}", "db": _decibels}
+    return templates
+
+
+def _decibels(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _picture(path: Path) -> str | None:
+    """Return a PNG as an address that holds all of it, so that the page needs no other file."""
+    if not path.exists():
+        return None
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,0 +1,118 @@
+"""How a job ran: its stages on each rank, where each option came from, and what to type to have it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from launcher.config.option_flags import Flag, flags_of
+from launcher.config.resolve import job_config_class
+from launcher.config.yaml_text import parse_yaml
+from launcher.files.run_folder import CONFIG
+from launcher.journal.trace import Line, last_run, moment
+from quant_core.errors import InputError
+
+# A run that did this made the checkpoint; later ones found it published already.
+_MADE_BY = "merge"
+
+
+class StageRow(BaseModel):
+    """One stage on one rank: seconds since the job began, how long, and the most bytes that the rank held."""
+
+    rank: int
+    stage: str
+    begin: float
+    seconds: float
+    memory: int
+
+
+class OptionRow(BaseModel):
+    """An option as it was resolved, and where its value came from: the command line, a file, or the default."""
+
+    flag: str
+    value: str
+    origin: str
+
+
+def stage_rows(folder: Path) -> list[StageRow]:
+    """Return the stages of the run that published, by rank and time; none where its logs are gone."""
+    ranks = _run(folder)
+    start = min((moment(lines[0]) for lines in ranks.values()), default=0.0)
+    return [
+        StageRow(
+            rank=rank,
+            stage=line["stage"],
+            begin=round(max(0.0, moment(line) - line["seconds"] - start), 3),
+            seconds=line["seconds"],
+            memory=line["memory"],
+        )
+        for rank, lines in ranks.items()
+        for line in lines
+        if "seconds" in line and "stage" in line
+    ]
+
+
+def option_rows(folder: Path) -> tuple[list[OptionRow], str]:
+    """Return the options of the job, and the name of its model; empty where the job's configuration is gone."""
+    path = folder / CONFIG
+    if not path.exists():
+        return [], ""
+    tree = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    model, words = str(tree.get("model", "")), _words(folder)
+    return [_option(flag, tree, words) for flag in flags_of(job_config_class(model))], model
+
+
+def command(folder: Path, model: str) -> str:
+    """Return what to type to run the job again, from the same folder."""
+    words, ranks = _words(folder), len(_run(folder))
+    if not words:
+        return f"python -m launcher {model} --config {shlex.quote(str(folder / CONFIG))}"
+    start = "python" if ranks == 1 else f"torchrun --nproc_per_node {ranks}"
+    return f"{start} -m launcher {shlex.join(words if words[0] == model else [model, *words])}"
+
+
+def _option(flag: Flag, tree: Mapping[str, Any], words: Sequence[str]) -> OptionRow:
+    value: Any = tree
+    for name in flag.path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return OptionRow(flag=flag.option, value=_shown(value), origin=_origin(flag, value, words))
+
+
+def _origin(flag: Flag, value: Any, words: Sequence[str]) -> str:
+    if any(word.partition("=")[0] == flag.option for word in words):
+        return "command line"
+    default = flag.field.get_default(call_default_factory=False)
+    if _shown(value) == _shown(default):
+        return "default"
+    config = next(_values(words, "--config"), None)
+    return f"--config {config}" if config else "given"
+
+
+def _values(words: Sequence[str], option: str) -> Iterator[str]:
+    for word, following in zip(words, [*words[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name == option:
+            yield value if equals else following
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _words(folder: Path) -> list[str]:
+    """Return what was typed behind `launcher`, as the first rank logged it."""
+    lines = next(iter(_run(folder).values()), [])
+    return next((list(line["words"]) for line in lines if "words" in line), [])
+
+
+def _run(folder: Path) -> dict[int, list[Line]]:
+    with suppress(InputError):
+        return last_run(folder, _MADE_BY)
+    return {}

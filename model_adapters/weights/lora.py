@@ -1,0 +1,179 @@
+"""Fuse LoRA files into float weights while these are read: W + scale · alpha/rank · B A.
+
+The formats that LoRA files have (diffusers, PEFT, kohya, XLabs, ...) are told apart and converted by the loader that
+diffusers has for the pipeline. The factors of a divided layer are cut like its weight, of which the rows are those of
+B and the columns those of A, so each rank computes only its own part. The product is added in float64 and rounded
+once: a rank's part has the bits of the same part of the whole weight, fused before it was cut.
+
+Worked example: rank 1, alpha 2, scale 0.5, A = [[1, 2]], B = [[3], [4]]. The weight gets 0.5 · 2/1 · [[3, 6], [4, 8]],
+and a rank that holds its second row adds [4, 8].
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from model_adapters.weights.brought import LoraFile
+from model_adapters.weights.model_folder import open_weights
+from quant_core.errors import InputError, suggestion
+from quant_core.parallel.sharding import Shard, cut
+
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+# Parts of other methods that share the file format; diffusers would drop or refuse them one by one.
+_OTHER_METHODS = ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_", "lora_B.bias")
+# Numbers of a weight that are computed at once, in float64.
+_BLOCK_NUMEL = 2**22
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Hold one layer's change: `scale` · up (O, R) @ down (R, I)."""
+
+    up_OR: Tensor
+    down_RI: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the weight that it changes."""
+        return len(self.up_OR), self.down_RI.shape[1]
+
+    def of_shard(self, shard: Shard | None) -> LowRank:
+        """Return the change of one rank's part of the weight."""
+        parts = () if shard is None else shard.weight_slices(self.shape)
+        if not parts:
+            return self
+        if parts[0].dim == 0:
+            return replace(self, up_OR=cut(self.up_OR, parts))
+        return replace(self, down_RI=cut(self.down_RI, parts))
+
+
+# layer -> what the LoRA files change of it, in their order
+Changes = Mapping[str, Sequence[LowRank]]
+
+
+def fuse(weight_OI: Tensor, terms: Sequence[LowRank]) -> Tensor:
+    """Add the terms to a weight in place, a block of rows at a time, and return it."""
+    downs = [term.down_RI.double() for term in terms]
+    rows = max(1, _BLOCK_NUMEL // weight_OI.shape[1])
+    for first in range(0, len(weight_OI) if terms else 0, rows):
+        block = weight_OI[first : first + rows]
+        exact = block.double()
+        for term, down in zip(terms, downs):
+            exact.addmm_(term.up_OR[first : first + rows].double(), down, alpha=term.scale)
+        block.copy_(exact)
+    return weight_OI
+
+
+def fuse_module(module: nn.Module, changes: Changes) -> None:
+    """Add the changes to the linear layers of a loaded module."""
+    for layer, terms in changes.items():
+        fuse(module.get_submodule(layer).weight.data, terms)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+
+
+def read_changes(
+    pipeline_type: Any, files: Sequence[LoraFile], part: str, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, list[LowRank]]:
+    """Read what LoRA files change of one part of a pipeline, by the names of its layers.
+
+    part: as the pipeline calls it, `transformer`. shapes: of the part's tensors, by name.
+    Raises InputError for a file that cannot be read, is of another method, or names a layer that is not there.
+    """
+    changes: dict[str, list[LowRank]] = {}
+    for file in files:
+        for name, term in _read(pipeline_type, file).items():
+            owner, _, layer = name.partition(".")
+            if owner == part:
+                changes.setdefault(_known(layer, term, shapes, file), []).append(term)
+            elif owner not in pipeline_type._lora_loadable_modules:
+                raise _no_layer(name, file, shapes)
+    return changes
+
+
+def _known(layer: str, term: LowRank, shapes: Mapping[str, Sequence[int]], file: LoraFile) -> str:
+    """Return the layer's name in the model; newer transformers leave `text_model.` out of some encoders' names."""
+    found = next((each for each in (layer, layer.removeprefix("text_model.")) if f"{each}.weight" in shapes), None)
+    if found is None:
+        raise _no_layer(layer, file, shapes)
+    expected = tuple(shapes[f"{found}.weight"])
+    if expected != term.shape:
+        raise InputError(
+            f"the LoRA does not fit the layer {found}",
+            where=str(file.path),
+            why=f"it changes a weight of shape {term.shape}, the layer's is {expected}",
+            advice="take a LoRA that was trained on this model",
+        )
+    return found
+
+
+def _no_layer(layer: str, file: LoraFile, shapes: Mapping[str, object]) -> InputError:
+    layers = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
+    return InputError(
+        f"the LoRA changes a layer that the model has not: {layer}",
+        where=str(file.path),
+        why="a LoRA that is applied in part makes another model than the one that was meant",
+        advice=suggestion(layer, layers, "take a LoRA that was trained on this model"),
+    )
+
+
+def _read(pipeline_type: Any, file: LoraFile) -> dict[str, LowRank]:
+    """Return the changes in a file by part and layer: `transformer.proj_out`."""
+    with open_weights(file.path) as opened:
+        if strange := [key for key in opened.keys() if any(word in key for word in _OTHER_METHODS)]:  # noqa: SIM118
+            raise _unreadable(file, f"{strange[0]} is no factor of a plain LoRA")
+    try:
+        state, *about = pipeline_type.lora_state_dict(
+            str(file.path.parent),
+            weight_name=file.path.name,
+            use_safetensors=True,
+            local_files_only=True,
+            return_alphas=True,
+            return_lora_metadata=True,
+        )
+    except Exception as error:  # whatever a converter meets in a file of another format
+        raise _unreadable(file, f"{type(error).__name__}: {error}") from error
+    alphas, metadata = (about[0] if len(about) > 1 else None) or {}, about[-1] or {}
+    state = _peft_names(state)
+    pairs = dict.fromkeys(key[: -len(end)] for key in state for end in (_UP, _DOWN) if key.endswith(end))
+    left = {*state} ^ {f"{name}{end}" for name in pairs for end in (_UP, _DOWN)}
+    if left or not pairs:
+        raise _unreadable(file, f"{min(left)} has no partner" if left else "it holds no factors")
+    return {
+        name: LowRank(up := state[name + _UP], state[name + _DOWN], file.scale * _scale(name, up, alphas, metadata))
+        for name in pairs
+    }
+
+
+def _peft_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    return state if any("lora_A" in key for key in state) else convert_unet_state_dict_to_peft(dict(state))
+
+
+def _scale(name: str, up_OR: Tensor, alphas: Mapping[str, Any], metadata: Mapping[str, Any]) -> float:
+    """Return alpha / rank, from where the file says it; a file that says nothing means 1."""
+    part, _, layer = name.partition(".")
+    rank = up_OR.shape[1]
+    if f"{name}.alpha" in alphas:
+        return float(alphas[f"{name}.alpha"]) / rank
+    if f"{part}.lora_alpha" not in metadata:
+        return 1.0
+    patterns: Mapping[str, float] = metadata.get(f"{part}.alpha_pattern") or {}
+    own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    alpha = float(next(own, metadata[f"{part}.lora_alpha"]))
+    return alpha / (math.sqrt(rank) if metadata.get(f"{part}.use_rslora") else rank)
+
+
+def _unreadable(file: LoraFile, why: str) -> InputError:
+    return InputError(
+        "this is no LoRA file that can be fused",
+        where=str(file.path),
+        why=why.strip().partition("\n")[0],
+        advice="plain LoRA files that diffusers reads for this model can; fuse others into the model before",
+    )

@@ -1,0 +1,128 @@
+"""The doctor says of a machine what is well and what is not, with what to do, and shows no secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.doctor.checks import CHECKS, Asked, examine
+from launcher.doctor.collective import try_ranks
+from launcher.doctor.finding import Finding, as_json, as_text
+from launcher.doctor.host import disks
+from launcher.doctor.packages import cann_release
+from launcher.doctor.processes import left_over
+from launcher.doctor.variables import HARMS, variables
+from launcher.failure.liveness import here
+from launcher.journal.status import STATUS
+
+
+def marks(findings: list[Finding]) -> dict[str, str]:
+    return {finding.what: finding.mark for finding in findings}
+
+
+def test_this_machine_has_the_packages_that_the_product_asks_for_and_every_check_says_something(tmp_path: Path):
+    findings = list(examine(Asked(tmp_path)))
+    assert {finding.section for finding in findings} == {section for section, _ in CHECKS}
+    assert all(finding.mark == "ok" for finding in findings if finding.what in ("python", "torch", "diffusers", "cpu"))
+    assert not [finding for finding in findings if finding.found.startswith("could not look")]
+
+
+def test_every_trouble_comes_with_a_fix(tmp_path: Path):
+    assert all(finding.fix for finding in examine(Asked(tmp_path / "x")) if finding.mark == "!!")
+
+
+def test_a_check_that_fails_is_a_finding_and_the_others_go_on(tmp_path: Path):
+    (tmp_path / STATUS).write_text("[]")
+    findings = list(examine(Asked(tmp_path)))
+    assert marks(findings)["left over"] == "!!"
+    assert {"memory", "collectives"} <= marks(findings).keys()
+
+
+SET: dict[str, dict[str, str]] = {
+    "HCCL_IF_IP": {"HCCL_IF_IP": "10.0.0.1", "HCCL_SOCKET_IFNAME": "eth0"},
+    "RANK_TABLE_FILE": {"RANK_TABLE_FILE": "/etc/ranks.json"},
+    "HCCL_WHITELIST_DISABLE": {"HCCL_WHITELIST_DISABLE": "1"},
+    "TORCH_HCCL_BLOCKING_WAIT": {"TORCH_HCCL_BLOCKING_WAIT": "1"},
+    "HCCL_EVENT_TIMEOUT": {"HCCL_EVENT_TIMEOUT": "600", "HCCL_EXEC_TIMEOUT": "600"},
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": {"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"},
+}
+
+
+@pytest.mark.parametrize("name", [harm.variable for harm in HARMS])
+def test_a_setting_that_does_harm_is_named_with_its_fix(name: str):
+    [found] = [finding for finding in variables(SET[name]) if finding.mark == "!!"]
+    assert found.what == name
+    assert found.fix
+
+
+def test_settings_that_do_no_harm_are_shown_and_secrets_are_not():
+    environ = {"HCCL_EVENT_TIMEOUT": "630", "HCCL_EXEC_TIMEOUT": "600", "HF_TOKEN": "hf_abc", "HOME": "/root"}
+    findings = list(variables(environ | {"NCCL_DEBUG": "INFO", "HCCL_WHITELIST_DISABLE": "0"}))
+    assert set(marks(findings).values()) == {"ok"}
+    assert "HOME" not in marks(findings)
+    assert "hf_abc" not in as_text(findings) + as_json(findings)
+
+
+def test_variables_of_half_a_rank_are_a_trouble():
+    assert marks(list(variables({"WORLD_SIZE": "2", "RANK": "0"})))["variables of a rank"] == "!!"
+
+
+def test_a_rank_whose_starter_is_gone_and_an_account_that_nobody_keeps_are_found(tmp_path: Path):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "launcher", "flux"]
+    started = subprocess.Popen(
+        sleeps, env={**os.environ, "TORCHELASTIC_RUN_ID": "x"}
+    )  # by pytest, which starts no ranks
+    alone = subprocess.Popen(sleeps)
+    rank = {"rank": 0, "host": here(), "pid": 2**22 + 1}  # more than any process has
+    (tmp_path / STATUS).write_text(json.dumps({"state": "running", "ranks": [rank]}))
+    try:
+        found = marks(list(left_over(tmp_path)))
+    finally:
+        for process in (started, alone):
+            process.kill()
+            process.wait()
+    assert found[f"process {started.pid}"] == "!!"
+    assert found[f"process {alone.pid}"] == "--"
+    assert found[STATUS] == "!!"
+
+
+def test_a_folder_that_may_not_be_written_to_is_a_trouble():
+    assert marks(list(disks(Path("/proc/sys/kernel"))))["folder"] == "!!"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("aarch64-linux/ascend_toolkit_install.info", "package_name=x\nversion=9.1.0\n"),
+        ("version.cfg", "toolkit_running_version=[9.1.0]\n"),
+    ],
+)
+def test_the_release_of_cann_is_read_where_it_says_it(file: str, text: str, tmp_path: Path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert cann_release(Path(), tmp_path / "missing", tmp_path) == "9.1.0"
+
+
+@pytest.mark.distributed
+def test_two_ranks_are_tried_and_a_device_that_is_not_there_is_told():
+    [works] = try_ranks(2, "cpu")
+    assert (works.mark, "gloo" in works.found) == ("ok", True)
+    [fails] = try_ranks(1, "npu")
+    assert (fails.mark, "torch_npu" in fails.found) == ("!!", True), fails
+
+
+def test_the_command_prints_what_is_to_fix_and_its_status_says_it(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "doctor", str(tmp_path), "--json"],
+        env={**os.environ, "RANK_TABLE_FILE": "x"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert {each["what"] for each in json.loads(done.stdout) if each["mark"] == "!!"} >= {"RANK_TABLE_FILE"}

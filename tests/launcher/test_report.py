@@ -1,0 +1,169 @@
+"""A report is drawn whatever the folder knows, shows what matters, escapes what it quotes, and stays small."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.report.content import FileRow, Report, gather
+from launcher.report.drawing import SHADES_DB, heat_map, timeline
+from launcher.report.layers import LayerRow, scope_rows
+from launcher.report.pages import PAGES, page, write_report
+from launcher.report.running import OptionRow, StageRow
+from quant_core.errors import InputError
+
+MB = 2**20
+
+
+def layer(name: str, sqnr: float | None = 40.0, steps: int = 0, **changes: Any) -> LayerRow:
+    by_step = {step: (sqnr or 0) + 7 * (step % 3) for step in range(steps)}
+    return LayerRow(name=name, scheme="W8A8_TIMESTEP", shape=(3072, 3072), sqnr=sqnr, steps=by_step, **changes)
+
+
+def report(**changes: Any) -> Report:
+    layers = changes.pop("layers", [layer("a.0.q", 41.0, 4), layer("a.1.q", 12.0, 4), layer("b.0", None)])
+    given: dict[str, Any] = {
+        "model": "flux",
+        "quant_type": "W8A8_TIMESTEP",
+        "layout": "mindie",
+        "tp_size": 2,
+        "dp_size": 1,
+        "fingerprint": "f" * 64,
+        "verdict": ["Good pictures.", "BROKEN: one layer."],
+        "scope": scope_rows(layers),
+        "layers": layers,
+        "timestep_sep": 2,
+        "registration": {"3.1": 'policy.register(range(2, 4), "static", target="w8a8_static_linear")'},
+        "stages": [
+            StageRow(rank=rank, stage=stage, begin=begin, seconds=10.0, memory=rank * 2**30)
+            for rank in (0, 1)
+            for stage, begin in (("load", 0.0), ("quantize", 10.0))
+        ],
+        "options": [OptionRow(flag="--path", value="<b>&'", origin="command line")],
+        "command": "torchrun --nproc_per_node 2 -m launcher flux --path '<b>'",
+        "versions": {"torch": "2.13.0"},
+        "files": [FileRow(name="w.safetensors", bytes=3, sha256="0" * 64)],
+    }
+    return Report(**(given | changes))
+
+
+class Tags(HTMLParser):
+    """Count tags, and refuse what is not closed."""
+
+    VOID = frozenset({"meta", "img", "line", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def html(shown: Report, folder: Path = Path("nowhere")) -> str:
+    text = page(shown, "report.html", folder, folder)
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open
+    assert "script" not in tags.seen
+    assert not re.findall(r'(?:src|href)="(?!data:)', text), "it needs no other file"
+    return text
+
+
+def test_the_page_shows_the_verdict_the_worst_layer_first_and_the_lines_to_register():
+    text = html(report())
+    assert '<li class="bad">BROKEN' in text
+    assert text.index(">a.1.q<") < text.index(">a.0.q<") < text.index(">b.0<")
+    assert "policy.register(range(2, 4)" in text
+    assert "static from here" in text
+
+
+def test_what_is_quoted_is_escaped():
+    text = html(report())
+    assert "<b>" not in text
+    assert "&lt;b&gt;&amp;" in text
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_folder_that_knows_little_has_a_page_too(name: str):
+    unknown: dict[str, Any] = {key: [] for key in ("verdict", "stages", "options", "layers", "files")}
+    text = page(report(timestep_sep=None, registration={}, **unknown), name, Path("nowhere"), Path("nowhere"))
+    assert "Quality was not measured" in text
+
+
+def test_the_files_are_written_and_read_back(tmp_path: Path):
+    html_file, markdown, data = write_report(report(), tmp_path, tmp_path / "out")
+    assert Report.model_validate_json(data.read_text()) == report()
+    assert "| `a.1.q` | 12.0 | W8A8_TIMESTEP | 3072 x 3072 |" in markdown.read_text()
+    assert html_file.read_text().startswith("<!doctype html>")
+
+
+def test_a_report_of_the_largest_model_stays_under_a_megabyte():
+    layers = [layer(f"transformer_blocks.{i}.attn.to_q", 20.0 + i % 37, 50) for i in range(503)]
+    stages = [
+        StageRow(rank=rank, stage=stage, begin=1.0, seconds=1.0, memory=1)
+        for rank in range(8)
+        for stage in ("prepare", "load", "calibrate", "quantize", "merge")
+    ]
+    assert len(html(report(layers=layers, stages=stages))) < MB
+
+
+def test_every_cell_of_the_heat_map_has_the_shade_of_its_figure():
+    layers = [layer("a.0", 5.0, 3), layer("a.1", 60.0, 3), layer("b", None)]
+    heat = heat_map(layers, timestep_sep=1)
+    assert heat is not None
+    cells = {}
+    for shade, path in enumerate(heat.paths):
+        for x, y, length in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\3z", path):
+            cells |= {(int(y), int(x) + i): shade for i in range(int(length))}
+    for row, each in enumerate(layers[:2]):
+        for step, decibels in each.steps.items():
+            assert cells[row, step] == sum(decibels >= limit for limit in SHADES_DB)
+    assert len(cells) == 6
+    assert heat.separator == 1
+    assert heat_map([layer("b")], None) is None
+
+
+def test_the_names_of_blocks_never_overlap_and_start_with_the_first_row():
+    for count in (3, 60, 503):
+        heat = heat_map([layer(f"block.{i // 3}.q", 20.0, 2) for i in range(count)], None)
+        assert heat is not None
+        rows = [row for _, row in heat.blocks]
+        assert rows[0] == 0
+        assert all((after - before) * heat.cell_height >= 15 for before, after in pairwise(rows))
+
+
+def test_the_timeline_has_a_track_a_rank_on_one_scale():
+    tracks = timeline(report().stages)
+    assert tracks is not None
+    assert [[(bar.x, bar.width, bar.shade) for bar in bars] for bars in tracks.tracks.values()] == [
+        [(0.0, 500.0, 0), (500.0, 500.0, 1)]
+    ] * 2
+    assert timeline([]) is None
+
+
+def test_layers_are_counted_by_what_their_names_have_in_common():
+    layers = [layer("a.0.q", 30.0), layer("a.1.q", 20.0), layer("a.2.q").model_copy(update={"scheme": "FLOAT"})]
+    assert [(row.pattern, row.count, row.scheme, row.worst) for row in scope_rows(layers)] == [
+        ("a.*.q", 2, "W8A8_TIMESTEP", 20.0),
+        ("a.*.q", 1, "FLOAT", 40.0),
+    ]
+
+
+def test_a_folder_where_nothing_is_published_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="no published checkpoint"):
+        gather(tmp_path)
