@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import launcher.run
 from launcher.config.resolve import job_config
 from launcher.files.run_folder import MANIFEST
 from launcher.run import run
-from quant_core.calibration.records import load_dump
+from launcher.stages.job import Job, Results
+from quant_core.calibration.records import load_dump, save_dump
 from quant_core.errors import InputError
 from scripts.make_tiny_pipeline import write_prompts
 from tests.support.consumer import check_manifest
@@ -129,6 +131,24 @@ def test_a_changed_byte_in_a_dump_is_refused(place: Place):
     raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     flip(place.dump, place.dump.read_bytes().index(raw))
     with pytest.raises(InputError, match="changed after it was saved"):
+        place.run(weights="other", quantization={"quant_type": "w8a8"})
+    assert not list((place.root / "other").glob("*.safetensors"))
+
+
+def test_a_dump_that_another_job_put_in_the_place_of_this_ones_is_not_quantized(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a file system without locks."""
+    calibrate = launcher.run.calibrate
+
+    def calibrate_and_lose(job: Job, results: Results) -> Path | None:
+        dump = calibrate(job, results)
+        theirs = load_dump(place.dump, mmap=False)
+        save_dump(place.dump, theirs["records"], {**theirs["header"], "fingerprint": "another"})
+        return dump
+
+    monkeypatch.setattr("launcher.run.calibrate", calibrate_and_lose)
+    with pytest.raises(InputError, match="is another job's"):
         place.run(weights="other", quantization={"quant_type": "w8a8"})
     assert not list((place.root / "other").glob("*.safetensors"))
 
