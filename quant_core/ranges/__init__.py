@@ -26,6 +26,9 @@ much smaller. `reference` is the running mean of the reference tool.
 In words: without outlier channels the extremes are as good as anything, and the reference's mean loses 10 dB by
 clipping them. With outlier channels that nothing smooths, steps are too coarse for all others; then clipping, even by
 accident, gains, and `mse` gains most, because it knows what each channel is worth. Smoothing gains more still.
+
+These are random weights. What a trained model paints says the same of outlier channels and the contrary without them:
+there rare large values matter, the layers look better for clipping them, and pictures get worse (`scripts/study.md`).
 """
 
 from __future__ import annotations
