@@ -31,8 +31,9 @@ class Encode(Protocol):
 class Generate(Protocol):
     """Run the pipeline once for a batch of encoded prompts.
 
-    generators: one for each prompt, or one for all. decodes: whether anybody looks at the results; if not, denoising
-    is enough and nothing behind it runs. Returns the results (latents, if not decoded) in the order of the prompts.
+    generators: one for each prompt, or one for all; whatever is drawn on the way comes from them. decodes: whether
+    anybody looks at the results; if not, denoising is enough and nothing behind it runs. Returns the results (latents,
+    if not decoded) in the order of the prompts.
     """
 
     def __call__(
