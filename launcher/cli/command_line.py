@@ -41,6 +41,8 @@ def parse(argv: Sequence[str]) -> Invocation:
         ConfigurationError: an unknown command or flag, a wrong value or combination; it names all of them.
     """
     name, *words = argv or [""]
+    if words and f"{name} {words[0]}" in commands():
+        name, words = f"{name} {words[0]}", words[1:]
     if name in ("-h", "--help"):
         _print_help_and_exit()
     command = commands().get(name)
@@ -99,7 +101,7 @@ def _put(tree: dict[str, Any], flag: Flag, value: object) -> None:
 
 
 def _print_help_and_exit() -> NoReturn:
-    lines = [f"  {command.name:<8} {command.summary}" for command in commands().values()]
+    lines = [f"  {command.name:<10} {command.summary}" for command in commands().values()]
     print(f"usage: {PROGRAM} COMMAND [flags]\n\ncommands:", *lines, sep="\n")
     print(f"\n{PROGRAM} COMMAND --help lists the flags of a command.")
     raise SystemExit(0)

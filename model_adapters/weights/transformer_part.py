@@ -69,11 +69,13 @@ def describe_transformer(
     tp_group: dist.ProcessGroup | None = None,
     layout: str | None = None,
     dtype: torch.dtype,
+    with_files: bool = True,
 ) -> TransformerPart:
     """Describe this rank's part of the transformer of a pipeline folder.
 
-    Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder is
-    not whole or holds another model.
+    with_files: find the weights too and compare their headers; without, the configuration is enough and nothing can be
+    read. Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder
+    is not whole or holds another model.
     """
     plan = adapter.shard_plan(layout)
     folder, is_divided = folder_of_rank(pipeline_folder(path), plan, tp_rank, tp_size)
@@ -81,7 +83,7 @@ def describe_transformer(
     full_shapes = _shapes(model)
     shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
     expected = _shapes(model) if is_divided else full_shapes
-    files = _checked_files(files_of(folder, is_divided=is_divided), expected, folder)
+    files = _checked_files(files_of(folder, is_divided=is_divided), expected, folder) if with_files else {}
     for name, tensor in model.state_dict().items():
         place(model, name, tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype))
     return TransformerPart(model, shards, full_shapes, files, is_divided)

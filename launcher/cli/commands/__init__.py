@@ -20,7 +20,7 @@ from model_adapters import adapter_names
 
 @dataclass(frozen=True)
 class Command:
-    """What a person types, what it is for, and the module that does it, imported when it is asked for.
+    """What a person types, one word or two, what it is for, and the module that does it, imported when asked for.
 
     `on_ranks`: it is one program on many ranks; otherwise it works on files, in one process.
     `takes_config`: its options are those of a job, and may come from a YAML file.
@@ -53,8 +53,17 @@ def commands() -> dict[str, Command]:
         )
         for model in adapter_names()
     )
+    plans = (
+        Command(
+            f"plan {model}",
+            f"Say what a job of {model} would do, and all that keeps it from starting.",
+            "launcher.cli.commands.plan",
+            takes_config=True,
+        )
+        for model in adapter_names()
+    )
     on_files = (
         Command("merge", "Publish the shards that an earlier run left unmerged.", "launcher.cli.commands.merge"),
         Command("verify", "Check a published checkpoint by every rule.", "launcher.cli.commands.verify"),
     )
-    return {command.name: command for command in (*jobs, *on_files)}
+    return {command.name: command for command in (*jobs, *plans, *on_files)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launcher.cli.commands.plan import show
 from launcher.config.job_config import JobConfig
 from launcher.config.resolve import job_config_class
 from launcher.devices.kinds import use_only
@@ -14,7 +15,11 @@ def options(name: str) -> type[JobConfig]:
 
 
 def run(options: JobConfig, launch: Launch | None) -> None:
-    """Run a job under a monitor; returns only when it is done."""
+    """Run a job under a monitor, or only plan it; returns when it is done."""
+    if options.output.dry_run:
+        if launch is None or launch.rank == 0:
+            show(options, launch.world if launch and launch.is_distributed else None)
+        return
     # Not later: the monitor asks torch for its accelerator, which must have been loaded by then, in one piece.
     use_only(options.ranks.device)
     from launcher.journal.logs import quiet_libraries
