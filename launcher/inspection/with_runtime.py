@@ -63,7 +63,7 @@ def _run(*words: str) -> dict[str, Any]:
 
 def _version() -> str:
     try:
-        return version(PACKAGE)
+        return version(PACKAGE) or "(unknown)"
     except PackageNotFoundError:
         return "(unknown)"
 

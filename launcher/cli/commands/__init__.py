@@ -65,5 +65,6 @@ def commands() -> dict[str, Command]:
     on_files = (
         Command("merge", "Publish the shards that an earlier run left unmerged.", "launcher.cli.commands.merge"),
         Command("verify", "Check a published checkpoint by every rule.", "launcher.cli.commands.verify"),
+        Command("diff", "Compare two published checkpoints.", "launcher.cli.commands.diff"),
     )
     return {command.name: command for command in (*jobs, *plans, *on_files)}
