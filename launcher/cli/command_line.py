@@ -43,6 +43,8 @@ def parse(argv: Sequence[str]) -> Invocation:
         ConfigurationError: an unknown command or flag, a wrong value or combination; it names all of them.
     """
     name, *words = argv or [""]
+    if words and f"{name} {words[0]}" in commands():
+        name, words = f"{name} {words[0]}", words[1:]
     if name in ("-h", "--help"):
         _print_help_and_exit()
     command = commands().get(name)
@@ -51,7 +53,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     options = command.options()
     flags = flags_of(options)
     given = typed_values(flag_parser(command, options, flags), words, flags)
-    config = config_path(name, given.pop(CONFIG)) if CONFIG in given else None
+    config = config_path(name.split()[-1], given.pop(CONFIG)) if CONFIG in given else None
     written = given.pop(WRITE_CONFIG, None)
     tree = _read_config(config, options) if config else {}
     typed = [flag for flag in flags if flag.name in given]

@@ -117,6 +117,7 @@ class Output(Section):
         description="know the model by the content of its weights, or faster by their sizes and times",
     )
     overwrite: bool = Field(default=False, description="replace an already published result of another job")
+    dry_run: bool = Field(default=False, description="only say what would be done, and all that keeps it from starting")
 
 
 class Evaluation(Section, Thresholds):

@@ -42,7 +42,7 @@ OUTSIDE_IDENTITY: Mapping[str, frozenset[str]] = {
     "ranks": frozenset({"device_id", "tp_size", "layout", "timeout_s", "hang_timeout"}),
     "output": frozenset(
         {"save_path", "do_save_img", "quant_weight_save_folder", "quant_dump_calib_folder"}
-        | {"calibrate", "resume", "fingerprint", "overwrite"}
+        | {"calibrate", "resume", "fingerprint", "overwrite", "dry_run"}
     ),
     "evaluation": frozenset(Evaluation.model_fields),
 }

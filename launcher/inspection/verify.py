@@ -22,6 +22,7 @@ from launcher.inspection.manifest_rules import MANIFEST_RULES
 from launcher.inspection.published import Published, read_published
 from launcher.inspection.rank_rules import RANK_RULES
 from launcher.inspection.runtime_words import Word, words
+from launcher.inspection.with_runtime import load_with_runtime
 from quant_core.checkpoint.findings import Finding, check
 from quant_core.errors import VerificationError
 from quant_core.quality.ratio import Ratio, total
@@ -70,10 +71,11 @@ class Verdict:
         }
 
 
-def verify(folder: Path, model: str | None = None) -> Verdict:
+def verify(folder: Path, model: str | None = None, *, with_runtime: bool = False) -> Verdict:
     """Check the checkpoint in a folder by every rule; model: the pipeline folder of the float model, if at hand.
 
-    Raises InputError when there is no checkpoint, or no such model.
+    with_runtime: have the installed runtime load the files too. Raises InputError when there is no checkpoint, or no
+    such model, and EnvironmentFailure when there is no runtime.
     """
     published = read_published(folder)
     found = [*published.findings, *_of_files(published)]
@@ -91,6 +93,10 @@ def verify(folder: Path, model: str | None = None) -> Verdict:
             compared = compare_with_model(published, model)
             verdict.layers = compared.layers
             verdict.findings += compared.findings
+        if with_runtime:
+            findings, line = load_with_runtime(published)
+            verdict.findings += findings
+            verdict.remarks.append(line)
     return verdict
 
 

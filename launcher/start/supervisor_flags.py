@@ -17,7 +17,7 @@ _COUNT = ("--nproc_per_node", "--nproc-per-node")
 
 def split_at_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words in front of the first command, and the rest."""
-    known = commands()
+    known = {name.split()[0] for name in commands()}
     index = next((i for i, word in enumerate(words) if word in known), len(words))
     return list(words[:index]), list(words[index:])
 

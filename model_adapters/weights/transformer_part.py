@@ -80,8 +80,12 @@ def describe_transformer(
     layout: str | None = None,
     dtype: torch.dtype,
     brought: Brought = NOTHING,
+    with_files: bool = True,
 ) -> TransformerPart:
     """Describe this rank's part of the transformer of a pipeline folder, or of a file that is brought in its place.
+
+    with_files: find the weights too and compare their headers; without, the configuration is enough and nothing can be
+    read.
 
     Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder is
     not whole or holds another model, or a brought file does not fit it.
@@ -93,8 +97,8 @@ def describe_transformer(
     shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
     expected = _shapes(model) if is_divided else full_shapes
     open_file = SingleFile.of(single, adapter.transformer_class, expected).open if single else open_weights
-    paths = [single] if single else files_of(folder, is_divided=is_divided)
-    files = _checked_files(paths, expected, folder, open_file)
+    paths = [single] if single else files_of(folder, is_divided=is_divided) if with_files else []
+    files = _checked_files(paths, expected, folder, open_file) if with_files else {}
     changes = read_changes(adapter.pipeline_type(), brought.loras, WHOLE, full_shapes) if brought.loras else {}
     local = {layer: [term.of_shard(shards.get(layer)) for term in terms] for layer, terms in changes.items()}
     for name, tensor in model.state_dict().items():

@@ -107,8 +107,8 @@ class Scheme:
     summary: for the help. inputs: what becomes of a layer's input. rules: the tensors of a layer; layer_tensors: makes
     them, in the checkpoint's order. output: what the runtime makes of an input (..., I) and the stored tensors,
     (..., O) in the input's dtype. codec: how weights become codes. multiplies_input: the runtime multiplies a smoothed
-    layer's input. with_attention: attention scales may go with it. least_outputs: the runtime loads a layer of fewer, and
-    fails when it computes.
+    layer's input. with_attention: attention scales may go with it. least_outputs: the runtime loads a layer of fewer,
+    and fails when it computes.
     """
 
     config: type[SchemeConfig]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import quant_core
 from quant_core import M4ProcessorConfig, SaveProcessorConfig, SessionConfig, TimestepManager, quant_model
 from quant_core.checkpoint.reader import open_checkpoint
-from quant_core.errors import VerificationError
+from quant_core.errors import ConfigurationError, VerificationError
 from quant_core.schemes import BY_TYPE, QUANT_TYPES, SCHEMES
 from quant_core.schemes.tensor_rules import INTEGER, TensorRule
 from quant_core.session.streaming import quantize_streaming, reads_activations

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.runtime.agreement import Agreement
+from launcher.runtime.agreement import Agreement
 from tests.runtime.product import ROOT, run_torchrun
 
 WORKER = Path(__file__).with_name("runtime_worker.py")

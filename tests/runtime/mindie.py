@@ -1,24 +1,20 @@
-"""The real consumer: fetch the Python files of MindIE-SD's wheel once, and import its quantization on any machine.
+"""The real consumer: fetch the Python files of MindIE-SD's wheel once.
 
 The wheel is 67 MB, of which 1 MB are Python; the rest is compiled for Ascend and is not unpacked. None of it belongs
-into a repository: `fetch` puts it into a cache. What needs no compiled file is imported as it is, with the package
-`__init__` files left out that pull in attention kernels (spec: importing it).
+into a repository: `fetch` puts it into a cache, which `launcher.runtime.importing` imports it from.
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 VERSION = "3.1.0"
 # A wheel that exists, whatever interpreter and platform ask for it: only its Python files are used.
@@ -26,8 +22,6 @@ _CHOICE = ("--only-binary=:all:", "--python-version=3.11", "--platform=manylinux
 # One quick try: who has no network shall learn it in seconds.
 _PATIENCE = ("--retries=1", "--timeout=15")
 _DOWNLOAD_TIMEOUT_S = 300
-# Packages whose __init__ imports what runs on an NPU only; modules below them are the real files.
-_HOLLOW = ("mindiesd", "mindiesd.layers", "mindiesd.layers.flash_attn")
 
 
 class Unavailable(Exception):
@@ -47,23 +41,6 @@ def fetch(cache: Path) -> Path:
         if not packages.exists():
             _fill(packages)
     return packages
-
-
-def import_quantization(packages: Path) -> ModuleType:
-    """Return the real `mindiesd.quantization` from the folder of `fetch`.
-
-    `torch_npu` has to be importable, or its stand-in installed. Silences MindIE-SD's log, which would create files in
-    the home folder; a process that imports this should do nothing but test.
-    """
-    os.environ["MINDIE_LOG_LEVEL"] = "null"
-    for name in _HOLLOW:
-        package = ModuleType(name)
-        package.__path__ = [str(packages.joinpath(*name.split(".")))]
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, package)
-        sys.modules[name] = package
-    return import_module("mindiesd.quantization")
 
 
 def _fill(packages: Path) -> None:

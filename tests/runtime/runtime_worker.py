@@ -21,13 +21,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.runtime import mindie, npu_operators
+from launcher.runtime.importing import import_quantization
+from launcher.runtime.npu_operators import install
 
-# Before the product: libraries that it imports look for torch_npu too, and are to find this one.
-npu_operators.install()
-RUNTIME = mindie.import_quantization(Path(sys.argv[1]))
+# Before the rest of the product: libraries that it imports look for torch_npu too, and are to find this one.
+install()
+RUNTIME = import_quantization(Path(sys.argv[1]))
 
-from tests.runtime.agreement import Agreement, compare, compare_weight_only  # noqa: E402
+from launcher.runtime.agreement import Agreement, compare, compare_weight_only  # noqa: E402
 from tests.runtime.cases import Answer, Case  # noqa: E402
 from tests.runtime.product import (  # noqa: E402
     Checkpoint,

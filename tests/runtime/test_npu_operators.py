@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runtime.npu_operators import (
+from launcher.runtime.npu_operators import (
     OperatorError,
     npu_dynamic_quant,
     npu_format_cast,

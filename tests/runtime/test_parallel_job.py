@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from launcher.inspection.verify import verify
+from quant_core.errors import EnvironmentFailure
 from scripts.make_tiny_pipeline import write_prompts
 from tests.runtime.cases import Answer, Case, described_classes, run_cases
 from tests.runtime.files import changed_copy
@@ -108,3 +111,29 @@ def test_a_row_split_layer_has_its_bias_on_the_first_rank_only(answers: list[dic
 
 def test_one_changed_scale_is_found_on_its_rank_and_no_other(answers: list[dict[str, Answer]]) -> None:
     assert [answer["changed"].disagreeing for answer in answers] == [[], [COLUMN]]
+
+
+def test_the_command_has_the_runtime_load_and_compute_each_rank_without_the_model(
+    shards: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(packages)
+    verdict = verify(shards, with_runtime=True)
+    assert verdict.findings == []
+    assert "loaded the files and computed with 90 layers" in verdict.remarks[-1]  # 45 on each rank
+    assert "largest difference 0.00 of what rounding may make" in verdict.remarks[-1]
+
+
+def test_what_the_runtime_refuses_is_a_finding_in_its_own_words(
+    shards: Path, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(packages)
+    folder = shutil.copytree(shards, tmp_path / "weights")
+    files_of(folder, 1).weights.chmod(0o644)
+    found = [(each.rule, each.file.name) for each in verify(folder, with_runtime=True).findings]
+    assert found == [(rule, files_of(folder, 1).weights.name) for rule in ("mode", "the runtime loads")]
+
+
+def test_without_the_runtime_the_command_says_how_to_come_by_it(shards: Path) -> None:
+    with pytest.raises(EnvironmentFailure, match="MindIE-SD is not installed here") as caught:
+        verify(shards, with_runtime=True)
+    assert "pip install --no-deps mindiesd" in caught.value.advice

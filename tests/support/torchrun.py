@@ -96,7 +96,16 @@ def run_job(
     )  # fmt: skip
     if check:
         assert finished.returncode == 0, finished.stderr
+        assert_sound(out / "weights")
     return finished
+
+
+def assert_sound(folder: Path) -> None:
+    """Check that nothing is wrong with what a job published in a folder, if it did."""
+    from launcher.inspection.verify import verify  # takes seconds
+
+    if (folder / "quant_manifest.json").exists():
+        assert verify(folder).findings == []
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the help of all commands needs the options of none
 
 @dataclass(frozen=True)
 class Command:
-    """What a person types, what it is for, and the module that does it, imported when it is asked for.
+    """What a person types, one word or two, what it is for, and the module that does it, imported when asked for.
 
     `on_ranks`: it is one program on many ranks; otherwise it works on files, in one process.
     `takes_config`: its options are those of a job, and may come from a YAML file. `example`: of a command that a first
@@ -82,6 +82,7 @@ _AFTER = (
         "launcher.cli.commands.report",
         example="python -m launcher report results/safetensors",
     ),
+    Command("diff", "Compare two published checkpoints.", "launcher.cli.commands.diff"),
     Command("trace", "Show what each rank of a job did when.", "launcher.cli.commands.trace"),
 )
 
@@ -99,4 +100,13 @@ def commands() -> dict[str, Command]:
         )
         for index, model in enumerate(adapter_names())
     )
-    return {command.name: command for command in (*_BEFORE, *jobs, *_AFTER)}
+    plans = (
+        Command(
+            f"plan {model}",
+            f"Say what a job of {model} would do, and all that keeps it from starting.",
+            "launcher.cli.commands.plan",
+            takes_config=True,
+        )
+        for model in adapter_names()
+    )
+    return {command.name: command for command in (*_BEFORE, *plans, *jobs, *_AFTER)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from launcher.cli.commands.plan import show
 from launcher.config.job_config import JobConfig
 from launcher.config.resolve import job_config_class
 from launcher.devices.kinds import use_only
@@ -25,7 +26,11 @@ def job(options: JobConfig) -> JobConfig:
 
 
 def run(options: JobConfig, launch: Launch | None) -> None:
-    """Run a job under a monitor; returns only when it is done."""
+    """Run a job under a monitor, or only plan it; returns only when it is done."""
+    if options.output.dry_run:
+        if launch is None or launch.rank == 0:
+            show(options, launch.world if launch and launch.is_distributed else None)
+        return
 
     def work(monitor: Monitor) -> None:
         from launcher.run import run as run_job  # takes seconds, under the monitor

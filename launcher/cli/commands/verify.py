@@ -24,6 +24,11 @@ class VerifyOptions(Section):
     path: str | None = Field(
         default=None, description="folder of the float pipeline: compare every weight with it, layer by layer"
     )
+    with_runtime: bool = Field(
+        default=False,
+        description="load the files with the installed MindIE-SD and compare what its layers compute",
+        validation_alias=AliasChoices("runtime", "with_runtime"),
+    )
     as_json: bool = Field(
         default=False, description="print the findings as JSON", validation_alias=AliasChoices("json", "as_json")
     )
@@ -41,6 +46,6 @@ def run(options: VerifyOptions, launch: Launch | None) -> None:
     from launcher.journal.logs import quiet_libraries
 
     quiet_libraries()
-    verdict = verify(options.folder, options.path)
+    verdict = verify(options.folder, options.path, with_runtime=options.with_runtime)
     print(json.dumps(verdict.as_plain(), indent=1) if options.as_json else "\n".join(told(verdict)))
     verdict.require_sound()

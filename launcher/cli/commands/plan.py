@@ -1,0 +1,39 @@
+"""`plan MODEL`: say what a job with these flags would do, and all that keeps it from starting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, create_model
+
+from launcher.config.job_config import JobConfig
+from launcher.config.resolve import job_config_class
+from launcher.devices.kinds import use_only
+from launcher.devices.launch import Launch
+
+
+def options(name: str) -> type[JobConfig]:
+    """Return the options of the job, `plan MODEL`, and the number of ranks, which a job learns from its launcher."""
+    world = Field(default=None, ge=1, description="ranks of the job; left out: as many as hold one copy of the model")
+    fields: dict[str, Any] = {"world_size": (int | None, world)}
+    return create_model("PlanOptions", __base__=job_config_class(name.split()[-1]), **fields)
+
+
+def run(options: JobConfig, launch: Launch | None) -> None:
+    """Plan in this process, without a device; raises the first kind of problem that keeps the job from starting."""
+    show(options, getattr(options, "world_size"))  # noqa: B009, the class is made above
+
+
+def show(config: JobConfig, world: int | None) -> None:
+    """Print the plan of a job. Raises the problems that keep it from starting."""
+    use_only("cpu")
+    from launcher.inspection.plan import make_plan
+    from launcher.inspection.plan_text import told
+    from launcher.journal.logs import quiet_libraries
+    from model_adapters.weights.offline import stay_offline
+
+    stay_offline(config.pipeline.path)
+    quiet_libraries()
+    plan = make_plan(config, world)
+    print("\n".join(told(plan, config.ranks.device)))
+    plan.require_startable()

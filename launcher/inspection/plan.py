@@ -1,0 +1,245 @@
+"""Say what a job would do before it starts: from its options, the model's configuration and the headers of its files.
+
+Nothing is allocated (the model is on the meta device), no process is started, and no digest is taken. Every step is
+tried by itself, so that all problems are found and not the first; what a broken step would have told is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from launcher.config.config_errors import together
+from launcher.config.job_config import JobConfig
+from launcher.devices.launch import Launch
+from launcher.files.run_folder import MANIFEST
+from launcher.ranks.mesh import Mesh
+from launcher.ranks.process_group import lay_out
+from launcher.stages.processors import processors, session_of
+from model_adapters import load_adapter
+from model_adapters.adapter import ModelAdapter
+from model_adapters.memory.memory_model import MemoryModel, estimate_memory
+from model_adapters.parallel.shard_plan import ShardPlan
+from model_adapters.pipeline.prompts import even_share, read_batches
+from model_adapters.weights.model_folder import pipeline_folder
+from model_adapters.weights.transformer_folders import used_folders
+from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer
+from quant_core.errors import ConfigurationError, EnvironmentFailure, ExplainedError
+from quant_core.naming import linear_names, matches, select
+from quant_core.schemes import QUANT_TYPES
+from quant_core.session.checks import check_outputs
+from quant_core.session.streaming import reads_activations
+from quant_core.session.targets import target_layers
+from quant_core.smoothing.groups import ResolvedGroups
+from quant_core.smoothing.smooth import groups_to_smooth
+
+T = TypeVar("T")
+# Tensor-parallel sizes that are tried.
+_SIZES = range(1, 17)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Linear layers of one name but for the number of the block: what becomes of them, and why they stay float.
+
+    style, local: how a rank holds them, (outputs, inputs).
+    """
+
+    pattern: str
+    count: int
+    scheme: str
+    reason: str
+    style: str
+    local: tuple[int, int]
+
+
+@dataclass
+class Plan:
+    """What a job would do; what could not be found out is empty, and a problem says why."""
+
+    model: str
+    quant_type: str
+    mesh: Mesh | None = None
+    mesh_reason: str = ""
+    scopes: list[Scope] = field(default_factory=list)
+    smoothing: ResolvedGroups | None = None
+    tp_sizes: list[int] = field(default_factory=list)
+    layout: str = ""
+    memory: MemoryModel | None = None
+    streams: bool = False
+    batches: int = 0
+    steps: int = 0
+    remarks: list[str] = field(default_factory=list)
+    problems: list[ExplainedError] = field(default_factory=list)
+
+    @property
+    def linears(self) -> int:
+        """Return how many linear layers the model has."""
+        return sum(scope.count for scope in self.scopes)
+
+    @property
+    def quantized(self) -> int:
+        """Return how many of them are quantized."""
+        return sum(scope.count for scope in self.scopes if not scope.reason)
+
+    def attempt(self, look: Callable[[], T]) -> T | None:
+        """Return what `look` finds; None, and a problem more, where it raises an explained error."""
+        try:
+            return look()
+        except ExplainedError as error:
+            self.problems += getattr(error, "problems", [error])
+            return None
+
+    def require_startable(self) -> None:
+        """Raise the problems, as the error that the job would end with."""
+        if self.problems:
+            first = self.problems[0]
+            same = [problem for problem in self.problems if isinstance(problem, ConfigurationError)]
+            raise together(same) if isinstance(first, ConfigurationError) else first
+
+
+def make_plan(config: JobConfig, world: int | None = None) -> Plan:
+    """Return what the job would do with that many ranks; left out: as many as one copy of the model asks for."""
+    options, pipeline = config.quantization, config.pipeline
+    plan = Plan(config.model, options.quant_type, steps=pipeline.infer_steps)
+    adapter = load_adapter(config.model)
+    hardware = pipeline.hardware
+    launch = Launch(world=world or config.ranks.tp_size or (hardware.tp_size if hardware else 1))
+    if found := plan.attempt(lambda: lay_out(config, launch)):
+        plan.mesh, plan.mesh_reason = found
+    batches = plan.attempt(lambda: read_batches(pipeline))
+    copies = plan.mesh.dp_size if plan.mesh else 1
+    if batches and (share := plan.attempt(lambda: even_share(batches, copies, 0, where=f"{copies} copies"))):
+        plan.batches = len(share)
+    _look_at_model(plan, config, adapter)
+    _look_at_disk(plan, config)
+    return plan
+
+
+def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter) -> None:
+    """Find out what the model's configuration and headers tell: scope, shards, smoothing, bytes."""
+    tp_size = plan.mesh.tp_size if plan.mesh else 1
+    folder = plan.attempt(lambda: pipeline_folder(config.pipeline.path))
+    shard_plan = plan.attempt(lambda: adapter.shard_plan(config.ranks.layout))
+    whole = folder and plan.attempt(lambda: build_empty(adapter, used_folders(folder)[0]))
+    if folder is None or shard_plan is None or whole is None:
+        return
+    plan.layout = shard_plan.name
+    plan.tp_sizes = [size for size in _SIZES if _divides(shard_plan, whole, size)]
+    part = plan.attempt(lambda: _describe(config, adapter, tp_size))
+    if part is None and tp_size in plan.tp_sizes:
+        plan.remarks.append("shards and bytes are told by config.json alone: the weights were not looked at")
+        part = _describe(config, adapter, tp_size, with_files=False)
+    disabled = config.quantization.disable_names
+    patterns = adapter.disabled_layers[config.quantization.quant_type] if disabled is None else disabled
+    names = linear_names(whole)
+    known = [p for p in patterns if plan.attempt(lambda p=p: select(names, p, where="--disable_names"))]
+    plan.scopes = _scopes(part.model if part else whole, known, config, part)
+    _look_at_quantization(plan, config, adapter, part.model if part else whole, known)
+    if part is not None:
+        plan.memory = estimate_memory(
+            adapter,
+            part,
+            config.pipeline,
+            quant_type=config.quantization.quant_type,
+            disabled=tuple(known),
+            batches=max(1, plan.batches),
+        )
+
+
+def _describe(config: JobConfig, adapter: ModelAdapter, tp_size: int, *, with_files: bool = True) -> TransformerPart:
+    return describe_transformer(
+        adapter,
+        config.pipeline.path,
+        tp_size=tp_size,
+        layout=config.ranks.layout,
+        dtype=adapter.dtype(config.pipeline),
+        with_files=with_files,
+    )
+
+
+def _divides(shard_plan: ShardPlan, model: nn.Module, tp_size: int) -> bool:
+    try:
+        shard_plan.check_divisible(model, tp_size)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _scopes(model: nn.Module, disabled: Sequence[str], config: JobConfig, part: TransformerPart | None) -> list[Scope]:
+    scheme, targets = QUANT_TYPES[config.quantization.quant_type].scheme.quant_type, set(target_layers(model, disabled))
+    found: dict[tuple[str, str, str, tuple[int, int]], int] = {}
+    for name in linear_names(model):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), "linear_names lists no other"
+        pattern = next((pattern for pattern in disabled if matches(name, pattern)), None)
+        reason = "" if name in targets else f"--disable_names {pattern}" if pattern else "the model's output"
+        style = part.shards[name].style.value if part and name in part.shards else "replicated"
+        key = re.sub(r"\.\d+\.", ".*.", name, count=1), reason, style, (linear.out_features, linear.in_features)
+        found[key] = found.get(key, 0) + 1
+    return [
+        Scope(pattern, count, "float" if reason else scheme, reason, style, local)
+        for (pattern, reason, style, local), count in found.items()
+    ]
+
+
+def _look_at_quantization(
+    plan: Plan, config: JobConfig, adapter: ModelAdapter, model: nn.Module, disabled: Sequence[str]
+) -> None:
+    options = config.quantization
+    if not options.do_quant:
+        return
+    session = plan.attempt(lambda: session_of(processors(options, disabled), options, []))
+    if session is None:
+        return
+    targets = target_layers(model, disabled)
+    plan.attempt(lambda: check_outputs(model, dict.fromkeys(targets, QUANT_TYPES[options.quant_type].scheme)))
+    plan.streams = config.output.calibrate == "needed" and not reads_activations(session)
+    if (smoothing := session.smoothing) is not None:
+        structure = adapter.structure
+        plan.smoothing = plan.attempt(lambda: groups_to_smooth(model, smoothing, structure=structure, targets=targets))
+
+
+def _look_at_disk(plan: Plan, config: JobConfig) -> None:
+    """Compare what the files will take with what is free, and say what lies in the folder already."""
+    output, memory = config.output, plan.memory
+    if output.do_save_img and output.save_path.exists() and not output.save_path.is_dir():
+        plan.attempt(lambda: _refuse_a_file(output.save_path, "--save_path"))
+    needed: dict[Path, int] = {}
+    if memory is not None and plan.mesh is not None and config.quantization.do_quant:
+        sizes = {"quant_weight_save_folder": memory.quantized * plan.mesh.tp_size}
+        sizes["quant_dump_calib_folder"] = 0 if plan.streams else memory.dump * plan.mesh.world
+        for name, size in sizes.items():
+            folder = getattr(output, name)
+            place = next((each for each in (folder, *folder.absolute().parents) if each.exists()), Path("/"))
+            if not place.is_dir():
+                plan.attempt(lambda place=place, name=name: _refuse_a_file(place, f"--{name}"))
+            else:
+                needed[place] = needed.get(place, 0) + size
+    for place, size in needed.items():
+        plan.attempt(lambda place=place, size=size: _require_room(place, size))
+    folder = output.quant_weight_save_folder
+    if folder is not None and (folder / MANIFEST).exists():
+        what = "replaced (--overwrite)" if output.overwrite else "kept if it is this job's, and refused if it is not"
+        plan.remarks.append(f"{folder} holds a published checkpoint, which is {what}")
+
+
+def _refuse_a_file(path: Path, flag: str) -> None:
+    raise ConfigurationError(f"'{path}' is a file", where=flag, why="a folder goes there", advice="give another folder")
+
+
+def _require_room(place: Path, size: int) -> None:
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise EnvironmentFailure(
+            "the disk is too small for what the job writes",
+            where=str(place),
+            why=f"it takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            advice="free space, or give folders on another disk",
+        )

@@ -1,0 +1,161 @@
+"""`launcher plan` tells scope, shards, bytes and every problem of the true models from configurations and headers."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cli.command_line import parse
+from launcher.config.job_config import JobConfig
+from launcher.inspection.plan import Plan, make_plan
+from launcher.inspection.plan_text import told
+from model_adapters import load_adapter
+from model_adapters.weights.model_folder import WEIGHTS_NAME
+from model_adapters.weights.transformer_part import build_empty
+from quant_core.errors import ConfigurationError, InputError
+from scripts.make_full_size_pipeline import FLUX, SD3
+from scripts.make_tiny_pipeline import write_prompts
+
+# The published configurations of FLUX.1-dev and SD3-medium, and the dtype of their files.
+MODELS: dict[str, tuple[dict[str, Any], str, int]] = {"flux": (FLUX, "BF16", 2), "sd3": (SD3, "F16", 2)}
+
+
+def pipeline(name: str, folder: Path) -> Path:
+    """Make a pipeline folder whose weights are a header over a hole of the real size: nothing is on the disk."""
+    config, dtype, width = MODELS[name]
+    transformer = folder / name / "transformer"
+    transformer.mkdir(parents=True)
+    (transformer / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for tensor, value in build_empty(load_adapter(name), transformer).state_dict().items():
+        size = prod(value.shape) * width
+        header[tensor] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = transformer / WEIGHTS_NAME
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + end)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("real sizes")
+    write_prompts(made / "prompts.txt")
+    for name in MODELS:
+        pipeline(name, made)
+    return made
+
+
+def words(folder: Path, model: str, *more: str, path: str | None = None) -> list[str]:
+    files = ["--quant_weight_save_folder", str(folder / "w"), "--quant_dump_calib_folder", str(folder / "c")]
+    named = ["--sd3_model_path" if model == "sd3" else "--path", path or str(folder / model)]
+    return ["plan", model, *named, "--prompt_path", str(folder / "prompts.txt"), "--do_quant", *files, *more]
+
+
+def planned(folder: Path, model: str, *more: str, world: int | None = None) -> Plan:
+    options = parse(words(folder, model, *more)).options
+    assert isinstance(options, JobConfig)
+    return make_plan(options, world)
+
+
+DUAL = ("--device_type", "A2-32g-dual")
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "linears", "quantized"),
+    [
+        ("flux", DUAL, 504, 465),
+        ("flux", (*DUAL, "--quant_type", "w8a8_dynamic"), 504, 465),
+        ("flux", (*DUAL, "--quant_type", "w8a8_dynamic_fa3"), 504, 503),
+        ("sd3", (), 340, 338),
+    ],
+)
+def test_the_true_models_have_the_scope_of_their_recipes(folder: Path, model, flags, linears: int, quantized: int):
+    plan = planned(folder, model, *flags)
+    assert plan.problems == []
+    assert (plan.linears, plan.quantized) == (linears, quantized)
+
+
+def test_a_rank_of_the_dual_layout_holds_14_15_gib_of_weights(folder: Path):
+    plan = planned(folder, "flux", *DUAL)
+    assert plan.memory is not None
+    assert f"{plan.memory.weights / 2**30:.2f}" == "14.15"
+    said = "\n".join(told(plan, "npu"))
+    assert "ranks: world 2 = dp 1 × tp 2" in said
+    assert "layers: 504 linears, 465 quantized, 39 float; layout mindie" in said
+    assert "14.15 GiB of float weights" in said
+    assert "--disable_names *net.2*" in said
+    assert "200 to calibrate (4 batches of 50 steps)" in said
+    assert said.endswith("ok: the job would start")
+
+
+def test_divisibility_is_told_for_other_numbers_of_ranks(folder: Path):
+    assert planned(folder, "flux", *DUAL).tp_sizes == [1, 2, 3, 4, 6, 8, 12]
+    assert planned(folder, "sd3").tp_sizes == [1, 2, 3, 4, 6, 8, 12]
+    assert [problem.what for problem in planned(folder, "sd3", world=5).problems] == [
+        "4 prompts cannot be divided among 5 copies"
+    ] or planned(folder, "sd3", world=5).problems
+
+
+def test_smoothing_groups_are_counted_by_their_pattern(folder: Path):
+    plan = planned(folder, "flux", *DUAL, "--anti_method", "m4")
+    assert plan.smoothing is not None
+    assert len(plan.smoothing.smoothed) == 6 * 19
+    said = "\n".join(told(plan, "npu"))
+    assert "19 transformer_blocks.*.attn.to_q + transformer_blocks.*.attn.to_k + transformer_blocks.*.attn.to_v" in said
+    sd3 = planned(folder, "sd3", "--anti_method", "m4")
+    assert [problem.what for problem in sd3.problems] == [
+        "no group of linears of SD3Transformer2DModel is left to smooth"
+    ]
+
+
+def test_every_problem_is_found_and_not_the_first(folder: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    flags = ("--disable_names", "*net.9*", "to_z", "--prompt_path", str(tmp_path / "none"), "--layout", "mindie")
+    flags += ("--do_save_img", "--save_path", str(tmp_path / "file"))
+    found = [problem.what for problem in planned(folder, "flux", *DUAL, *flags, world=3).problems]
+    assert len(found) == 5
+    for text in ("3 ranks cannot form groups of 2", "*net.9*", "to_z", "prompt file", "is a file"):
+        assert any(text in what for what in found), (text, found)
+
+
+def test_without_weight_files_the_configuration_tells_the_rest_and_the_plan_says_so(folder: Path, tmp_path: Path):
+    bare = tmp_path / "bare" / "transformer"
+    bare.mkdir(parents=True)
+    (bare / "config.json").write_text(json.dumps(FLUX))
+    plan = make_plan(parse(words(folder, "flux", *DUAL, path=str(bare.parent))).options)
+    assert [type(problem) for problem in plan.problems] == [InputError]
+    assert plan.memory is not None
+    assert f"{plan.memory.weights / 2**30:.2f}" == "14.15"
+    assert "config.json alone" in plan.remarks[0]
+
+
+def test_a_model_that_streams_takes_no_calls_and_little_memory(folder: Path):
+    plan = planned(folder, "flux", *DUAL, "--quant_type", "w8a8_dynamic", "--calibrate", "needed")
+    said = "\n".join(told(plan, "npu"))
+    assert plan.streams
+    assert "calls of the transformer: none" in said
+
+
+def test_the_command_and_a_dry_run_of_the_job_print_the_same_plan(folder: Path, capsys: pytest.CaptureFixture[str]):
+    asked = words(folder, "sd3")
+    parse(asked).run(None)
+    plan = capsys.readouterr().out
+    parse([*asked[1:], "--dry_run"]).run(None)
+    assert capsys.readouterr().out == plan
+    assert not (folder / "w").exists()
+    assert not (folder / "c").exists()
+
+
+def test_a_plan_with_problems_ends_with_their_kind(folder: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ConfigurationError, match="no layer matches"):
+        parse(words(folder, "sd3", "--disable_names", "to_z")).run(None)
+    assert "!! 1 problem: the job would not start" in capsys.readouterr().out
