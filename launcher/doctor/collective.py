@@ -18,7 +18,7 @@ from launcher.doctor.devices import first_with_cards
 from launcher.doctor.finding import Finding, judged
 
 _WAIT_S = 120
-_NUMEL = 2**24  # 64 MiB of float32, about what two ranks of FLUX exchange at once
+_NUMEL = 2**24  # 64 MiB of float32: what two ranks of a large model exchange at once
 
 
 def try_ranks(ranks: int | None, device: str | None) -> Iterator[Finding]:

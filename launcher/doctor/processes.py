@@ -14,7 +14,7 @@ from launcher.doctor.finding import Finding
 from launcher.failure.liveness import here
 from launcher.journal.status import STATUS, read_status
 
-# How the command line of a rank or of its starter reads: `-m launcher flux`, `quant-launcher flux`.
+# How the command line of a rank or of its starter reads: `-m launcher MODEL`, `quant-launcher MODEL`.
 _OURS = ("launcher", "quant-launcher")
 # What torchrun, and our own starter, give each rank; its parent is then one of theirs.
 _RANK = "TORCHELASTIC_RUN_ID"

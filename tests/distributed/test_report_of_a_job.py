@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 def test_it_tells_of_a_job_what_the_job_left(dual_timestep_job: PublishedJob):
     report = gather(dual_timestep_job.folder / "weights")
-    assert (report.model, report.quant_type, report.tp_size) == ("flux", "w8a8_timestep", 2)
+    assert (report.model, report.quant_type, report.tp_size) == ("flux", "W8A8_TIMESTEP", 2)
     float_layers = {row.pattern: row.why_float for row in report.scope if row.scheme == "FLOAT"}
     assert float_layers["transformer_blocks.*.ff.net.2"] == "kept float by *net.2*"
     assert float_layers["proj_out"] == "the last linear stays float"

@@ -17,7 +17,7 @@ class RecipesOptions(Section):
     """List the configurations that come with the models, for `--config NAME`, or print one."""
 
     name: Annotated[str | None, POSITIONAL] = Field(
-        default=None, description="recipe to print, with its model where several have it: flux/quality"
+        default=None, description="recipe to print, with its model (MODEL/NAME) where several have it"
     )
 
 
