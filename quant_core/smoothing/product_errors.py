@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant_core.arithmetic.weight_codec import Int8Rows, row_blocks
+from quant_core.arithmetic.blocks import row_blocks
+from quant_core.arithmetic.weight_codec import Int8Rows
 
 # So many mixtures stand for all tokens.
 SKETCH_ROWS = 64
