@@ -6,8 +6,8 @@ candidate's, nothing is kept but sums of squares.
 A search wants the squared size of an error E (N tokens by O outputs), not E. For a k x N matrix R of random signs over
 sqrt(k), the size of R E is that of E on the average over R, and every token has its share in it, also the one token
 that is larger than all others. All that is computed here is linear in the tokens once they are quantized, so R goes to
-the tokens first, and the products are those of k rows instead of N. R is the same for all candidates, so what it adds to one it
-adds to all, and their order hardly depends on it.
+the tokens first, and the products are those of k rows instead of N. R is the same for all candidates, so what it adds
+to one it adds to all, and their order hardly depends on it.
 """
 
 from __future__ import annotations
