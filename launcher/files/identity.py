@@ -53,19 +53,31 @@ def common_options(config: JobConfig) -> dict[str, Any]:
     return flatten(config.model_dump(mode="json", exclude=_OF_A_HOST))
 
 
-def model_fields(config: JobConfig) -> dict[str, Any]:
-    """Describe the float model by the content of every file that a job reads of it; ask on one rank only.
+def model_fields(config: JobConfig, share: int = 0, shares: int = 1) -> dict[str, Any]:
+    """Describe the float model by the content of the files that a job reads of it: one of several shares of them.
 
-    A job that asks for it describes the large files by size and time.
+    The shares of all ranks are the whole. A job that asks for it describes the large files by size and time.
     """
     folder, brought = pipeline_folder(config.pipeline.path), Brought.of(config.pipeline)
     describe = digest_of_file if config.output.fingerprint == "content" else _stat
-    own = {str(path.relative_to(folder)): _describe(path, describe) for path in pipeline_files(folder, brought)}
+    files = {str(path.relative_to(folder)): path for path in pipeline_files(folder, brought)}
     if brought.transformer is not None:
-        own["--transformer"] = describe(brought.transformer)
-    return own | {
-        f"--lora {number}": f"{describe(lora.path)} x {lora.scale}" for number, lora in enumerate(brought.loras)
-    }
+        files["--transformer"] = brought.transformer
+    scales = {f"--lora {number}": f" x {lora.scale}" for number, lora in enumerate(brought.loras)}
+    files |= {name: lora.path for name, lora in zip(scales, brought.loras, strict=True)}
+    mine = _shares(files, shares)[share]
+    return {name: _describe(files[name], describe) + scales.get(name, "") for name in mine}
+
+
+def _shares(files: Mapping[str, Path], shares: int) -> list[list[str]]:
+    """Divide files into shares of about equal size: the largest first, each to who has least."""
+    divided: list[list[str]] = [[] for _ in range(shares)]
+    sizes = [0] * shares
+    for size, name in sorted(((path.stat().st_size, name) for name, path in files.items()), reverse=True):
+        least = sizes.index(min(sizes))
+        divided[least].append(name)
+        sizes[least] += size
+    return divided
 
 
 def calibration_fingerprint(

@@ -76,7 +76,7 @@ def _changed(rank: RankCheckpoint, part: TransformerPart, fused: bool) -> Iterat
         if "bias" in group.members:
             kept[f"{name}.bias"] = group.members["bias"], "quantizing a weight leaves its bias alone"
     for name, (full, why) in kept.items():
-        if name not in part.files:
+        if name not in part.stored:
             continue
         ours = rank.checkpoint.read_raw(full)
         theirs = part.read(name).to(ours.dtype)

@@ -27,6 +27,7 @@ from model_adapters.adapter import ModelAdapter
 from model_adapters.memory.memory_model import MemoryModel, estimate_memory
 from model_adapters.parallel.shard_plan import ShardPlan
 from model_adapters.pipeline.prompts import even_share, read_batches
+from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import pipeline_folder
 from model_adapters.weights.transformer_folders import used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer
@@ -160,6 +161,7 @@ def _describe(config: JobConfig, adapter: ModelAdapter, tp_size: int, *, with_fi
         tp_size=tp_size,
         layout=config.ranks.layout,
         dtype=adapter.dtype(config.pipeline),
+        brought=Brought.of(config.pipeline),
         with_files=with_files,
     )
 

@@ -6,9 +6,10 @@ ranks of different jobs would wait for each other, or fit together by chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+from launcher.config.job_config import JobConfig
 from launcher.failure.phases import run_together
 from launcher.files.identity import calibration_fingerprint, model_fields, quantization_fingerprint
 from launcher.files.manifest import read_manifest
@@ -25,17 +26,26 @@ T = TypeVar("T")
 
 
 def identify(job: Job) -> Results:
-    """Return where the job's results go and what they depend on; a rank of each host reads the model's files."""
+    """Return where the job's results go and what they depend on; the ranks of each host share the model's files."""
     config, ranks = job.config, job.ranks
-    # Sizes and times differ between copies of one model, so with those rank 0 answers for all.
-    reads = ranks.rank == 0 or (config.output.fingerprint == "content" and ranks.mesh.launch.local_rank == 0)
-    mine = run_together(ranks, "reading the model's files", lambda: model_fields(config) if reads else None)
-    model = require_alike(ranks, mine, what="the files of the model")
+    model = _model_fields(config, ranks)
     calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, read_batches(config.pipeline))
     quantization = quantization_fingerprint(calibration, config, job.model.disabled_layers)
     require_alike(ranks, quantization.fields, what="what the result depends on")
     folder = run_together(ranks, "making the staging folder", lambda: _folder(job))
     return Results(folder, calibration, quantization)
+
+
+def _model_fields(config: JobConfig, ranks: Ranks) -> Mapping[str, Any]:
+    """Describe the model as every host sees it; raises ConfigurationError on all ranks when one sees another."""
+    launch, stage = ranks.mesh.launch, "reading the model's files"
+    if config.output.fingerprint == "stat":  # sizes and times differ between copies of one model
+        return ask_first(ranks, stage, lambda: model_fields(config))
+    share = run_together(ranks, stage, lambda: model_fields(config, launch.local_rank, launch.local_world))
+    first_here = launch.rank - launch.local_rank
+    shares = gather_objects(ranks, share, what=stage)[first_here : first_here + launch.local_world]
+    fields = {name: value for each in shares for name, value in each.items()}
+    return require_alike(ranks, fields, what="the files of the model")
 
 
 def is_published(job: Job, results: Results) -> bool:

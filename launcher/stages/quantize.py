@@ -6,12 +6,14 @@ over them, and the first writes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from launcher.failure.phases import run_together
-from launcher.files.shard_note import read_note, write_note
+from launcher.files.shard_note import equal_on_all_ranks, read_note, write_note
 from launcher.ranks.agreement import all_agree
 from launcher.stages.job import Job, Results
 from launcher.stages.processors import processors, session_of
@@ -19,6 +21,7 @@ from model_adapters.parallel.tensor_parallel import assert_collectives
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.records import load_dump
+from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.errors import InputError
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
@@ -38,8 +41,12 @@ def quantize(job: Job, results: Results, dump: Path | None) -> None:
     if all_agree(job.ranks, mine, what="whether to quantize"):
         job.console.say(f"quantize: reusing {results.folder.staged().weights}")
         return
-    result, part = _in_memory(job, results, dump) if dump is not None and reads_dump(job) else _from_disk(job, results)
-    run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part))
+    digests = WrittenDigests()
+    if dump is not None and reads_dump(job):
+        result, part = _in_memory(job, results, dump, digests)
+    else:
+        result, part = _from_disk(job, results, digests)
+    run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part, digests))
     job.console.say(f"quantize: {len(result.layers)} layers as {result.quant_type}")
 
 
@@ -53,11 +60,14 @@ def quant_type(job: Job) -> str:
     return QUANT_TYPES[job.config.quantization.quant_type].scheme.name
 
 
-def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, LoadedTransformer]:
+def _in_memory(
+    job: Job, results: Results, dump: Path, digests: WrittenDigests
+) -> tuple[QuantizedModel, LoadedTransformer]:
     """Quantize this rank's part of the model by replaying the calibration data."""
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
     records = run_together(job.ranks, "reading the calibration data", lambda: _records(dump, results))
     job.model.drop_pipeline()
+    digests.wanted = _equal_on_all_ranks(job, loaded)
     with job.model.computing():
         result = quant_model(
             loaded.model,
@@ -65,6 +75,7 @@ def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, 
             structure=job.model.adapter.structure,
             parallel=_parallel(job, loaded.shards),
             progress=lambda stage, done, total: _progress(job, stage, done, total),
+            digests=digests,
         )
     assert_collectives(loaded.model)
     return result, loaded
@@ -83,10 +94,11 @@ def _records(dump: Path, results: Results) -> list[Any]:
     return loaded["records"]
 
 
-def _from_disk(job: Job, results: Results) -> tuple[QuantizedModel, TransformerPart]:
+def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[QuantizedModel, TransformerPart]:
     """Quantize this rank's part of the model layer by layer, without holding it."""
     job.model.drop()
     part = run_together(job.ranks, "looking at the model", job.model.describe)
+    digests.wanted = _equal_on_all_ranks(job, part)
     result = quantize_streaming(
         part.model,
         part.read,
@@ -94,6 +106,7 @@ def _from_disk(job: Job, results: Results) -> tuple[QuantizedModel, TransformerP
         parallel=_parallel(job, part.shards),
         device=job.ranks.device,
         progress=lambda stage, done, total: _progress(job, stage, done, total),
+        digests=digests,
     )
     return result, part
 
@@ -129,16 +142,20 @@ def _saves(job: Job, results: Results) -> Iterator[SaveProcessorConfig]:
     )
 
 
-def _note(job: Job, results: Results, result: QuantizedModel, part: TransformerPart | LoadedTransformer) -> None:
+def _equal_on_all_ranks(job: Job, part: TransformerPart | LoadedTransformer) -> Callable[[str, Tensor], bool]:
+    are_global = job.config.quantization.scale_sync == "global"
+    return equal_on_all_ranks(part.shards, part.full_shapes, scales_are_global=are_global)
+
+
+def _note(
+    job: Job,
+    results: Results,
+    result: QuantizedModel,
+    part: TransformerPart | LoadedTransformer,
+    digests: WrittenDigests,
+) -> None:
     if _writes(job):
-        write_note(
-            results.folder,
-            results.quantization,
-            result,
-            part,
-            layout=job.model.layout,
-            scales_are_global=job.config.quantization.scale_sync == "global",
-        )
+        write_note(results.folder, results.quantization, result, part, layout=job.model.layout, digests=digests)
 
 
 def _writes(job: Job) -> bool:

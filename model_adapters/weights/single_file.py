@@ -1,4 +1,4 @@
-"""See a transformer in one safetensors file, in whatever format it was published, as if diffusers had saved it.
+"""Know a transformer in one safetensors file, in whatever format it was published, as if diffusers had saved it.
 
 diffusers converts the published formats by renaming tensors and by cutting and joining them along their rows, and does
 so with the whole model in memory. Here its conversion runs once on tensors of row numbers: what comes out says for each
@@ -12,101 +12,34 @@ as rows 2 and 3: reading the second half of `to_k` reads row 3 of `qkv`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from model_adapters.weights.model_folder import open_weights
+from model_adapters.weights.stored_tensor import JoinedTensor, Stored, StoredTensor, stored_tensors
 from quant_core.errors import InputError
 
 # A row's number counts from here for each tensor of the file: no tensor has as many rows.
 _STRIDE = 2**32
 
 
-class _Run(NamedTuple):
-    """Rows `start` to `stop` of a tensor of the file."""
+def converted_tensors(path: Path, transformer_class: str, expected: Mapping[str, object]) -> Mapping[str, Stored]:
+    """Return where the tensors of a model lie in a file, by their names in diffusers; reads the header.
 
-    source: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class SingleFile:
-    """Know where in a file the rows of each converted tensor are."""
-
-    runs: Mapping[str, Sequence[_Run]]
-
-    @classmethod
-    def of(cls, path: Path, transformer_class: str, expected: Mapping[str, object]) -> SingleFile:
-        """Look at a file's header; expected: the names of the model's tensors.
-
-        Raises InputError when the format is none that diffusers converts.
-        """
-        with open_weights(path) as file:
-            rows = {name: [*file.get_slice(name).get_shape(), 1][0] for name in file.keys()}  # noqa: SIM118
-            ranks = {name: len(file.get_slice(name).get_shape()) for name in rows}
-        if set(rows) == set(expected):
-            return cls({name: (_Run(name, 0, count),) for name, count in rows.items()})
-        numbered = {
-            name: (torch.arange(rows[name]) + index * _STRIDE).view(-1, *[1] * (ranks[name] - 1))
-            for index, name in enumerate(rows)
-            if ranks[name]
-        }
-        converted = _convert(numbered, path, transformer_class)
-        names = list(rows)
-        return cls({name: tuple(_runs(tensor.flatten(), names)) for name, tensor in converted.items()})
-
-    @contextmanager
-    def open(self, path: Path) -> Iterator[_View]:
-        """Open the file for reading slices of converted tensors."""
-        with open_weights(path) as file:
-            yield _View(file, self.runs)
-
-
-@dataclass(frozen=True)
-class _View:
-    """Answer like an open safetensors file."""
-
-    file: Any
-    runs: Mapping[str, Sequence[_Run]]
-
-    def keys(self) -> list[str]:
-        return list(self.runs)
-
-    def get_slice(self, name: str) -> _Slice:
-        return _Slice(self.file, self.runs[name])
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """Answer like a safetensors slice."""
-
-    file: Any
-    runs: Sequence[_Run]
-
-    def get_shape(self) -> list[int]:
-        _, *others = self.file.get_slice(self.runs[0].source).get_shape()
-        return [sum(run.stop - run.start for run in self.runs), *others]
-
-    def get_dtype(self) -> str:
-        return self.file.get_slice(self.runs[0].source).get_dtype()
-
-    def __getitem__(self, index: Any) -> Tensor:
-        rows, *others = (slice(None),) if index is ... else index
-        first, last, _ = rows.indices(self.get_shape()[0])
-        parts, begin = [], 0
-        for source, start, stop in self.runs:
-            low, high = max(first - begin, 0), min(last - begin, stop - start)
-            if low < high:
-                parts.append(self.file.get_slice(source)[(slice(start + low, start + high), *others)])
-            begin += stop - start
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    expected: the names of the model's tensors. Raises InputError when the format is none that diffusers converts.
+    """
+    own = stored_tensors(path)
+    if set(own) == set(expected):
+        return own
+    numbered = {
+        name: (torch.arange(tensor.shape[0]) + index * _STRIDE).view(-1, *[1] * len(tensor.shape[1:]))
+        for index, (name, tensor) in enumerate(own.items())
+        if tensor.shape
+    }
+    converted, tensors = _convert(numbered, path, transformer_class), list(own.values())
+    return {name: _joined([*_runs(numbers.flatten(), tensors)]) for name, numbers in converted.items()}
 
 
 def _convert(checkpoint: dict[str, Tensor], path: Path, transformer_class: str) -> Mapping[str, Tensor]:
@@ -122,9 +55,13 @@ def _convert(checkpoint: dict[str, Tensor], path: Path, transformer_class: str) 
         ) from error
 
 
-def _runs(numbers: Tensor, names: Sequence[str]) -> Iterator[_Run]:
-    """Return numbered rows as runs of neighbours."""
+def _runs(numbers: Tensor, tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
+    """Yield numbered rows as runs of neighbours."""
     breaks = (numbers.diff() != 1).nonzero().flatten() + 1
     for piece in numbers.tensor_split(breaks):
         index, start = divmod(int(piece[0]), _STRIDE)
-        yield _Run(names[index], start, start + len(piece))
+        yield tensors[index].rows(start, start + len(piece))
+
+
+def _joined(pieces: Sequence[StoredTensor]) -> Stored:
+    return pieces[0] if len(pieces) == 1 else JoinedTensor(tuple(pieces))

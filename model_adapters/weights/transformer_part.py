@@ -7,31 +7,26 @@ read from disk but headers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from model_adapters.adapter import ModelAdapter
 from model_adapters.parallel.tensor_parallel import make_local
 from model_adapters.weights.brought import NOTHING, Brought
 from model_adapters.weights.lora import Changes, fuse, read_changes
-from model_adapters.weights.model_folder import CONFIG_NAME, check_class, open_weights, pipeline_folder, read_json
-from model_adapters.weights.single_file import SingleFile
+from model_adapters.weights.model_folder import CONFIG_NAME, check_class, pipeline_folder, read_json
+from model_adapters.weights.single_file import converted_tensors
+from model_adapters.weights.stored_tensor import Stored, stored_tensors
 from model_adapters.weights.transformer_folders import WHOLE, files_of, folder_of_rank, used_folders
-from quant_core.checkpoint.tensor_file import DTYPES
 from quant_core.errors import InputError
-from quant_core.parallel.sharding import Shard, Style, cut
+from quant_core.parallel.sharding import Shard, Style
 
 _WHOLE = Shard(Style.REPLICATED, 0, 1)
-# Opens a file for reading slices of tensors by their names in diffusers.
-Open = Callable[[Path], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -39,35 +34,24 @@ class TransformerPart:
     """Know a rank's part of a transformer: its shapes, and where its tensors lie.
 
     `model` is on the meta device, with local shapes, in the dtype to compute in; `shards` is by linear layer (a layer
-    that is missing is replicated); `full_shapes` and `files` are by tensor name of the undivided model; `is_divided`:
+    that is missing is replicated); `full_shapes` and `stored` are by tensor name of the undivided model; `is_divided`:
     the files hold this rank's slices already; `changes` are added to the weights of layers when these are read.
     """
 
     model: nn.Module
     shards: dict[str, Shard]
     full_shapes: dict[str, tuple[int, ...]]
-    files: Mapping[str, Path]
+    stored: Mapping[str, Stored]
     is_divided: bool = False
-    open: Open = open_weights
     changes: Changes = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
-        """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file.
-
-        The file is opened for this tensor alone: an open file keeps every page that was touched in memory, and of a
-        file of 10 GB that would be 10 GB.
-        """
+        """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file."""
         layer, _, tensor = name.rpartition(".")
         shard = _WHOLE if self.is_divided else self.shards.get(layer, _WHOLE)
-        with self.open(self.files[name]) as file:
-            source = file.get_slice(name)
-            local = cut(source, shard.slices(tensor, source.get_shape()))
+        stored = self.stored[name]
+        local = stored.read(shard.slices(tensor, stored.shape))
         return fuse(local, self.changes[layer]) if tensor == "weight" and layer in self.changes else local
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that a tensor has in its file."""
-        with self.open(self.files[name]) as file:
-            return DTYPES[file.get_slice(name).get_dtype()]
 
 
 def describe_transformer(
@@ -96,14 +80,18 @@ def describe_transformer(
     full_shapes = _shapes(model)
     shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
     expected = _shapes(model) if is_divided else full_shapes
-    open_file = SingleFile.of(single, adapter.transformer_class, expected).open if single else open_weights
-    paths = [single] if single else files_of(folder, is_divided=is_divided) if with_files else []
-    files = _checked_files(paths, expected, folder, open_file) if with_files else {}
+    stored: Mapping[str, Stored] = {}
+    if with_files:
+        paths = [] if single else files_of(folder, is_divided=is_divided)
+        stored = {name: tensor for path in paths for name, tensor in stored_tensors(path).items()}
+        if single:
+            stored = converted_tensors(single, adapter.transformer_class, expected)
+        _check_tensors(stored, expected, single or folder)
     changes = read_changes(adapter.pipeline_type(), brought.loras, WHOLE, full_shapes) if brought.loras else {}
     local = {layer: [term.of_shard(shards.get(layer)) for term in terms] for layer, terms in changes.items()}
     for name, tensor in model.state_dict().items():
         place(model, name, tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype))
-    return TransformerPart(model, shards, full_shapes, files, is_divided, open_file, local)
+    return TransformerPart(model, shards, full_shapes, stored, is_divided, local)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -111,7 +99,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def build_empty(adapter: ModelAdapter, folder: Path) -> nn.Module:
-    """Build the transformer that `folder`/config.json describes on the meta device; its buffers are real.
+    """Build the transformer that `folder`/config.json describes on the meta device; buffers that no file has are real.
 
     Raises InputError when the file is missing, unreadable, or describes another class or no possible model.
     """
@@ -120,8 +108,14 @@ def build_empty(adapter: ModelAdapter, folder: Path) -> nn.Module:
     check_class(config_path, config, adapter.transformer_class)
     transformer_type = adapter.transformer_type()  # outside: a failing import of diffusers is not the folder's fault
     try:
-        with init_empty_weights(include_buffers=False):
-            return transformer_type.from_config(config)
+        with torch.device("meta"):
+            model = transformer_type.from_config(config)
+        if any(module._non_persistent_buffers_set for module in model.modules()):
+            from accelerate import init_empty_weights
+
+            with init_empty_weights(include_buffers=False):
+                model = transformer_type.from_config(config)
+        return model
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ArithmeticError) as error:
         raise InputError(
             f"no {adapter.transformer_class} can be built from config.json",
@@ -141,17 +135,9 @@ def place(model: nn.Module, name: str, value: Tensor) -> None:
         owner.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
 
 
-def _checked_files(
-    files: list[Path], expected: Mapping[str, tuple[int, ...]], folder: Path, open_file: Open
-) -> dict[str, Path]:
-    """Return where each tensor lies, comparing the headers of all files with the model; no tensor is read."""
-    found: dict[str, tuple[int, ...]] = {}
-    homes: dict[str, Path] = {}
-    for path in files:
-        with open_file(path) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        found |= shapes
-        homes |= dict.fromkeys(shapes, path)
+def _check_tensors(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Compare the tensors that the headers of all files name with those of the model."""
+    found = {name: tensor.shape for name, tensor in stored.items()}
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
@@ -161,11 +147,10 @@ def _checked_files(
     if told:
         raise InputError(
             "the weights do not fit the model that config.json describes",
-            where=str(folder),
+            where=str(where),
             why="tensors " + ", ".join(told),
             advice="take config.json and all weight files from one copy of the model",
         )
-    return homes
 
 
 def _some(names: list[str]) -> str:

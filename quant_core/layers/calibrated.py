@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quant_core.arithmetic.blocks import Rows
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.scales import fake_quantize_tokens
 from quant_core.calibration.finite import check_weight
-from quant_core.layers.rescaling import Rescaling
+from quant_core.layers.rescaling import RescaledRows, Rescaling
 from quant_core.parallel.groups import Group, reduce_over
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Inputs, Scheme
@@ -45,22 +46,26 @@ def quantize_linear(
     *,
     scale_group: Group | None = None,
     rescaling: Rescaling | None = None,
+    runs: bool = True,
 ) -> QuantizedLayer:
     """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
 
-    scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first.
+    scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first. runs:
+    whether records will be replayed through the layer; if not, its codes take the place of the weight at once.
     Raises InputError for a weight that is not finite.
     """
-    dtype, w_OI, mul_scale_I = linear.weight.dtype, linear.weight.detach(), None
+    float_OI, mul_scale_I = linear.weight.detach(), None
+    w_OI: Rows = float_OI
     if rescaling is not None:
-        w_OI, mul_scale_I = rescaling.weight(numerics.working(w_OI)), rescaling.mul_scale_I
+        w_OI, mul_scale_I = RescaledRows(float_OI, rescaling, numerics), rescaling.mul_scale_I
         if linear.bias is not None:
             linear.bias.data.copy_(rescaling.bias(linear.bias.detach()))
     amax_O1 = scheme.codec.row_maxima(w_OI)
     check_weight(name, amax_O1)
     amax_O1 = reduce_over(scale_group, "max", amax_O1)
-    weight = scheme.codec.encode(w_OI, amax_O1, dtype, numerics)
-    linear.weight.data.copy_(weight.fake)
+    weight = scheme.codec.encode(w_OI, amax_O1, float_OI.dtype, numerics, fake_OI=float_OI if runs else None)
+    if not runs:
+        linear.weight = nn.Parameter(weight.codes, requires_grad=False)
     bias_O = None if linear.bias is None else linear.bias.detach()
     layer = QuantizedLayer(name, scheme, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I)
     linear.__class__ = CalibratedLinear
