@@ -190,6 +190,7 @@ def test_a_folder_with_nothing_but_a_transformer_has_a_fingerprint(asked: Asked)
 def test_the_ranks_shares_of_the_models_files_are_the_whole_and_none_twice(asked: Asked, world: int):
     tree = {
         "pipeline": {"path": str(asked.folder), "prompt_path": str(asked.prompts)},
+        "quantization": {"do_quant": True},
         "output": {"quant_weight_save_folder": "w", "quant_dump_calib_folder": "d"},
     }
     config = job_config("flux", tree)

@@ -87,7 +87,8 @@ def notes(folder: Path, scheme: str = SCHEME) -> list[Path]:
 def rewrite(folder: Path, rank: int, change: Callable[[dict], object], **note: object) -> None:
     """Change a staged shard's tensors, description and note so that each file is whole by itself."""
     files = shard_files(folder / STAGING, SCHEME, f"_{rank}")
-    tensors = load_file(files.weights)
+    loaded, described = load_file(files.weights), json.loads(files.description.read_text())
+    tensors = {name: loaded[name] for name in described if name in loaded}  # in the description's order
     change(tensors)
     save_file(tensors, files.weights)
     files.description.write_text(json.dumps(describe(tensors, SCHEME)))
