@@ -70,16 +70,17 @@ def describe_transformer(
     layout: str | None = None,
     dtype: torch.dtype,
     with_files: bool = True,
+    empty: nn.Module | None = None,
 ) -> TransformerPart:
     """Describe this rank's part of the transformer of a pipeline folder.
 
     with_files: find the weights too and compare their headers; without, the configuration is enough and nothing can be
-    read. Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder
-    is not whole or holds another model.
+    read. empty: the undivided model, where somebody built it already; it is used up. Raises ConfigurationError when the
+    layout does not divide over `tp_size` ranks and InputError when the folder is not whole or holds another model.
     """
     plan = adapter.shard_plan(layout)
     folder, is_divided = folder_of_rank(pipeline_folder(path), plan, tp_rank, tp_size)
-    model = build_empty(adapter, folder)
+    model = empty or build_empty(adapter, folder)
     full_shapes = _shapes(model)
     shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
     expected = _shapes(model) if is_divided else full_shapes
