@@ -133,13 +133,13 @@ def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter) -> None
         return
     plan.layout = shard_plan.name
     plan.tp_sizes = [size for size in _SIZES if _divides(shard_plan, whole, size)]
-    part = plan.attempt(lambda: _describe(config, adapter, tp_size))
+    names = linear_names(whole)
+    part = plan.attempt(lambda: _describe(config, adapter, tp_size, empty=whole))
     if part is None and tp_size in plan.tp_sizes:
         plan.remarks.append("shards and bytes are told by config.json alone: the weights were not looked at")
         part = _describe(config, adapter, tp_size, with_files=False)
     disabled = config.quantization.disable_names
     patterns = adapter.disabled_layers[config.quantization.quant_type] if disabled is None else disabled
-    names = linear_names(whole)
     known = [p for p in patterns if plan.attempt(lambda p=p: select(names, p, where="--disable_names"))]
     plan.scopes = _scopes(part.model if part else whole, known, config, part)
     _look_at_quantization(plan, config, adapter, part.model if part else whole, known)
@@ -154,7 +154,9 @@ def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter) -> None
         )
 
 
-def _describe(config: JobConfig, adapter: ModelAdapter, tp_size: int, *, with_files: bool = True) -> TransformerPart:
+def _describe(
+    config: JobConfig, adapter: ModelAdapter, tp_size: int, *, with_files: bool = True, empty: nn.Module | None = None
+) -> TransformerPart:
     return describe_transformer(
         adapter,
         config.pipeline.path,
@@ -163,6 +165,7 @@ def _describe(config: JobConfig, adapter: ModelAdapter, tp_size: int, *, with_fi
         dtype=adapter.dtype(config.pipeline),
         brought=Brought.of(config.pipeline),
         with_files=with_files,
+        empty=empty,
     )
 
 

@@ -65,18 +65,19 @@ def describe_transformer(
     dtype: torch.dtype,
     brought: Brought = NOTHING,
     with_files: bool = True,
+    empty: nn.Module | None = None,
 ) -> TransformerPart:
     """Describe this rank's part of the transformer of a pipeline folder, or of a file that is brought in its place.
 
     with_files: find the weights too and compare their headers; without, the configuration is enough and nothing can be
-    read.
+    read. empty: the undivided model, where somebody built it already; it is used up.
 
     Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder is
     not whole or holds another model, or a brought file does not fit it.
     """
     plan, root, single = adapter.shard_plan(layout), pipeline_folder(path), brought.transformer
     folder, is_divided = (used_folders(root)[0], False) if single else folder_of_rank(root, plan, tp_rank, tp_size)
-    model = build_empty(adapter, folder)
+    model = empty or build_empty(adapter, folder)
     full_shapes = _shapes(model)
     shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
     expected = _shapes(model) if is_divided else full_shapes

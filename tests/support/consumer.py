@@ -13,6 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.reader import Checkpoint
+
 QUANTIZED = {"W8A8", "W8A8_TIMESTEP", "W8A8_DYNAMIC", "W8A16"}
 STATIC = {"W8A8", "W8A8_TIMESTEP"}
 
@@ -41,6 +44,7 @@ def load(folder: Path, rank: int | None, scheme: str) -> Loaded:
         mode = path.lstat().st_mode
         assert stat.S_ISREG(mode), "the loader refuses links"
         assert not mode & 0o777 & ~0o640, "the loader refuses wider modes"
+    assert list(Checkpoint(CheckpointFiles(weights, description_path)).findings()) == [], "the product's own reader"
     with safe_open(weights, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return Loaded(description, tensors)
