@@ -87,9 +87,9 @@ def text(cells: Iterable[Cell], pictures: int) -> Iterator[str]:
     yield "# What quantization does to the small trained models\n"
     yield (
         f"Made by `python scripts/study`. Up to {seeds} seeds; each calibrates on {CALIBRATED} prompts and paints "
-        f"{pictures} others, 64 × 64, in {STEPS} steps. Layers, output and PSNR in decibels; right are pictures that show "
-        "shape, colour and ground as the prompt says. Mean ± standard deviation over seeds. The first row of a model is "
-        "its noise floor: the same pictures with the transformer computed in another dtype."
+        f"{pictures} others, 64 × 64, in {STEPS} steps. Layers, output and PSNR in decibels; right are pictures that "
+        "show shape, colour and ground as the prompt says. Mean ± standard deviation over seeds. The first row of a "
+        "model is its noise floor: the same pictures with the transformer computed in another dtype."
     )
     yield from markdown(found)
 
