@@ -72,8 +72,11 @@ class MemoryModel:
 
     @property
     def evaluating(self) -> int:
-        """Peak of an evaluation, of which held codes are on the host; the decoder of its pictures comes on top."""
-        return max(self.loading, self.weights + min(self.codes, HELD_BYTES) + self.comparing)
+        """Peak of an evaluation; the decoder of its pictures comes on top.
+
+        On the host are the held codes, and of the published file whatever was read of it, as long as it is open.
+        """
+        return max(self.loading, self.weights + min(self.codes, HELD_BYTES) + self.quantized + self.comparing)
 
     @property
     def streaming(self) -> int:

@@ -86,10 +86,10 @@ def text(cells: Iterable[Cell], pictures: int) -> Iterator[str]:
     seeds = len({cell["seed"] for cell in found})
     yield "# What quantization does to the small trained models\n"
     yield (
-        f"Made by `python scripts/study`. {seeds} seeds; each calibrates on {CALIBRATED} prompts and paints {pictures} "
-        f"others, 64 × 64, in {STEPS} steps. Decibels but SSIM, FLIP and the share of right pictures, which is of this"
-        f" tool's own judge (shape, colour and ground as the prompt says). Mean ± standard deviation over seeds. The"
-        f" first row of a model is its noise floor: the same pictures with the transformer computed in another dtype."
+        f"Made by `python scripts/study`. Up to {seeds} seeds; each calibrates on {CALIBRATED} prompts and paints "
+        f"{pictures} others, 64 × 64, in {STEPS} steps. Layers, output and PSNR in decibels; right are pictures that "
+        "show shape, colour and ground as the prompt says. Mean ± standard deviation over seeds. The first row of a "
+        "model is its noise floor: the same pictures with the transformer computed in another dtype."
     )
     yield from markdown(found)
 
