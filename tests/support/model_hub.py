@@ -52,6 +52,12 @@ def model_hub(model: Path, *, seconds: float = 0.0, slow: str = "model_index.jso
         def _answer(self, *, with_body: bool) -> None:
             path = self.path.partition("?")[0]
             hub.asked.append(f"{self.command} {path}")
+            if path.startswith(f"/api/models/{OWNER_AND_NAME}/tree/"):
+                listed = [
+                    {"type": "file", "path": name, "size": file.stat().st_size, "oid": name}
+                    for name, file in files.items()
+                ]
+                return self._send(json.dumps(listed).encode(), with_body)
             if path.startswith(f"/api/models/{OWNER_AND_NAME}"):
                 siblings = [{"rfilename": name} for name in files]
                 told = {"id": OWNER_AND_NAME, "modelId": OWNER_AND_NAME, "sha": _COMMIT, "siblings": siblings}
