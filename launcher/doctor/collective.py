@@ -41,11 +41,12 @@ def try_ranks(ranks: int | None, device: str | None) -> Iterator[Finding]:
         return
     told = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not told:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
+        # The cause comes first; torchrun's own account of it comes last.
+        errors = [line for line in done.stderr.splitlines() if "Error: " in line or line.startswith("error: ")]
         yield Finding(
             "!!",
             "collectives",
-            f"{ranks} ranks on {device} failed: {errors[-1] if errors else 'silently'}",
+            f"{ranks} ranks on {device} failed: {errors[0] if errors else 'silently'}",
             " ".join(command[1:]),
         )
         return

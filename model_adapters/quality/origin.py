@@ -13,10 +13,13 @@ from model_adapters.quality.card import Origin
 
 # Packages whose version may move a figure.
 _PACKAGES = ("dit-quant-launcher", "torch", "diffusers", "transformers")
-# Options that no picture depends on, or that the card holds elsewhere: prompts and seeds stand at the pictures.
+# Options that no picture depends on, or that the card holds elsewhere: prompts and seeds stand at the pictures, and the
+# fingerprint knows the files by their content.
 _LEFT_OUT = frozenset(
     {
         "path",
+        "transformer",
+        "lora",
         "prompt_path",
         "prompt_type",
         "num_images_per_prompt",
