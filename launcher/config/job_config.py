@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
+from launcher.config.layer_schemes import Chosen, LayerSchemes
 from launcher.config.yaml_text import commented_yaml
 from model_adapters.options import PipelineOptions
 from quant_core.processor import Exponent
 from quant_core.schemes import QUANT_TYPES, SCHEMES
 from quant_core.schemes.option_rules import schemes_that
-from quant_core.schemes.scheme import ActMethod
+from quant_core.schemes.scheme import ActMethod, Scheme
 
 if TYPE_CHECKING:
     QuantType = str
@@ -62,6 +63,11 @@ class Quantization(Section):
         default=None,
         description="layers kept float, by name or pattern; without a value: none; left out: the model's recipe",
     )
+    layer_schemes: LayerSchemes = Field(
+        default_factory=dict,
+        description="layers with another scheme, or float: PATTERN=SCHEME, or @FILE with a map; the first match wins, "
+        "over --disable_names too; :plain behind a scheme: without outlier suppression",
+    )
     timestep_sep: int | None = Field(
         default=None,
         ge=0,
@@ -72,6 +78,12 @@ class Quantization(Section):
         default="local",
         description="scales of row-split layers: of each shard, or equal over the tensor-parallel group",
     )
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """Return the scheme of the quantization type, and those of single layers behind it."""
+        named = [Chosen.of(value).scheme for value in self.layer_schemes.values()]
+        return [QUANT_TYPES[self.quant_type].scheme, *(SCHEMES[name] for name in named if name in SCHEMES)]
 
 
 class RankOptions(Section):

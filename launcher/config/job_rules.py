@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 
 from launcher.config.job_config import JobConfig
 from quant_core.errors import ConfigurationError
-from quant_core.schemes import QUANT_TYPES
-from quant_core.schemes.option_rules import OptionNames, option_problems, schemes_that
+from quant_core.schemes.option_rules import OptionNames, estimator_problems, schemes_that, smoothing_problems
 from quant_core.schemes.scheme import separator
 
 _FLAGS = OptionNames("--quant_type", "--act_method", "--numerics", "--anti_fused", "--anti_method")
@@ -53,7 +52,7 @@ def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[Conf
     boundary, quant_type, steps = job.quantization.timestep_sep, job.quantization.quant_type, job.pipeline.infer_steps
     if boundary is None:
         return
-    if not QUANT_TYPES[quant_type].scheme.per_step:
+    if not any(scheme.per_step for scheme in job.quantization.schemes):
         those = schemes_that(lambda scheme: scheme.per_step)
         yield ConfigurationError(
             f"--timestep_sep {boundary} has no meaning for {quant_type}",
@@ -95,14 +94,15 @@ def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[Configu
 def options_fit_the_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
     """Refuse what the scheme, or the numerics, has no use for: an estimator, or a smoothing that it would not undo."""
     options = job.quantization
-    yield from option_problems(
+    yield from estimator_problems(
         options.quant_type,
-        QUANT_TYPES[options.quant_type].scheme,
+        options.schemes,
         act_method=options.act_method,
         numerics=options.numerics,
-        multiplies_input=options.anti_method is not None and not options.anti_fused,
         called=_FLAGS,
     )
+    multiplies_input = options.anti_method is not None and not options.anti_fused
+    yield from smoothing_problems(options.quant_type, options.schemes, multiplies_input=multiplies_input, called=_FLAGS)
 
 
 def device_id_counts_cards(job: JobConfig) -> Iterator[ConfigurationError]:

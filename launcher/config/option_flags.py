@@ -66,7 +66,7 @@ class Flag:
     @property
     def is_list(self) -> bool:
         """Whether the flag takes any number of values."""
-        return any(get_origin(kind) in (list, tuple) for kind in self.kinds)
+        return any(get_origin(kind) in (list, tuple, dict) for kind in self.kinds)
 
     @property
     def choices(self) -> list[str]:
@@ -78,6 +78,8 @@ class Flag:
         """What stands for the value in the help."""
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
+        if get_origin(self.kinds[0]) is dict:
+            return "PATTERN=SCHEME"
         kind = get_args(self.kinds[0])[0] if self.is_list else self.kinds[0]
         return next((text for type_, text in _METAVARS.items() if kind is type_), "PATH")
 

@@ -16,7 +16,6 @@ from launcher.ranks.agreement import gather_objects
 from launcher.stages.encode import encode
 from launcher.stages.images import Gallery, lacking, run_pipeline
 from launcher.stages.job import Job, Results
-from launcher.stages.quantize import reads_dump
 from quant_core.calibration.capture import DumperManager
 from quant_core.calibration.records import load_dump
 from quant_core.errors import InputError
@@ -47,7 +46,7 @@ def calibrate(job: Job, results: Results) -> Path | None:
 
 
 def _is_needless(job: Job) -> bool:
-    if reads_dump(job) or job.config.output.calibrate == "always":
+    if job.model.reads_activations or job.config.output.calibrate == "always":
         return False
     quant_type = job.config.quantization.quant_type
     job.console.say(f"calibrate: skipped, {quant_type} reads no activations (--calibrate always dumps them anyway)")

@@ -18,7 +18,8 @@ from model_adapters.pipeline.offload import run_block_by_block
 from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline, release_pipeline
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
-from quant_core.session.targets import target_layers
+from quant_core.session.streaming import reads_activations
+from quant_core.session.targets import layer_plan
 from quant_core.smoothing.smooth import groups_to_smooth
 
 
@@ -31,6 +32,8 @@ class ModelSession:
     adapter: ModelAdapter = field(init=False)
     _transformer: LoadedTransformer | None = None
     _pipeline: Any = None
+    # Whether quantizing has to replay calibration data; known once the job was checked.
+    reads_activations: bool = True
     # On the host, by batch of prompts; filled before the transformer is loaded.
     embeddings: dict[Prompts, Embeddings] = field(default_factory=dict)
 
@@ -65,7 +68,8 @@ class ModelSession:
         """Refuse patterns without a layer, options that exclude each other, and smoothing without a group."""
         options = self.config.quantization
         session = session_of(processors(options, self.disabled_layers), options, [])
-        targets = target_layers(model, self.disabled_layers)
+        targets = layer_plan(model, session)
+        self.reads_activations = reads_activations(model, session)
         if session.smoothing is not None:
             groups_to_smooth(model, session.smoothing, structure=self.adapter.structure, targets=targets)
 

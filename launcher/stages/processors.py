@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from launcher.config.job_config import Quantization
+from launcher.config.layer_schemes import FLOAT, Chosen
 from quant_core import FA3ProcessorConfig, M6Config, SessionConfig, W8A8QuantConfig
 from quant_core.errors import ConfigurationError
 from quant_core.processor import ProcessorConfig
-from quant_core.schemes import QUANT_TYPES
+from quant_core.schemes import QUANT_TYPES, SCHEMES
+from quant_core.schemes.scheme import Scheme, SchemeConfig
 from quant_core.smoothing import METHODS
 
 Config = TypeVar("Config", bound=ProcessorConfig)
@@ -20,14 +22,7 @@ Config = TypeVar("Config", bound=ProcessorConfig)
 def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[ProcessorConfig]:
     """Return the processors of a job: its scheme, its attention quantization, its outlier suppression."""
     scheme, with_attention = QUANT_TYPES[options.quant_type]
-    found: list[ProcessorConfig] = [
-        _configured(
-            scheme.config,
-            cfg=W8A8QuantConfig(act_method=options.act_method),
-            disable_names=disabled_layers,
-            timestep_sep=options.timestep_sep,
-        )
-    ]
+    found: list[ProcessorConfig] = [_scheme_config(scheme, options, disable_names=disabled_layers)]
     if with_attention:
         found.append(FA3ProcessorConfig())
     if options.anti_method is not None:
@@ -42,6 +37,21 @@ def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[Pr
     return found
 
 
+def layer_schemes(options: Quantization) -> dict[str, SchemeConfig | Literal["float"]]:
+    """Return the layers that get another scheme, by pattern in the order that counts."""
+    chosen = {pattern: Chosen.of(value) for pattern, value in options.layer_schemes.items()}
+    return {
+        pattern: "float" if scheme == FLOAT else _scheme_config(SCHEMES[scheme], options, smoothed=smoothed)
+        for pattern, (scheme, smoothed) in chosen.items()
+    }
+
+
+def _scheme_config(scheme: Scheme, options: Quantization, **chosen: Any) -> SchemeConfig:
+    act_method = options.act_method if scheme.observes_input else "minmax"
+    cfg = W8A8QuantConfig(act_method=act_method)
+    return _configured(scheme.config, cfg=cfg, timestep_sep=options.timestep_sep, **chosen)
+
+
 def _configured(config: type[Config], **options: Any) -> Config:
     """Make a processor of those options that it has; the job's rules refuse the others when somebody gives them."""
     return config(**{name: value for name, value in options.items() if name in config.model_fields})
@@ -52,6 +62,7 @@ def session_of(found: Sequence[ProcessorConfig], options: Quantization, records:
     try:
         return SessionConfig(
             processor_cfg_map={processor.key: processor for processor in found},
+            layer_schemes=layer_schemes(options),
             calib_data=records,
             numerics=options.numerics,
         )
@@ -59,7 +70,7 @@ def session_of(found: Sequence[ProcessorConfig], options: Quantization, records:
         problems = [problem["msg"].removeprefix("Value error, ") for problem in error.errors(include_url=False)]
         raise ConfigurationError(
             "the quantization options do not fit each other",
-            where="--quant_type, --anti_method, --act_method, --numerics",
+            where="--quant_type, --layer_schemes, --anti_method, --act_method, --numerics",
             why="; ".join(problems),
             advice="change one of them",
         ) from None

@@ -6,6 +6,7 @@ over them, and the first writes it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from quant_core.parallel.sharding import Shard
 from quant_core.schemes import QUANT_TYPES
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.quantize import QuantizedModel, quant_model
-from quant_core.session.streaming import quantize_streaming, reads_activations
+from quant_core.session.streaming import quantize_streaming
 
 
 def quantize(job: Job, results: Results, dump: Path | None) -> None:
@@ -37,14 +38,12 @@ def quantize(job: Job, results: Results, dump: Path | None) -> None:
     if all_agree(job.ranks, mine, what="whether to quantize"):
         job.console.say(f"quantize: reusing {results.folder.staged().weights}")
         return
-    result, part = _in_memory(job, results, dump) if dump is not None and reads_dump(job) else _from_disk(job, results)
+    result, part = (
+        _in_memory(job, results, dump) if dump is not None and job.model.reads_activations else _from_disk(job, results)
+    )
     run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part))
-    job.console.say(f"quantize: {len(result.layers)} layers as {result.quant_type}")
-
-
-def reads_dump(job: Job) -> bool:
-    """Tell whether the result of this job depends on activations."""
-    return reads_activations(_session(job, []))
+    types = Counter(layer.scheme.quant_type for layer in result.layers.values())
+    job.console.say("quantize: " + ", ".join(f"{count} layers as {kind}" for kind, count in types.items()))
 
 
 def quant_type(job: Job) -> str:

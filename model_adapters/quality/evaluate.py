@@ -62,7 +62,7 @@ def published(files: CheckpointFiles) -> Published:
         return output
 
     return Published(
-        schemes=dict.fromkeys(checkpoint.inventory.layers, checkpoint.inventory.quant_type),
+        schemes={name: group.type for name, group in checkpoint.inventory.layers.items()},
         layer=layer,
         deploy=lambda model: load_deployed(model, files),
     )

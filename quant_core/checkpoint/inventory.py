@@ -46,7 +46,10 @@ class StoredGroup:
 
 @dataclass(frozen=True)
 class Inventory:
-    """List what a checkpoint holds; `floats` are the tensors of layers that are not quantized, in order."""
+    """List what a checkpoint holds; `floats` are the tensors of layers that are not quantized, in order.
+
+    quant_type: what the checkpoint is called after; each layer has a type of its own.
+    """
 
     quant_type: str
     dtype: torch.dtype
@@ -61,8 +64,8 @@ def take_inventory(description: Mapping[str, Any], infos: Mapping[str, TensorInf
     quant_type = _quant_type(description, where)
     types = {name: kind for name, kind in description.items() if name not in (MODEL_TYPE_KEY, FA_QUANT_TYPE_KEY)}
     _check_one_to_one(types, infos, where)
-    _check_types(types, quant_type, description.get(FA_QUANT_TYPE_KEY), where)
-    layers = _by_name(_layers(types, quant_type), where)
+    _check_types(types, description.get(FA_QUANT_TYPE_KEY), where)
+    layers = _by_name(_layers(types), where)
     attentions = _by_name(_attentions(types), where)
     groups = [*layers.values(), *attentions.values()]
     for group in groups:
@@ -98,8 +101,8 @@ def _check_one_to_one(types: Mapping[str, Any], infos: Mapping[str, TensorInfo],
             raise broken(f"the tensor '{name}' is not described", where, "the weights hold it; the consumer skips it")
 
 
-def _check_types(types: Mapping[str, Any], quant_type: str, fa_type: Any, where: Path) -> None:
-    known = (FLOAT, quant_type, FA_QUANT)
+def _check_types(types: Mapping[str, Any], fa_type: Any, where: Path) -> None:
+    known = (FLOAT, *BY_TYPE, FA_QUANT)
     for name, kind in types.items():
         if kind not in known:
             raise broken(
@@ -112,12 +115,16 @@ def _check_types(types: Mapping[str, Any], quant_type: str, fa_type: Any, where:
         raise broken(f"{FA_QUANT_TYPE_KEY} is {fa_type!r}", where, f"by the entries it has to be {expected!r}")
 
 
-def _layers(types: Mapping[str, str], quant_type: str) -> Iterator[StoredGroup]:
-    """Yield the linear layers in order: whatever carries the quantized type, with its bias and smoothing factor."""
-    scheme = BY_TYPE[quant_type]
-    rules = scheme.rules
-    prefixes = dict.fromkeys(name.rpartition(".")[0] for name, kind in types.items() if kind == quant_type)
-    for prefix in prefixes:
+def _layers(types: Mapping[str, str]) -> Iterator[StoredGroup]:
+    """Yield the linear layers in order: whatever carries a quantized type, with its bias and smoothing factor."""
+    # The first tensor of a layer, its weight, says its type; `_check_complete` compares the others with it.
+    prefixes: dict[str, str] = {}
+    for name, kind in types.items():
+        if kind in BY_TYPE:
+            prefixes.setdefault(name.rpartition(".")[0], kind)
+    for prefix, quant_type in prefixes.items():
+        scheme = BY_TYPE[quant_type]
+        rules = scheme.rules
         members = {rule: f"{prefix}.{rule}" for rule in rules if f"{prefix}.{rule}" in types}
         name = prefix.removesuffix(_INNER)
         if name != prefix and f"{name}{_MUL_SCALE}" in types and scheme.multiplies_input:

@@ -33,6 +33,7 @@ from quant_core.layers.calibrated import quantize_linear
 from quant_core.layers.deployed import deploy
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel
+from quant_core.schemes import SCHEMES
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation
 from quant_core.session.checks import check_float, check_numerics, check_records, first_static_step
@@ -45,9 +46,10 @@ from quant_core.structure import ModelStructure, find_structure
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """Say what a session made: the scheme's type, the layers by name, the files.
+    """Say what a session made: the type that the checkpoint is called after, the layers by name, the files.
 
-    A per-step scheme also has its number of timesteps, and `timestep_sep`: steps below it are to run dynamic.
+    With layers of a per-step scheme it also has the number of timesteps, and `timestep_sep`: steps below it are to run
+    dynamic.
     `skipped_groups`: which groups outlier suppression left out, by their first linear, and why.
     """
 
@@ -86,8 +88,8 @@ def quant_model(
     _derive_tensors(session, layers)
     files = _save(session, timestep_sep)
     deploy(model, timestep_sep=timestep_sep)
-    timesteps = len(session.steps) if session.scheme.per_step else None
-    return QuantizedModel(session.scheme.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
+    timesteps = len(session.steps) if session.per_step else None
+    return QuantizedModel(session.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
 
 
 def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
@@ -97,20 +99,30 @@ def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
 
 
 def _smooth(session: Session) -> Smoothing:
-    """Return how outlier suppression changes the layers, not at all when the session has none."""
+    """Return how outlier suppression changes the layers, not at all when the session has none.
+
+    A layer whose runtime does not multiply its input, or that is to be left alone, is not divided by anything.
+    """
     if session.config.smoothing is None:
         return Smoothing()
-    return smooth(
+    found = smooth(
         session.model,
         session.config.smoothing,
         session.records,
         structure=session.structure,
         targets=session.targets,
         numerics=session.numerics,
-        codec=session.scheme.codec,
+        codec=SCHEMES[session.config.scheme.key].codec,
         parallel=session.parallel,
         progress=session.progress,
     )
+    fused = session.config.smoothing.fused
+    kept = {
+        name: rescaling
+        for name, rescaling in found.rescalings.items()
+        if fused or (session.scheme_of(name).multiplies_input and session.plan[name].smoothed)
+    }
+    return Smoothing(kept, found.skipped)
 
 
 def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, QuantizedLayer]:
@@ -119,7 +131,7 @@ def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, Quant
         layers[name] = layer = quantize_linear(
             name,
             linear_at(session.model, name),
-            session.scheme,
+            session.scheme_of(name),
             session.numerics,
             scale_group=session.parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
@@ -146,13 +158,14 @@ def _observe(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
 
 def _derive_tensors(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
     for done, layer in enumerate(layers.values(), start=1):
-        given = Derivation(session.steps, session.numerics, session.parallel.scale_group(layer.name))
-        layer.tensors = session.scheme.layer_tensors(layer, given)
+        steps = session.steps_of(layer.scheme)
+        given = Derivation(steps, session.numerics, session.parallel.scale_group(layer.name))
+        layer.tensors = layer.scheme.layer_tensors(layer, given)
         session.progress("derive", done, len(layers))
 
 
 def _save(session: Session, timestep_sep: int | None) -> CheckpointFiles | None:
-    save, quant_type = session.config.save, session.scheme.quant_type
+    save, quant_type = session.config.save, session.quant_type
     if save is None:
         return None
     extra = {name: attention.entries() for name, attention in session.attentions.items()}

@@ -12,7 +12,7 @@ is the layer itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation, Scheme
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
-from quant_core.session.targets import target_layers
+from quant_core.session.targets import layer_plan
 
 # Numbers that are quantized at once: large enough that the loop costs nothing, small enough for a cache.
 BLOCK_NUMEL = 2**22
@@ -43,9 +43,12 @@ BLOCK_NUMEL = 2**22
 ReadTensor = Callable[[str], Tensor]
 
 
-def reads_activations(config: SessionConfig) -> bool:
-    """Tell whether a session needs calibration data: static ranges, smoothing and attention scales do."""
-    observes = SCHEMES[config.scheme.key].observes_input
+def reads_activations(model: nn.Module, config: SessionConfig) -> bool:
+    """Tell whether a session needs calibration data: static ranges, smoothing and attention scales do.
+
+    model: the one to quantize, or a description of it on the meta device.
+    """
+    observes = any(SCHEMES[scheme.key].observes_input for scheme in layer_plan(model, config).values())
     return observes or config.smoothing is not None or config.fa3 is not None
 
 
@@ -65,7 +68,7 @@ def quantize_streaming(
     a tensor by its full name. device: where to compute. The tensors and the description are those of `quant_model`.
     The layers of the result are on the meta device. Without a place to save, nothing is read.
     """
-    if reads_activations(config):
+    if reads_activations(model, config):
         raise AssertionError("a session that reads activations needs the model: quant_model")
     if config.save is not None and config.save.part_file_size is not None:
         raise ConfigurationError(
@@ -74,13 +77,18 @@ def quantize_streaming(
             why="every tensor goes straight to its place in one file",
             advice="drop part_file_size, or quantize with quant_model",
         )
-    parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.key]
-    layers = describe_layers(model, target_layers(model, config.scheme.disable_names), scheme, numerics)
+    parallel, numerics, quant_type = (
+        parallel or Parallel(),
+        NUMERICS[config.numerics],
+        SCHEMES[config.scheme.key].quant_type,
+    )
+    plan = {name: SCHEMES[scheme.key] for name, scheme in layer_plan(model, config).items()}
+    layers = describe_layers(model, plan, numerics)
     if config.save is None:
-        return QuantizedModel(scheme.quant_type, layers, None)
+        return QuantizedModel(quant_type, layers, None)
     described = list(entries(model, buffers=not numerics.is_reference, extra={}))
     kept_float = {entry.name: entry.tensor.dtype for entry in described if _owner(entry.name) not in layers}
-    stream = _LayerStream(read, scheme, numerics, torch.device(device))
+    stream = _LayerStream(read, numerics, torch.device(device))
 
     def write(path: Path) -> None:
         with TensorFile(path, {entry.name: entry.tensor for entry in described}, metadata) as file:
@@ -90,18 +98,16 @@ def quantize_streaming(
                 stream.quantize(layer, parallel.scale_group(layer.name), file)
                 progress("quantize", done, len(layers))
 
-    files, metadata = checkpoint_files(config.save, scheme.quant_type), config.save.metadata
+    files, metadata = checkpoint_files(config.save, quant_type), config.save.metadata
     write_atomically(files.weights, write)
-    write_text_atomically(files.description, description_text(described, scheme.quant_type))
-    return QuantizedModel(scheme.quant_type, layers, files)
+    write_text_atomically(files.description, description_text(described, quant_type))
+    return QuantizedModel(quant_type, layers, files)
 
 
-def describe_layers(
-    model: nn.Module, targets: Iterable[str], scheme: Scheme, numerics: Numerics
-) -> dict[str, QuantizedLayer]:
-    """Make each target layer of a model on the meta device look as if it had been quantized; return them by name."""
+def describe_layers(model: nn.Module, plan: Mapping[str, Scheme], numerics: Numerics) -> dict[str, QuantizedLayer]:
+    """Make each layer of the plan on the meta device look as if it had been quantized; return them by name."""
     layers = {}
-    for name in targets:
+    for name, scheme in plan.items():
         linear = linear_at(model, name)
         codes_OI = torch.empty_like(linear.weight, dtype=torch.int8)
         layer = QuantizedLayer(name, scheme, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
@@ -116,13 +122,12 @@ class _LayerStream:
     """Carry one layer at a time from where it lies into the file."""
 
     read: ReadTensor
-    scheme: Scheme
     numerics: Numerics
     device: torch.device
 
     def quantize(self, described: QuantizedLayer, group: Group | None, file: TensorFile) -> None:
         """Read, quantize and write the layer, a block of rows at a time; group: ranks that share its row maxima."""
-        name, dtype, codec = described.name, described.weight_scale_O1.dtype, self.scheme.codec
+        name, dtype, codec = described.name, described.weight_scale_O1.dtype, described.scheme.codec
         # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
         w_OI = self.read(f"{name}.weight").to(self.device, dtype)
         bias_O = None if described.bias_O is None else self.read(f"{name}.bias").to(dtype)
@@ -135,8 +140,8 @@ class _LayerStream:
             rows = slice(first, first + len(block))
             weight = codec.encode(block, amax_O1[rows], dtype, self.numerics)
             bias = None if bias_O is None else bias_O[rows]
-            part = QuantizedLayer(name, self.scheme, weight.codes, weight.scale, bias)
-            for tensor_name, tensor in self.scheme.layer_tensors(part, given).items():
+            part = QuantizedLayer(name, described.scheme, weight.codes, weight.scale, bias)
+            for tensor_name, tensor in described.scheme.layer_tensors(part, given).items():
                 file.write_rows(f"{name}.{tensor_name}", tensor, first)
             first = rows.stop
 
