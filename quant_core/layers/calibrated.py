@@ -46,23 +46,39 @@ def quantize_linear(
     scale_group: Group | None = None,
     rescaling: Rescaling | None = None,
 ) -> QuantizedLayer:
-    """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
+    """Quantize the weight of a linear in place and make it a `CalibratedLinear`; see `encode_linear`."""
+    layer, fake_OI = encode_linear(name, linear, scheme, numerics, scale_group=scale_group, rescaling=rescaling)
+    linear.weight.data.copy_(fake_OI)
+    if layer.bias_O is not None:
+        assert linear.bias is not None, "a layer's bias is that of its linear"
+        linear.bias.data.copy_(layer.bias_O)
+        layer.bias_O = linear.bias.detach()
+    linear.__class__ = CalibratedLinear
+    linear.layer = layer  # type: ignore[assignment]
+    return layer
+
+
+def encode_linear(
+    name: str,
+    linear: nn.Linear,
+    scheme: Scheme,
+    numerics: Numerics,
+    *,
+    scale_group: Group | None = None,
+    rescaling: Rescaling | None = None,
+) -> tuple[QuantizedLayer, Tensor]:
+    """Return what a linear would be, quantized, and the weight (O, I) that its codes stand for; it is not changed.
 
     scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first.
     Raises InputError for a weight that is not finite.
     """
     dtype, w_OI, mul_scale_I = linear.weight.dtype, linear.weight.detach(), None
+    bias_O = None if linear.bias is None else linear.bias.detach()
     if rescaling is not None:
         w_OI, mul_scale_I = rescaling.weight(numerics.working(w_OI)), rescaling.mul_scale_I
-        if linear.bias is not None:
-            linear.bias.data.copy_(rescaling.bias(linear.bias.detach()))
+        bias_O = None if bias_O is None else rescaling.bias(bias_O)
     amax_O1 = scheme.codec.row_maxima(w_OI)
     check_weight(name, amax_O1)
     amax_O1 = reduce_over(scale_group, "max", amax_O1)
     weight = scheme.codec.encode(w_OI, amax_O1, dtype, numerics)
-    linear.weight.data.copy_(weight.fake)
-    bias_O = None if linear.bias is None else linear.bias.detach()
-    layer = QuantizedLayer(name, scheme, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I)
-    linear.__class__ = CalibratedLinear
-    linear.layer = layer  # type: ignore[assignment]
-    return layer
+    return QuantizedLayer(name, scheme, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I), weight.fake

@@ -1,0 +1,140 @@
+"""What a linear layer would compute under each treatment: a scheme, with or without outlier suppression.
+
+All treatments follow from one replay of the float model, which keeps the extremes of each input channel in each step:
+a smoothed layer's range is that of its channels, each multiplied by its factor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.calibration.replay import replay
+from quant_core.calibration.timestep import TimestepManager
+from quant_core.layers.calibrated import encode_linear
+from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer
+from quant_core.naming import linear_at
+from quant_core.parallel.groups import Reduction, reduce_many
+from quant_core.schemes import SCHEMES
+from quant_core.schemes.scheme import Derivation
+from quant_core.session.session import Session
+from quant_core.smoothing.smooth import Smoothing
+
+FLOAT = "float"
+# Behind a scheme: without outlier suppression, although there is one.
+PLAIN = ":plain"
+
+
+class Treatment(NamedTuple):
+    """Say what becomes of a layer: a scheme's name or `float`, and whether outlier suppression may change it."""
+
+    scheme: str
+    smoothed: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Treatment:
+        """Read it as it is written: `w8a8`, `w8a8:plain`, `float`."""
+        return cls(text.removesuffix(PLAIN), not text.endswith(PLAIN) and text != FLOAT)
+
+    def __str__(self) -> str:
+        return self.scheme if self.smoothed or self.scheme == FLOAT else self.scheme + PLAIN
+
+
+@dataclass
+class ChannelRanges:
+    """Keep the extremes of each channel of one input, by denoising step, and the tokens of one replay."""
+
+    low: dict[int | None, Tensor] = field(default_factory=dict)
+    high: dict[int | None, Tensor] = field(default_factory=dict)
+    tokens: Counter[int | None] = field(default_factory=Counter)
+
+    def update(self, x: Tensor) -> None:
+        """Take in one call; x: (..., I)."""
+        step, x_NI = TimestepManager.get_timestep_idx(), x.detach().reshape(-1, x.shape[-1]).float()
+        low_I, high_I = x_NI.aminmax(dim=0)
+        self.low[step] = torch.minimum(self.low.get(step, low_I), low_I)
+        self.high[step] = torch.maximum(self.high.get(step, high_I), high_I)
+        self.tokens[step] += len(x_NI)
+
+    def state(self, steps: Sequence[int | None], like: Tensor) -> Iterator[tuple[Reduction, Tensor, Callable]]:
+        """Yield each extreme with its reduction over ranks and where the reduced one goes; like: (I,)."""
+        for step in steps:
+            for op, parts, neutral in (("min", self.low, float("inf")), ("max", self.high, float("-inf"))):
+                yield op, parts.get(step, torch.full_like(like, neutral)), partial(parts.__setitem__, step)
+
+
+@dataclass(frozen=True)
+class KnownRange:
+    """Answer as the observer of a layer's input would: the range of a step, or of all of them."""
+
+    found: ChannelRanges
+    mul_scale_I: Tensor | None
+
+    def range(self, step: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the low and the high end, scalars."""
+        steps = list(self.found.low) if step is None else [step]
+        low_I = torch.stack([self.found.low[s] for s in steps]).amin(0)
+        high_I = torch.stack([self.found.high[s] for s in steps]).amax(0)
+        factor_I = 1 if self.mul_scale_I is None else self.mul_scale_I.to(low_I)
+        return (low_I * factor_I).amin(), (high_I * factor_I).amax()
+
+
+def channel_ranges(session: Session) -> dict[str, ChannelRanges]:
+    """Replay all records through the float model and return the ranges of every target layer's input."""
+    found = {name: ChannelRanges() for name in session.targets}
+    with ExitStack() as stack:
+        for name, ranges in found.items():
+            hook = linear_at(session.model, name).register_forward_pre_hook(_watch(ranges))
+            stack.callback(hook.remove)
+        replay(session.model, session.records, stage="ranges", measured=found, progress=session.progress)
+    steps = steps_of_records(session)
+    parts = (
+        part
+        for name, ranges in found.items()
+        for part in ranges.state(steps, linear_at(session.model, name).weight[0].float())
+    )
+    reduce_many(session.parallel.dp_group, parts)
+    return found
+
+
+def steps_of_records(session: Session) -> Sequence[int | None]:
+    """Return the steps of the records, [None] where they do not say them."""
+    return session.steps or [None]
+
+
+def _watch(ranges: ChannelRanges) -> Callable[[nn.Module, Any], None]:
+    return lambda linear, inputs: ranges.update(inputs[0])
+
+
+def treated(
+    session: Session, name: str, treatment: Treatment, found: ChannelRanges, smoothing: Smoothing
+) -> DeployedLayer:
+    """Return the layer as it would be deployed; a scheme that knows the step runs every step static."""
+    scheme, group = SCHEMES[treatment.scheme], session.parallel.scale_group(name)
+    rescaling = smoothing.rescalings.get(name) if treatment.smoothed else None
+    linear = linear_at(session.model, name)
+    layer, _ = encode_linear(name, linear, scheme, session.numerics, scale_group=group, rescaling=rescaling)
+    layer.observer = KnownRange(found, layer.mul_scale_I)  # type: ignore[assignment]
+    layer.tensors = scheme.layer_tensors(layer, Derivation(session.steps_of(scheme), session.numerics, group))
+    mul_scale = {} if layer.mul_scale_I is None else {"mul_scale": layer.mul_scale_I}
+    device = linear.weight.device
+    tensors = {key: tensor.to(device) for key, tensor in (layer.tensors | mul_scale).items()}
+    return DeployedLayer(DeployedArithmetic(name, scheme, 0), tensors)
+
+
+def treatments(session: Session, name: str, smoothing: Smoothing, schemes: Sequence[str]) -> list[Treatment]:
+    """Return the treatments that a layer can have, plain ones first."""
+    plain = [Treatment(scheme) for scheme in schemes]
+    if name not in smoothing.rescalings:
+        return plain
+    return plain + [Treatment(scheme, smoothed=True) for scheme in schemes if SCHEMES[scheme].multiplies_input]
+
+
+Layers = Mapping[str, Mapping[Treatment, DeployedLayer]]
