@@ -79,6 +79,8 @@ def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[Configu
         "anti_fused": every_method,
     }
     method, options = job.quantization.anti_method, type(job.quantization).model_fields
+    if job.quantization.is_auto:
+        return
     for name, methods in readers.items():
         value = getattr(job.quantization, name)
         if value != options[name].default and method not in methods:
@@ -105,6 +107,24 @@ def options_fit_the_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
     yield from smoothing_problems(options.quant_type, options.schemes, multiplies_input=multiplies_input, called=_FLAGS)
 
 
+def auto_measures_what_it_chooses_from(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse options that `auto` does not measure, and its own options without it."""
+    options, defaults = job.quantization, type(job.quantization).model_fields
+    if options.is_auto:
+        names, why = ("anti_fused", "act_method", "numerics"), "its measurements are of true ranges and unfused factors"
+        advice = "drop it, or choose one --quant_type"
+    else:
+        names, why, advice = ("budget", "scheme_costs"), "only auto spends a budget", "--quant_type auto, or drop it"
+    for name in names:
+        if getattr(options, name) != defaults[name].get_default(call_default_factory=True):
+            yield ConfigurationError(
+                f"--{name} has no meaning {'for auto' if options.is_auto else 'without --quant_type auto'}",
+                where=f"--{name}, --quant_type",
+                why=why,
+                advice=advice,
+            )
+
+
 def device_id_counts_cards(job: JobConfig) -> Iterator[ConfigurationError]:
     """Refuse to pick one of several processors: there is only `cpu`."""
     if job.ranks.device == "cpu" and job.ranks.device_id:
@@ -122,5 +142,6 @@ RULES: tuple[Rule, ...] = (
     timestep_sep_is_a_step_of_a_timestep_scheme,
     smoothing_options_belong_to_their_method,
     options_fit_the_scheme,
+    auto_measures_what_it_chooses_from,
     device_id_counts_cards,
 )

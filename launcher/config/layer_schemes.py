@@ -11,34 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
 from launcher.config.yaml_text import parse_yaml
 from quant_core.errors import ConfigurationError, suggestion
 from quant_core.schemes import SCHEMES
+from quant_core.schemes.treatment import FLOAT, PLAIN, Treatment
 
 FLAG = "--layer_schemes"
-FLOAT = "float"
-PLAIN = ":plain"
 # In a file that holds more than the map, its key.
 KEY = "layer_schemes"
-
-
-class Chosen(NamedTuple):
-    """Say what a layer gets: a scheme's name or `float`, and whether outlier suppression may change it."""
-
-    scheme: str
-    smoothed: bool
-
-    @classmethod
-    def of(cls, value: str) -> Chosen:
-        """Read a value of the map."""
-        return cls(value.removesuffix(PLAIN), not value.endswith(PLAIN))
-
-    def __str__(self) -> str:
-        return self.scheme if self.smoothed or self.scheme == FLOAT else self.scheme + PLAIN
 
 
 def read_layer_schemes(given: Any) -> Any:
@@ -93,7 +77,7 @@ def _of_file(path: Path) -> Iterable[tuple[str, str]]:
 def _checked(rules: Iterable[tuple[Any, Any]], where: str) -> Iterable[tuple[str, str]]:
     names = (*SCHEMES, FLOAT)
     for pattern, value in rules:
-        if Chosen.of(str(value)).scheme not in names or str(value) == FLOAT + PLAIN:
+        if Treatment.of(str(value)).scheme not in names or str(value) == FLOAT + PLAIN:
             raise ConfigurationError(
                 f"no scheme is called '{value}'",
                 where=f"{where}, {pattern}",

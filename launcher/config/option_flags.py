@@ -79,7 +79,7 @@ class Flag:
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
         if get_origin(self.kinds[0]) is dict:
-            return "PATTERN=SCHEME"
+            return "NAME=X" if get_args(self.kinds[0])[1] is float else "PATTERN=SCHEME"
         kind = get_args(self.kinds[0])[0] if self.is_list else self.kinds[0]
         return next((text for type_, text in _METAVARS.items() if kind is type_), "PATH")
 

@@ -45,7 +45,7 @@ class ModelSession:
     def disabled_layers(self) -> tuple[str, ...]:
         """Return the patterns of layers to keep float: the user's, else those of the model's recipe."""
         chosen = self.config.quantization.disable_names
-        return self.adapter.disabled_layers[self.config.quantization.quant_type] if chosen is None else chosen
+        return self.adapter.disabled_layers[self.config.quantization.main_type] if chosen is None else chosen
 
     @property
     def layout(self) -> str:

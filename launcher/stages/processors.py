@@ -8,27 +8,30 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from launcher.config.job_config import Quantization
-from launcher.config.layer_schemes import FLOAT, Chosen
 from quant_core import FA3ProcessorConfig, M6Config, SessionConfig, W8A8QuantConfig
 from quant_core.errors import ConfigurationError
 from quant_core.processor import ProcessorConfig
 from quant_core.schemes import QUANT_TYPES, SCHEMES
 from quant_core.schemes.scheme import Scheme, SchemeConfig
+from quant_core.schemes.treatment import FLOAT, Treatment
 from quant_core.smoothing import METHODS
 
 Config = TypeVar("Config", bound=ProcessorConfig)
+# The outlier suppression that `auto` tries on each layer when none was asked for.
+_TRIED = "m4"
 
 
 def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[ProcessorConfig]:
     """Return the processors of a job: its scheme, its attention quantization, its outlier suppression."""
-    scheme, with_attention = QUANT_TYPES[options.quant_type]
+    scheme, with_attention = QUANT_TYPES[options.main_type]
     found: list[ProcessorConfig] = [_scheme_config(scheme, options, disable_names=disabled_layers)]
     if with_attention:
         found.append(FA3ProcessorConfig())
-    if options.anti_method is not None:
+    method = options.anti_method or (_TRIED if options.is_auto else None)
+    if method is not None:
         suppression = _configured(
-            METHODS[options.anti_method].config,
-            smoothing_groups=options.anti_groups,
+            METHODS[method].config,
+            smoothing_groups="every" if options.is_auto else options.anti_groups,
             fused=options.anti_fused,
             alpha=options.anti_alpha,
             cfg=M6Config(alpha=options.anti_alpha, beta=options.anti_beta),
@@ -39,7 +42,7 @@ def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[Pr
 
 def layer_schemes(options: Quantization) -> dict[str, SchemeConfig | Literal["float"]]:
     """Return the layers that get another scheme, by pattern in the order that counts."""
-    chosen = {pattern: Chosen.of(value) for pattern, value in options.layer_schemes.items()}
+    chosen = {pattern: Treatment.of(value) for pattern, value in options.layer_schemes.items()}
     return {
         pattern: "float" if scheme == FLOAT else _scheme_config(SCHEMES[scheme], options, smoothed=smoothed)
         for pattern, (scheme, smoothed) in chosen.items()
@@ -49,7 +52,9 @@ def layer_schemes(options: Quantization) -> dict[str, SchemeConfig | Literal["fl
 def _scheme_config(scheme: Scheme, options: Quantization, **chosen: Any) -> SchemeConfig:
     act_method = options.act_method if scheme.observes_input else "minmax"
     cfg = W8A8QuantConfig(act_method=act_method)
-    return _configured(scheme.config, cfg=cfg, timestep_sep=options.timestep_sep, **chosen)
+    # Where `auto` chooses rows for each step, it has measured them in every step.
+    separator = 0 if options.is_auto and options.timestep_sep is None else options.timestep_sep
+    return _configured(scheme.config, cfg=cfg, timestep_sep=separator, **chosen)
 
 
 def _configured(config: type[Config], **options: Any) -> Config:

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.config.job_config import Quantization
 from launcher.failure.phases import run_together
 from launcher.files.shard_note import read_note, write_note
 from launcher.ranks.agreement import all_agree
+from launcher.stages.choose import choose
 from launcher.stages.job import Job, Results
 from launcher.stages.processors import processors, session_of
 from model_adapters.parallel.tensor_parallel import assert_collectives
@@ -48,7 +50,7 @@ def quantize(job: Job, results: Results, dump: Path | None) -> None:
 
 def quant_type(job: Job) -> str:
     """Return the type of the checkpoint that this job publishes, which its files are named after."""
-    return QUANT_TYPES[job.config.quantization.quant_type].scheme.name
+    return QUANT_TYPES[job.config.quantization.main_type].scheme.name
 
 
 def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, LoadedTransformer]:
@@ -56,13 +58,25 @@ def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, 
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
     records = run_together(job.ranks, "reading the calibration data", lambda: load_dump(dump)["records"])
     job.model.drop_pipeline()
+    parallel, options = _parallel(job, loaded.shards), job.config.quantization
+
+    def progress(stage: str, done: int, total: int) -> None:
+        _progress(job, stage, done, total)
+
+    if options.is_auto:
+        chosen = choose(job, results, loaded, _session(job, options, records), parallel, progress)
+        # What a person said of a layer stands in front, and wins.
+        said = options.layer_schemes
+        rules = said | {name: scheme for name, scheme in chosen.items() if name not in said}
+        options = options.model_copy(update={"layer_schemes": rules})
+        job.watch.enter("quantize")
     with job.model.computing():
         result = quant_model(
             loaded.model,
-            _session(job, records, *_saves(job, results)),
+            _session(job, options, records, *_saves(job, results)),
             structure=job.model.adapter.structure,
-            parallel=_parallel(job, loaded.shards),
-            progress=lambda stage, done, total: _progress(job, stage, done, total),
+            parallel=parallel,
+            progress=progress,
         )
     assert_collectives(loaded.model)
     return result, loaded
@@ -75,7 +89,7 @@ def _from_disk(job: Job, results: Results) -> tuple[QuantizedModel, TransformerP
     result = quantize_streaming(
         part.model,
         part.read,
-        _session(job, [], *_saves(job, results)),
+        _session(job, job.config.quantization, [], *_saves(job, results)),
         parallel=_parallel(job, part.shards),
         device=job.ranks.device,
         progress=lambda stage, done, total: _progress(job, stage, done, total),
@@ -89,9 +103,8 @@ def _progress(job: Job, stage: str, done: int, total: int) -> None:
     job.watch.safe_point(job.ranks.tp_control)
 
 
-def _session(job: Job, records: list[Any], *saves: SaveProcessorConfig) -> SessionConfig:
-    """Say in the quantizer's words what the job asks for."""
-    options = job.config.quantization
+def _session(job: Job, options: Quantization, records: list[Any], *saves: SaveProcessorConfig) -> SessionConfig:
+    """Say in the quantizer's words what the options ask for."""
     return session_of([*processors(options, job.model.disabled_layers), *saves], options, records)
 
 

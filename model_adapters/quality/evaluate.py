@@ -27,7 +27,14 @@ from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.quality.ratio import StepRatios
-from quant_core.quality.replayed import LayerOutput, compare_layers, compare_outputs, kept_outputs, sampled
+from quant_core.quality.replayed import (
+    LayerOutput,
+    compare_layers,
+    compare_outputs,
+    held_together,
+    kept_outputs,
+    sampled,
+)
 
 # Codes of so many layers are held on the host while all records are replayed: 11 GiB of FLUX.1-dev take six replays.
 HELD_BYTES = 2 * 2**30
@@ -124,19 +131,6 @@ def _compare_layers(
         combines = collectives(transformer)
         found |= compare_layers(transformer, names, layers.__getitem__, records, combines=combines, progress=tell)
     return found
-
-
-def held_together(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Return the names in groups, in their order, each of at most so many bytes (or of one name)."""
-    groups: list[list[str]] = []
-    held = 0
-    for name, size in sizes.items():
-        if not groups or held + size > most:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
-    return groups
 
 
 def _weights(transformer: nn.Module, name: str) -> int:

@@ -1,17 +1,19 @@
 """What each layer's quantization costs at the model's output: the noise that a treatment makes, times what it does.
 
-    error of a treatment at the output = noise of the layer alone * gain of the layer          per denoising step
+    error at the output = noise of the weight's codes * gain for such noise + other noise * gain for the input's noise
 
-*Noise* is measured for every treatment: what the layer, deployed, makes of the float model's own input, against the
-float layer. The *gain* is the layer's, whatever the treatment: the energy that appears at the output for noise of known
-energy on the layer's output. All gains are measured together: the real noise of a per-token quantized input is added
-in all layers at once, each with a random sign, P times with other signs. The mean of sign times output change keeps
-one layer's share and cancels the others (spec: choosing schemes by measurement).
+per layer, treatment and denoising step. *Noise* is measured for every treatment: what the layer, deployed, makes of the
+float model's own input, against the float layer. A *gain* is the layer's, whatever the treatment: the energy that
+appears at the output for noise of known energy on the layer's output. There are two, because a weight's error makes
+nearly the same error for all tokens, of which an attention may see nothing, and an input's error another for each. All
+layers' gains are measured together: the real noise of a quantized weight, or of an input quantized token by token, is
+added in all layers at once, each with a random sign, P times with other signs. The mean of sign times output change
+keeps one layer's share and cancels the others (spec: choosing schemes by measurement).
 
-With fewer layers than MOST_PROBES the signs are columns of a Hadamard matrix and the separation is exact. Otherwise they are
-random, and of the energy that leaks over from all other layers, a P-th of it, the expected value is subtracted.
+With fewer layers than MOST_PROBES the signs are columns of a Hadamard matrix and the separation is exact. Otherwise
+they are random, and of the energy that leaks over from all other layers, a P-th of it, the expected value is taken off.
 
-Cost: each sampled record is run once for the noise, and P times for the gains. Nothing needs a gradient, so that
+Cost: each sampled record is run once for the noise, and 2 P times for the gains. Nothing needs a gradient, so that
 collectives of tensor parallelism, offloading and block-by-block execution work as they are.
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,18 +36,32 @@ from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel, reduce_over
 from quant_core.quality.ratio import Ratio, StepRatios, compare
 from quant_core.quality.replayed import kept_outputs
-from quant_core.quality.treatments import Layers, Treatment
+from quant_core.quality.treatments import Layers
+from quant_core.schemes.treatment import Treatment
 
 # Forwards of a sampled record for the gains of all layers. FLUX.1-dev has 466 layers to tell apart.
 MOST_PROBES = 64
 _SEED = 0
 
+Steps = Sequence["int | None"]
+# What an error of a layer is: of the linear and its input (..., I), the error of its output (..., O).
+LayerError = Callable[[nn.Linear, Tensor], Tensor]
+
 
 @torch.no_grad()
 def layer_noise(
-    model: nn.Module, layers: Layers, records: Sequence[Record], parallel: Parallel, *, progress: Progress = silent
+    model: nn.Module,
+    layers: Layers,
+    records: Sequence[Record],
+    steps: Steps,
+    parallel: Parallel,
+    *,
+    progress: Progress = silent,
 ) -> dict[str, dict[Treatment, StepRatios]]:
-    """Return for each layer and treatment the ratio of its output to the noise it makes, by step, over all ranks."""
+    """Return for each layer and treatment the ratio of its output to the noise it makes, by step, over all ranks.
+
+    steps: those of all ranks' records.
+    """
     found = {name: {treatment: StepRatios() for treatment in of_layer} for name, of_layer in layers.items()}
     with ExitStack() as stack:
         for name, ratios in found.items():
@@ -53,7 +69,7 @@ def layer_noise(
             stack.callback(hook.remove)
         replay(model, records, stage="noise of layers", measured=found, progress=progress)
     flat = [ratios for of_layer in found.values() for ratios in of_layer.values()]
-    _reduce(flat, parallel)
+    _reduce(flat, steps, parallel)
     return found
 
 
@@ -62,19 +78,10 @@ def _comparing(deployed: Mapping[Treatment, Any], ratios: Mapping[Treatment, Ste
         x, step = inputs[0].float(), TimestepManager.get_timestep_idx()
         exact = F.linear(x, linear.weight.float(), None if linear.bias is None else linear.bias.float())
         for treatment, layer in deployed.items():
-            ratios[treatment].add(step, compare(exact, layer(x, step)))
+            here = replace(layer, tensors={key: tensor.to(x.device) for key, tensor in layer.tensors.items()})
+            ratios[treatment].add(step, compare(exact, here(x, step)))
 
     return hook
-
-
-@dataclass
-class Gains:
-    """Hold by layer and step the output's share of signal against the layer's noise, and how both were found.
-
-    at: layer -> step -> what one unit of noise energy in the layer is, as a share of the output's energy.
-    """
-
-    at: dict[str, dict[int | None, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -82,23 +89,25 @@ def output_gains(
     model: nn.Module,
     names: Sequence[str],
     records: Sequence[Record],
+    steps: Steps,
+    error: LayerError,
     parallel: Parallel,
     *,
     progress: Progress = silent,
 ) -> dict[str, dict[int | None, float]]:
-    """Return by layer and step what one unit of noise energy in the layer is at the output, as a share of its energy.
+    """Return by layer and step what one unit of such noise in the layer is at the output, as a share of its energy.
 
-    The model computes in its own dtype; only differences of its outputs are looked at.
+    error: the noise, `of_weight` or `of_tokens`. The model computes in its own dtype; only differences of its outputs
+    are looked at.
     """
     signs_PL = probe_signs(len(names))
     exact_orthogonal = len(names) < len(signs_PL)
-    added = {name: StepRatios() for name in names}
-    shares: dict[str, StepRatios] = {name: StepRatios() for name in names}
+    added, shares = ({name: StepRatios() for name in names} for _ in range(2))
     for done, record in enumerate(records, start=1):
         with kept_outputs(model) as outputs:
             replay(model, [record], stage="")
             for signs_L in signs_PL:
-                with _noise_in(model, dict(zip(names, signs_L.tolist())), added):
+                with _noise_in(model, error, dict(zip(names, signs_L.tolist())), added):
                     replay(model, [record], stage="")
         exact = outputs[0].float()
         changes_PD = torch.stack([(output.float() - exact).flatten() for output in outputs[1:]])
@@ -107,8 +116,8 @@ def output_gains(
         for name, energy in zip(names, share_L.tolist()):
             shares[name].add(record.step, Ratio(signal, energy))
         progress("gains of layers", done, len(records))
-    _reduce([*shares.values(), *added.values()], parallel, tp=False)
-    _reduce(list(added.values()), parallel, dp=False)
+    _reduce([*shares.values(), *added.values()], steps, replace(parallel, tp_group=None))
+    _reduce(list(added.values()), steps, replace(parallel, dp_group=None))
     return {name: _gain(shares[name], added[name], len(signs_PL)) for name in names}
 
 
@@ -137,19 +146,31 @@ def _energies(signs_PL: Tensor, changes_PD: Tensor, orthogonal: bool) -> Tensor:
 
 
 @contextmanager
-def _noise_in(model: nn.Module, signs: Mapping[str, float], added: Mapping[str, StepRatios]) -> Iterator[None]:
-    """Add to each layer's output what quantizing its input token by token does to it, with the given sign."""
+def _noise_in(
+    model: nn.Module, error: LayerError, signs: Mapping[str, float], added: Mapping[str, StepRatios]
+) -> Iterator[None]:
+    """Add to each layer's output its error, with the given sign."""
     with ExitStack() as stack:
         for name, sign in signs.items():
             # In front of a collective, which combines what every rank added to its own part.
-            hook = linear_at(model, name).register_forward_hook(_adding(sign, added[name]), prepend=True)
+            hook = linear_at(model, name).register_forward_hook(_adding(error, sign, added[name]), prepend=True)
             stack.callback(hook.remove)
         yield
 
 
-def _adding(sign: float, ratios: StepRatios) -> Callable:
+def of_tokens(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Return the error of a layer's output when its input is quantized token by token."""
+    return F.linear(fake_quantize_tokens(x) - x, linear.weight)
+
+
+def of_weight(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Return the error of a layer's output when its weight is quantized by rows."""
+    return F.linear(x, fake_quantize_tokens(linear.weight) - linear.weight)
+
+
+def _adding(error: LayerError, sign: float, ratios: StepRatios) -> Callable:
     def hook(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        noise = F.linear(fake_quantize_tokens(inputs[0]) - inputs[0], linear.weight)
+        noise = error(linear, inputs[0])
         ratios.add(TimestepManager.get_timestep_idx(), compare(noise, torch.zeros_like(noise)))
         return output + sign * noise
 
@@ -165,12 +186,12 @@ def _gain(shares: StepRatios, added: StepRatios, probes: int) -> dict[int | None
     return found
 
 
-def _reduce(ratios: Sequence[StepRatios], parallel: Parallel, *, tp: bool = True, dp: bool = True) -> None:
-    """Add up over the ranks; every rank has the same steps, because steps are sampled and not records."""
-    groups = [group for group, wanted in ((parallel.tp_group, tp), (parallel.dp_group, dp)) if wanted]
-    keys = [(each, step) for each in ratios for step in sorted(each.by_step, key=str)]
-    sums = torch.tensor([(each.by_step[step].signal, each.by_step[step].noise) for each, step in keys])
-    for group in groups:
+def _reduce(ratios: Sequence[StepRatios], steps: Steps, parallel: Parallel) -> None:
+    """Add up over the ranks, of which one may have no record of a step."""
+    keys = [(each, step) for each in ratios for step in steps]
+    parts = [each.by_step.get(step, Ratio()) for each, step in keys]
+    sums = torch.tensor([(part.signal, part.noise) for part in parts])
+    for group in (parallel.tp_group, parallel.dp_group):
         sums = reduce_over(group, "sum", sums)
     for (each, step), (signal, noise) in zip(keys, sums.tolist()):
         each.by_step[step] = Ratio(signal, noise)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,27 +24,9 @@ from quant_core.naming import linear_at
 from quant_core.parallel.groups import Reduction, reduce_many
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Derivation
+from quant_core.schemes.treatment import Treatment
 from quant_core.session.session import Session
 from quant_core.smoothing.smooth import Smoothing
-
-FLOAT = "float"
-# Behind a scheme: without outlier suppression, although there is one.
-PLAIN = ":plain"
-
-
-class Treatment(NamedTuple):
-    """Say what becomes of a layer: a scheme's name or `float`, and whether outlier suppression may change it."""
-
-    scheme: str
-    smoothed: bool = False
-
-    @classmethod
-    def of(cls, text: str) -> Treatment:
-        """Read it as it is written: `w8a8`, `w8a8:plain`, `float`."""
-        return cls(text.removesuffix(PLAIN), not text.endswith(PLAIN) and text != FLOAT)
-
-    def __str__(self) -> str:
-        return self.scheme if self.smoothed or self.scheme == FLOAT else self.scheme + PLAIN
 
 
 @dataclass
@@ -65,9 +47,10 @@ class ChannelRanges:
 
     def state(self, steps: Sequence[int | None], like: Tensor) -> Iterator[tuple[Reduction, Tensor, Callable]]:
         """Yield each extreme with its reduction over ranks and where the reduced one goes; like: (I,)."""
+        nothing = torch.full_like(like, float("inf"))
         for step in steps:
-            for op, parts, neutral in (("min", self.low, float("inf")), ("max", self.high, float("-inf"))):
-                yield op, parts.get(step, torch.full_like(like, neutral)), partial(parts.__setitem__, step)
+            yield "min", self.low.get(step, nothing), partial(self.low.__setitem__, step)
+            yield "max", self.high.get(step, -nothing), partial(self.high.__setitem__, step)
 
 
 @dataclass(frozen=True)
@@ -114,19 +97,25 @@ def _watch(ranges: ChannelRanges) -> Callable[[nn.Module, Any], None]:
 
 
 def treated(
-    session: Session, name: str, treatment: Treatment, found: ChannelRanges, smoothing: Smoothing
-) -> DeployedLayer:
-    """Return the layer as it would be deployed; a scheme that knows the step runs every step static."""
-    scheme, group = SCHEMES[treatment.scheme], session.parallel.scale_group(name)
-    rescaling = smoothing.rescalings.get(name) if treatment.smoothed else None
-    linear = linear_at(session.model, name)
-    layer, _ = encode_linear(name, linear, scheme, session.numerics, scale_group=group, rescaling=rescaling)
-    layer.observer = KnownRange(found, layer.mul_scale_I)  # type: ignore[assignment]
-    layer.tensors = scheme.layer_tensors(layer, Derivation(session.steps_of(scheme), session.numerics, group))
-    mul_scale = {} if layer.mul_scale_I is None else {"mul_scale": layer.mul_scale_I}
-    device = linear.weight.device
-    tensors = {key: tensor.to(device) for key, tensor in (layer.tensors | mul_scale).items()}
-    return DeployedLayer(DeployedArithmetic(name, scheme, 0), tensors)
+    session: Session, name: str, wanted: Sequence[Treatment], found: ChannelRanges, smoothing: Smoothing
+) -> dict[Treatment, DeployedLayer]:
+    """Return the layer as it would be deployed, on the host; a scheme that knows the step runs every step static.
+
+    Treatments that differ in the scheme only share their codes.
+    """
+    group, numerics = session.parallel.scale_group(name), session.numerics
+    linear, encoded, layers = linear_at(session.model, name), {}, {}
+    for treatment in wanted:
+        scheme, smoothed = SCHEMES[treatment.scheme], treatment.smoothed
+        if smoothed not in encoded:
+            rescaling = smoothing.rescalings.get(name) if smoothed else None
+            encoded[smoothed], _ = encode_linear(name, linear, scheme, numerics, scale_group=group, rescaling=rescaling)
+        layer = replace(encoded[smoothed], scheme=scheme, tensors={})
+        layer.observer = KnownRange(found, layer.mul_scale_I)  # type: ignore[assignment]
+        tensors = scheme.layer_tensors(layer, Derivation(session.steps_of(scheme), numerics, group))
+        mul_scale = {} if layer.mul_scale_I is None else {"mul_scale": layer.mul_scale_I}
+        layers[treatment] = DeployedLayer(DeployedArithmetic(name, scheme, 0), {**tensors, **mul_scale})
+    return layers
 
 
 def treatments(session: Session, name: str, smoothing: Smoothing, schemes: Sequence[str]) -> list[Treatment]:

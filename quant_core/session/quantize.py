@@ -82,7 +82,7 @@ def quant_model(
     check_records(session)
     timestep_sep = first_static_step(session)
     _move_to_device(model, config)
-    smoothing = _smooth(session)
+    smoothing = smoothing_of(session)
     layers = _quantize_weights(session, smoothing)
     _observe(session, layers)
     _derive_tensors(session, layers)
@@ -98,7 +98,7 @@ def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
         model.to(f"{config.device}{index}")
 
 
-def _smooth(session: Session) -> Smoothing:
+def smoothing_of(session: Session) -> Smoothing:
     """Return how outlier suppression changes the layers, not at all when the session has none.
 
     A layer whose runtime does not multiply its input, or that is to be left alone, is not divided by anything.

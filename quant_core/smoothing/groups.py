@@ -12,7 +12,7 @@ from quant_core.errors import ConfigurationError
 from quant_core.naming import matches
 from quant_core.structure import ModelStructure, Modulation, SmoothingGroup
 
-Selection = Literal["default", "all"]
+Selection = Literal["default", "all", "every"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,17 @@ def resolve(
 ) -> ResolvedGroups:
     """Return the groups of the model, block by block; one with a member that stays float is left out whole.
 
-    targets: the linears that will be quantized. fused: groups with the same values become one.
-    Raises ConfigurationError when nothing is left to smooth.
+    targets: the linears that will be quantized. selection: `all` adds the optional groups, `every` also each linear
+    that no group names, as a group of its own. fused: groups with the same values become one. Raises
+    ConfigurationError when nothing is left to smooth.
     """
     if structure is None:
         raise _no_structure(model)
-    declared = structure.smoothing_groups + (structure.optional_smoothing_groups if selection == "all" else ())
+    declared = structure.smoothing_groups + (structure.optional_smoothing_groups if selection != "default" else ())
     found = list(_declared_on(model, declared))
+    if selection == "every":
+        grouped = {name for group in found for name in group.linears}
+        found += [LinearGroup(((name,),)) for name in targets if name not in grouped]
     resolved = ResolvedGroups()
     for group in _joined_by_values(found) if fused else found:
         float_members = [name for name in group.linears if name not in targets]

@@ -18,8 +18,8 @@ from quant_core.smoothing.statistics import Tokens
 class SmoothingConfig(ProcessorConfig):
     """Configure an outlier suppression.
 
-    `smoothing_groups`: the model's default groups, or its optional ones too. `fused`: let the linears in front absorb
-    the factors, so that nothing is multiplied at run time.
+    `smoothing_groups`: the model's default groups, its optional ones too (`all`), or every quantized layer (`every`).
+    `fused`: let the linears in front absorb the factors, so that nothing is multiplied at run time.
     """
 
     kind: ClassVar[str] = "outlier suppression"

@@ -36,6 +36,7 @@ COUNTS = {
     "quantization": {
         *("quant_type", "anti_method", "anti_alpha", "anti_beta", "anti_groups", "anti_fused"),
         *("act_method", "numerics", "timestep_sep", "scale_sync", "layer_schemes"),
+        *("budget", "scheme_costs"),
     },
     "ranks": {"device"},
     "output": set[str](),
