@@ -12,7 +12,7 @@ Nothing here depends on a model or checks one option against another: see `resol
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
@@ -88,11 +88,10 @@ class Quantization(Section):
         description="auto: SCHEME=X, how long layers of a scheme take on your card, where others are 1 (static), "
         "1.15 (dynamic) and 2 (w8a16, float)",
     )
-    timestep_sep: int | None = Field(
+    timestep_sep: Annotated[int, Field(ge=0)] | Literal["auto"] | None = Field(
         default=None,
-        ge=0,
         description=f"{schemes_that(lambda scheme: scheme.per_step)}: steps below it run dynamic, the others static; "
-        "left out: half the steps",
+        "left out: half the steps; auto: the least that costs no quality, by measurement",
     )
     scale_sync: Literal["local", "global"] = Field(
         default="local",

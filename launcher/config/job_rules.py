@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from launcher.config.job_config import JobConfig
+from launcher.config.job_config import AUTO, JobConfig
 from quant_core.errors import ConfigurationError
 from quant_core.schemes.option_rules import OptionNames, estimator_problems, schemes_that, smoothing_problems
 from quant_core.schemes.scheme import separator
@@ -60,7 +60,7 @@ def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[Conf
             why=f"only {those} treats steps differently",
             advice=f"drop --timestep_sep, or use --quant_type {those}",
         )
-    elif boundary > steps:
+    elif boundary != AUTO and boundary > steps:
         yield ConfigurationError(
             f"--timestep_sep {boundary} lies beyond the last of {steps} steps",
             where="--timestep_sep, --infer_steps",

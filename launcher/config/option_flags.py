@@ -71,7 +71,8 @@ class Flag:
     @property
     def choices(self) -> list[str]:
         """The values it accepts, when they can be counted."""
-        return [str(choice) for kind in self.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        literals = [kind for kind in self.kinds if get_origin(kind) is Literal]
+        return [str(choice) for kind in literals for choice in get_args(kind)] if literals == self.kinds else []
 
     @property
     def metavar(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from launcher.config.job_config import Quantization
+from launcher.config.job_config import AUTO, Quantization
 from quant_core import FA3ProcessorConfig, M6Config, SessionConfig, W8A8QuantConfig
 from quant_core.errors import ConfigurationError
 from quant_core.processor import ProcessorConfig
@@ -54,6 +54,7 @@ def _scheme_config(scheme: Scheme, options: Quantization, **chosen: Any) -> Sche
     cfg = W8A8QuantConfig(act_method=act_method)
     # Where `auto` chooses rows for each step, it has measured them in every step.
     separator = 0 if options.is_auto and options.timestep_sep is None else options.timestep_sep
+    separator = None if separator == AUTO else separator
     return _configured(scheme.config, cfg=cfg, timestep_sep=separator, **chosen)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.config.job_config import Quantization
+from launcher.config.job_config import AUTO, Quantization
 from launcher.failure.phases import run_together
 from launcher.files.shard_note import read_note, write_note
 from launcher.ranks.agreement import all_agree
@@ -63,12 +63,8 @@ def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, 
     def progress(stage: str, done: int, total: int) -> None:
         _progress(job, stage, done, total)
 
-    if options.is_auto:
-        chosen = choose(job, results, loaded, _session(job, options, records), parallel, progress)
-        # What a person said of a layer stands in front, and wins.
-        said = options.layer_schemes
-        rules = said | {name: scheme for name, scheme in chosen.items() if name not in said}
-        options = options.model_copy(update={"layer_schemes": rules})
+    if options.is_auto or options.timestep_sep == AUTO:
+        options = choose(job, results, loaded, _session(job, options, records), parallel, progress)
         job.watch.enter("quantize")
     with job.model.computing():
         result = quant_model(

@@ -34,7 +34,7 @@ class Candidate:
     @property
     def sqnr(self) -> float:
         """The error in dB."""
-        return _decibels(self.error)
+        return decibels(self.error)
 
     @property
     def is_static(self) -> bool:
@@ -74,7 +74,7 @@ class Choice:
     @property
     def sqnr(self) -> float:
         """The same in dB."""
-        return _decibels(self.error)
+        return decibels(self.error)
 
     @property
     def static_share(self) -> float:
@@ -154,7 +154,8 @@ class _Spending:
         return all(value <= most * (1 + 1e-9) or not more for (value, most), more in zip(limits, grows))
 
 
-def _decibels(error: float) -> float:
+def decibels(error: float) -> float:
+    """Return an error, a share of the signal's energy, as signal over noise in dB."""
     return -10 * math.log10(max(error, 1e-15))
 
 

@@ -26,6 +26,7 @@ from quant_core.quality.choice import Candidate, Choice, choose
 from quant_core.quality.output_error import layer_noise, of_tokens, of_weight, output_gains
 from quant_core.quality.ratio import StepRatios
 from quant_core.quality.replayed import evenly_spaced, held_together
+from quant_core.quality.separator import every_step
 from quant_core.quality.treatments import (
     ChannelRanges,
     channel_ranges,
@@ -63,7 +64,6 @@ def measure_layers(
     model: nn.Module,
     config: SessionConfig,
     *,
-    schemes: Sequence[str] = tuple(SCHEMES),
     structure: ModelStructure | None = None,
     parallel: Parallel | None = None,
     progress: Progress = silent,
@@ -92,7 +92,7 @@ def measure_layers(
     return {
         name: LayerErrors(
             _work(session, name, ranges[name]),
-            {t: gains.errors(name, noise[name], t) for t in wanted[name] if t.scheme in schemes}
+            {t: gains.errors(name, noise[name], t) for t in wanted[name]}
             | {Treatment(FLOAT): dict.fromkeys(kept, 0.0)},
             sizes[name],
         )
@@ -136,6 +136,24 @@ def choose_layers(found: Mapping[str, LayerErrors], budget: Budget, costs: Mappi
         for name, layer in found.items()
     }
     return choose(rows, budget, costs)
+
+
+def step_errors(
+    found: Mapping[str, LayerErrors], chosen: Mapping[str, Treatment], timesteps: int
+) -> tuple[list[float], list[float]]:
+    """Return the error of each step when layers that know the step run static, and when they run dynamic.
+
+    chosen: the treatment of each layer that is quantized. Steps between the sampled ones are interpolated.
+    """
+    sums: list[dict[int, float]] = []
+    for scheme in (None, "w8a8_dynamic"):
+        by_step: Counter[int] = Counter()
+        for name, treatment in chosen.items():
+            knows_step = treatment.scheme != FLOAT and SCHEMES[treatment.scheme].per_step
+            used = treatment._replace(scheme=scheme) if scheme and knows_step else treatment
+            by_step.update({step: error for step, error in found[name].errors[used].items() if step is not None})
+        sums.append(dict(by_step))
+    return every_step(sums[0], timesteps), every_step(sums[1], timesteps)
 
 
 def _measure_noise(
