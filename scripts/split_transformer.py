@@ -49,7 +49,7 @@ def _write_rank(root: Path, tp_rank: int, tp_size: int) -> Path:
     folder = make_folder(rank_folder(root, tp_rank))
     homes: dict[Path, list[str]] = {}
     for name in part.model.state_dict():
-        homes.setdefault(part.files[name], []).append(name)
+        homes.setdefault(part.stored[name].path, []).append(name)
     for source, names in sorted(homes.items()):
         write_atomically(folder / source.name, lambda path, names=names: _write_file(path, part, names))
     if len(homes) > 1:
@@ -63,7 +63,7 @@ def _write_rank(root: Path, tp_rank: int, tp_size: int) -> Path:
 
 def _write_file(path: Path, part: TransformerPart, names: Sequence[str]) -> None:
     state = part.model.state_dict()
-    described = {name: torch.empty(state[name].shape, dtype=part.stored_dtype(name), device="meta") for name in names}
+    described = {name: torch.empty(state[name].shape, dtype=part.stored[name].dtype, device="meta") for name in names}
     with TensorFile(path, described, {"format": "pt"}) as file:
         for name in names:
             file.write(name, part.read(name))

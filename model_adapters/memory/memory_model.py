@@ -24,10 +24,10 @@ from model_adapters.memory.live_bytes import peak_bytes
 from model_adapters.options import PipelineOptions
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
+from quant_core.arithmetic.weight_codec import BLOCK_NUMEL
 from quant_core.naming import linear_at
 from quant_core.schemes import QUANT_TYPES
 from quant_core.schemes.scheme import Scheme
-from quant_core.session.streaming import BLOCK_NUMEL
 from quant_core.session.targets import target_layers
 
 

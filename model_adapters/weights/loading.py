@@ -65,7 +65,7 @@ def load_part(part: TransformerPart, device: torch.device | str) -> LoadedTransf
     """Read everything that a description names, in the order of the files; the described model becomes the real one."""
     bytes_read = 0
     described = part.model.state_dict()
-    for name in sorted(described, key=lambda name: part.files[name]):
+    for name in sorted(described, key=lambda name: (part.stored[name].path, part.stored[name].start)):
         local = part.read(name)
         bytes_read += local.numel() * local.element_size()
         place(part.model, name, local.to(device, described[name].dtype))

@@ -97,7 +97,12 @@ def open_weights(path: Path) -> Iterator[Any]:
         with file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise damaged(path, str(error), _ADVICE) from error
+        raise damaged_weights(path, str(error)) from error
+
+
+def damaged_weights(path: Path, why: str) -> InputError:
+    """Return the error that says that a weight file of a model is no sound one."""
+    return damaged(path, why, _ADVICE)
 
 
 def _indexed_files(folder: Path) -> list[Path]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from model_adapters.adapter import ModelAdapter
 from model_adapters.parallel.tensor_parallel import make_local
-from model_adapters.weights.model_folder import CONFIG_NAME, check_class, open_weights, pipeline_folder, read_json
+from model_adapters.weights.model_folder import CONFIG_NAME, check_class, pipeline_folder, read_json
+from model_adapters.weights.stored_tensor import StoredTensor, stored_tensors
 from model_adapters.weights.transformer_folders import files_of, folder_of_rank
-from quant_core.checkpoint.tensor_file import DTYPES
 from quant_core.errors import InputError
-from quant_core.parallel.sharding import Shard, Style, cut
+from quant_core.parallel.sharding import Shard, Style
 
 _WHOLE = Shard(Style.REPLICATED, 0, 1)
 
@@ -32,32 +32,22 @@ class TransformerPart:
     """Know a rank's part of a transformer: its shapes, and where its tensors lie.
 
     `model` is on the meta device, with local shapes, in the dtype to compute in; `shards` is by linear layer (a layer
-    that is missing is replicated); `full_shapes` and `files` are by tensor name of the undivided model; `is_divided`:
+    that is missing is replicated); `full_shapes` and `stored` are by tensor name of the undivided model; `is_divided`:
     the files hold this rank's slices already.
     """
 
     model: nn.Module
     shards: dict[str, Shard]
     full_shapes: dict[str, tuple[int, ...]]
-    files: Mapping[str, Path]
+    stored: Mapping[str, StoredTensor]
     is_divided: bool = False
 
     def read(self, name: str) -> Tensor:
-        """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file.
-
-        The file is opened for this tensor alone: an open file keeps every page that was touched in memory, and of a
-        file of 10 GB that would be 10 GB.
-        """
+        """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file."""
         layer, _, tensor = name.rpartition(".")
         shard = _WHOLE if self.is_divided else self.shards.get(layer, _WHOLE)
-        with open_weights(self.files[name]) as file:
-            source = file.get_slice(name)
-            return cut(source, shard.slices(tensor, source.get_shape()))
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that a tensor has in its file."""
-        with open_weights(self.files[name]) as file:
-            return DTYPES[file.get_slice(name).get_dtype()]
+        stored = self.stored[name]
+        return stored.read(shard.slices(tensor, stored.shape))
 
 
 def describe_transformer(
@@ -81,10 +71,10 @@ def describe_transformer(
     full_shapes = _shapes(model)
     shards = make_local(model, plan, tp_rank=tp_rank, tp_size=tp_size, tp_group=tp_group)
     expected = _shapes(model) if is_divided else full_shapes
-    files = _checked_files(files_of(folder, is_divided=is_divided), expected, folder)
+    stored = _checked_tensors(files_of(folder, is_divided=is_divided), expected, folder)
     for name, tensor in model.state_dict().items():
         place(model, name, tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype))
-    return TransformerPart(model, shards, full_shapes, files, is_divided)
+    return TransformerPart(model, shards, full_shapes, stored, is_divided)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -122,15 +112,14 @@ def place(model: nn.Module, name: str, value: Tensor) -> None:
         owner.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
 
 
-def _checked_files(files: list[Path], expected: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Path]:
+def _checked_tensors(
+    files: list[Path], expected: Mapping[str, tuple[int, ...]], folder: Path
+) -> dict[str, StoredTensor]:
     """Return where each tensor lies, comparing the headers of all files with the model; no tensor is read."""
-    found: dict[str, tuple[int, ...]] = {}
-    homes: dict[str, Path] = {}
+    stored: dict[str, StoredTensor] = {}
     for path in files:
-        with open_weights(path) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        found |= shapes
-        homes |= dict.fromkeys(shapes, path)
+        stored |= stored_tensors(path)
+    found = {name: tensor.shape for name, tensor in stored.items()}
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
@@ -144,7 +133,7 @@ def _checked_files(files: list[Path], expected: Mapping[str, tuple[int, ...]], f
             why="tensors " + ", ".join(told),
             advice="take config.json and all weight files from one copy of the model",
         )
-    return homes
+    return stored
 
 
 def _some(names: list[str]) -> str:

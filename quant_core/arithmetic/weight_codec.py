@@ -6,7 +6,8 @@ imports torch before it computes, because schemes are read by a command line too
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -15,38 +16,78 @@ if TYPE_CHECKING:
     from quant_core.arithmetic.numerics import Numerics
 
 
+# Numbers that are quantized at once on a processor: 2 MB of float32, which stay in its cache with all that is done to
+# them. Over whole weights every operation would go to memory and back, and every temporary be a new mapping.
+BLOCK_NUMEL = 2**19
+
+
+class Rows(Protocol):
+    """A weight (O, I) whose rows can be asked for: a tensor, or one that is changed on the way."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+def row_blocks(w_OI: Rows) -> Iterator[slice]:
+    """Yield the rows to work on at once: a few that fit in a processor's cache, all of them on an accelerator."""
+    rows = w_OI.shape[0]
+    step = max(1, BLOCK_NUMEL // w_OI.shape[1]) if w_OI.device.type in ("cpu", "meta") else max(1, rows)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
 class QuantizedWeight(NamedTuple):
-    """Hold a weight's int8 codes (O, I), its scale (O, 1) and what the codes stand for (O, I), in the model's dtype."""
+    """Hold a weight's int8 codes (O, I), and its scale (O, 1) in the model's dtype."""
 
     codes: Tensor
     scale: Tensor
-    fake: Tensor
 
 
 class Int8Rows:
     """Codes from -127 to 127, symmetric around 0, with one scale for each output row."""
 
-    def row_maxima(self, w_OI: Tensor) -> Tensor:
+    def row_maxima(self, w_OI: Rows) -> Tensor:
         """Return what a row's scale follows from, (O, 1); shards that share scales take the maximum of theirs."""
-        return w_OI.abs().amax(dim=1, keepdim=True)
+        import torch
 
-    def encode(self, w_OI: Tensor, amax_O1: Tensor, dtype: torch.dtype, numerics: Numerics) -> QuantizedWeight:
+        return torch.cat([_maxima(w_OI[rows]) for rows in row_blocks(w_OI)])
+
+    def encode(
+        self, w_OI: Rows, amax_O1: Tensor, dtype: torch.dtype, numerics: Numerics, *, fake_OI: Tensor | None = None
+    ) -> QuantizedWeight:
         """Quantize a weight, or some rows of one.
 
         w_OI: in any precision; amax_O1: its row maxima, over all shards if they share scales; dtype: the model's.
+        fake_OI: takes what the codes stand for, where somebody reads it; it may be the weight itself.
         """
         import torch
 
-        from quant_core.arithmetic.scales import QMAX, dequantize, quantize, symmetric_scale
+        from quant_core.arithmetic.scales import QMAX, QMIN, symmetric_scale
 
         compute = dtype if numerics.is_reference else torch.float32
         scale_O1 = symmetric_scale(amax_O1.to(compute)).to(dtype)
         if not numerics.is_reference:
             scale_O1 = _reaching(scale_O1, amax_O1)
-        points_OI = quantize(w_OI.to(compute), scale_O1.to(compute))
-        codes_OI = points_OI.clamp(min=-QMAX)
-        fake_OI = dequantize(points_OI if numerics.is_reference else codes_OI, scale_O1.to(compute))
-        return QuantizedWeight(codes_OI.to(torch.int8), scale_O1, fake_OI.to(dtype))
+        exact_O1 = scale_O1.to(compute)
+        # The reference tool computes with -128 where its rounding leads there, and stores -127.
+        least = QMIN if numerics.is_reference else -QMAX
+        codes_OI = torch.empty(tuple(w_OI.shape), dtype=torch.int8, device=w_OI.device)
+        buffer = None
+        for rows in row_blocks(w_OI):
+            block = w_OI[rows]
+            buffer = torch.empty(block.shape, dtype=compute, device=block.device) if buffer is None else buffer
+            points = buffer[: len(block)].copy_(block).div_(exact_O1[rows]).round_().clamp_(least, QMAX)
+            codes_OI[rows] = points
+            if fake_OI is not None:
+                fake_OI[rows] = points.mul_(exact_O1[rows])
+        if numerics.is_reference:
+            codes_OI.clamp_(min=-QMAX)
+        return QuantizedWeight(codes_OI, scale_O1)
 
     def coarsen(self, codes_OI: Tensor, scale_O1: Tensor, least_O1: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes and scales of the same weight in which no scale is below the least; most rows stay as they are.
@@ -71,10 +112,24 @@ class Int8Rows:
 
     def round_trip(self, w_OI: Tensor) -> Tensor:
         """Return a weight as its codes would have it, in its own precision and with unrounded scales: for a search."""
+        import torch
+
         from quant_core.arithmetic.scales import QMAX
 
-        scale_O1 = self.row_maxima(w_OI) / QMAX
-        return (w_OI / scale_O1).round().clamp(-QMAX, QMAX) * scale_O1
+        scale_O1 = (self.row_maxima(w_OI) / QMAX).clamp(min=torch.finfo(w_OI.dtype).tiny)
+        return (w_OI / scale_O1).round_().clamp_(-QMAX, QMAX).mul_(scale_O1)
+
+
+def _maxima(block_RI: Tensor) -> Tensor:
+    """Return the absolute maximum of each row, (R, 1); NaN where a row holds one."""
+    import torch
+
+    integers = {2: torch.int16, 4: torch.int32}.get(block_RI.element_size())
+    if block_RI.device.type != "cpu" or integers is None or not block_RI.is_contiguous():
+        return block_RI.abs().amax(dim=1, keepdim=True)
+    # Without their sign, the bits of floats are in the order of the floats, NaN last; processors are slow at NaN.
+    bits = block_RI.view(integers) & torch.iinfo(integers).max
+    return bits.amax(dim=1, keepdim=True).view(block_RI.dtype)
 
 
 def _reaching(scale: Tensor, amax: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.scales import fake_quantize_tokens
+from quant_core.arithmetic.weight_codec import Rows
 from quant_core.calibration.finite import check_weight
-from quant_core.layers.rescaling import Rescaling
+from quant_core.layers.rescaling import RescaledRows, Rescaling
 from quant_core.parallel.groups import Group, reduce_over
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Inputs, Scheme
@@ -45,14 +46,22 @@ def quantize_linear(
     *,
     scale_group: Group | None = None,
     rescaling: Rescaling | None = None,
+    runs: bool = True,
 ) -> QuantizedLayer:
-    """Quantize the weight of a linear in place and make it a `CalibratedLinear`; see `encode_linear`."""
-    layer, fake_OI = encode_linear(name, linear, scheme, numerics, scale_group=scale_group, rescaling=rescaling)
-    linear.weight.data.copy_(fake_OI)
+    """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
+
+    scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first. runs:
+    whether records will be replayed through the layer; if not, its codes take the place of the weight at once.
+    Raises InputError for a weight that is not finite.
+    """
+    fake_OI = linear.weight.detach() if runs else None
+    layer = encode_linear(name, linear, scheme, numerics, scale_group=scale_group, rescaling=rescaling, fake_OI=fake_OI)
+    if not runs:
+        linear.weight = nn.Parameter(layer.codes_OI, requires_grad=False)
     if layer.bias_O is not None:
-        assert linear.bias is not None, "a layer's bias is that of its linear"
         linear.bias.data.copy_(layer.bias_O)
         layer.bias_O = linear.bias.detach()
+    layer.codes_OI = layer.codes_OI.cpu()
     linear.__class__ = CalibratedLinear
     linear.layer = layer  # type: ignore[assignment]
     return layer
@@ -66,19 +75,20 @@ def encode_linear(
     *,
     scale_group: Group | None = None,
     rescaling: Rescaling | None = None,
-) -> tuple[QuantizedLayer, Tensor]:
-    """Return what a linear would be, quantized, and the weight (O, I) that its codes stand for; it is not changed.
+    fake_OI: Tensor | None = None,
+) -> QuantizedLayer:
+    """Return what a linear would be, quantized, its codes where the weight is; see `quantize_linear`.
 
-    scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first.
-    Raises InputError for a weight that is not finite.
+    fake_OI: takes the weight that the codes stand for; without it, nothing of the linear is changed.
     """
-    dtype, w_OI, mul_scale_I = linear.weight.dtype, linear.weight.detach(), None
+    float_OI, mul_scale_I = linear.weight.detach(), None
     bias_O = None if linear.bias is None else linear.bias.detach()
+    w_OI: Rows = float_OI
     if rescaling is not None:
-        w_OI, mul_scale_I = rescaling.weight(numerics.working(w_OI)), rescaling.mul_scale_I
+        w_OI, mul_scale_I = RescaledRows(float_OI, rescaling, numerics), rescaling.mul_scale_I
         bias_O = None if bias_O is None else rescaling.bias(bias_O)
     amax_O1 = scheme.codec.row_maxima(w_OI)
     check_weight(name, amax_O1)
     amax_O1 = reduce_over(scale_group, "max", amax_O1)
-    weight = scheme.codec.encode(w_OI, amax_O1, dtype, numerics)
-    return QuantizedLayer(name, scheme, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I), weight.fake
+    weight = scheme.codec.encode(w_OI, amax_O1, float_OI.dtype, numerics, fake_OI=fake_OI)
+    return QuantizedLayer(name, scheme, weight.codes, weight.scale, bias_O, mul_scale_I)

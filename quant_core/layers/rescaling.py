@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant_core.arithmetic.numerics import Numerics
+
 
 @dataclass(frozen=True)
 class Rescaling:
@@ -25,13 +27,13 @@ class Rescaling:
     rows_O: Tensor | None = None
     bias_shift_O: Tensor | None = None
 
-    def weight(self, w_OI: Tensor) -> Tensor:
-        """Return the changed weight, computed in the weight's dtype."""
+    def weight(self, w_RI: Tensor, rows: slice) -> Tensor:
+        """Return these rows of the weight changed, computed in the dtype in which they are given."""
         if self.columns_I is not None:
-            w_OI = w_OI * self.columns_I.to(w_OI)
+            w_RI = w_RI * self.columns_I.to(w_RI)
         if self.rows_O is not None:
-            w_OI = w_OI * self.rows_O.to(w_OI).unsqueeze(1)
-        return w_OI
+            w_RI = w_RI * self.rows_O[rows].to(w_RI).unsqueeze(1)
+        return w_RI
 
     def bias(self, b_O: Tensor) -> Tensor:
         """Return the changed bias, computed in float32 and rounded once to the bias's dtype."""
@@ -55,6 +57,29 @@ class Rescaling:
             if later.bias_shift_O is None
             else later.bias_shift_O + (0 if shift_O is None else shift_O),
         )
+
+
+@dataclass(frozen=True)
+class RescaledRows:
+    """A weight (O, I) whose rows are changed when somebody asks for them, in the precision of the numerics."""
+
+    weight: Tensor
+    rescaling: Rescaling
+    numerics: Numerics
+
+    @property
+    def shape(self) -> torch.Size:
+        """The weight's own."""
+        return self.weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight.device
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Return these rows, changed."""
+        return self.rescaling.weight(self.numerics.working(self.weight[rows]), rows)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -2,8 +2,8 @@
 
     smoothing factors → input ranges (one replay) → noise of every treatment → gain of every layer → choice
 
-The noise is measured on at most RECORDS_PER_STEP records of at most MOST_STEPS steps, the gains on one record of each
-of these steps. Numbers are summed over all ranks, so that all come to the same choice.
+Ranges come from one half of the records and noise is measured on the other, at most RECORDS_PER_STEP of at most
+MOST_STEPS steps; gains on one record of each of these steps. Numbers are summed over all ranks, so that all come to the same choice.
 """
 
 from __future__ import annotations
@@ -77,18 +77,19 @@ def measure_layers(
     check_float(model)
     check_numerics(session)
     check_records(session)
-    smoothing, ranges = smoothing_of(session), channel_ranges(session)
+    fitted, held_out = _halves(session.records)
+    smoothing, ranges = smoothing_of(session), channel_ranges(session, fitted)
     steps = steps_of_records(session)
     kept = sorted(evenly_spaced(session.steps, MOST_STEPS)) or [None]
     possible = [name for name in SCHEMES if not SCHEMES[name].per_step or None not in steps]
     wanted = {name: treatments(session, name, smoothing, possible) for name in session.targets}
-    sizes, noise = _measure_noise(session, smoothing, ranges, wanted, kept)
-    probed = _some(session.records, kept, 1)
+    sizes, noise = _measure_noise(session, smoothing, ranges, wanted, held_out, kept)
+    probed = _some(held_out, kept, 1)
     of_codes, of_inputs = (
         output_gains(model, session.targets, probed, kept, error, session.parallel, progress=progress)
         for error in (of_weight, of_tokens)
     )
-    gains = _Gains(of_codes, of_inputs, dict(zip(kept, _shares(session, probed, kept).tolist())))
+    gains = _Gains(of_codes, of_inputs, dict(zip(kept, _shares(session, held_out, kept).tolist())))
     return {
         name: LayerErrors(
             _work(session, name, ranges[name]),
@@ -161,12 +162,13 @@ def _measure_noise(
     smoothing: Smoothing,
     ranges: Mapping[str, ChannelRanges],
     wanted: Mapping[str, Sequence[Treatment]],
+    held_out: Sequence[Record],
     steps: Sequence[int | None],
 ) -> tuple[dict[str, dict[Treatment, float]], dict[str, dict[Treatment, StepRatios]]]:
     """Return the bytes and the noise of every treatment of every layer, with a few layers' codes held at a time."""
     sizes: dict[str, dict[Treatment, float]] = {}
     noise: dict[str, dict[Treatment, StepRatios]] = {}
-    records = _some(session.records, steps, RECORDS_PER_STEP)
+    records = _some(held_out, steps, RECORDS_PER_STEP)
     weights = {name: 2 * linear_at(session.model, name).weight.numel() for name in wanted}
     for names in held_together(weights, _HELD_BYTES):
         layers = {name: treated(session, name, wanted[name], ranges[name], smoothing) for name in names}
@@ -184,8 +186,24 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _shares(session: Session, probed: Sequence[Record], steps: Sequence[int | None]) -> Tensor:
-    return _counts(session, probed, steps) / _counts(session, _some(session.records, steps, RECORDS_PER_STEP), steps)
+def _halves(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Return every other record of each step, to find ranges, and the others, to see what lies outside of them.
+
+    Measured on the records that they come from, narrow ranges would look better than they are: nothing is clipped. A
+    step's only record is in both.
+    """
+    fitted: list[Record] = []
+    held_out: list[Record] = []
+    for step in dict.fromkeys(record.step for record in records):
+        of_step = [record for record in records if record.step == step]
+        fitted += of_step[::2]
+        held_out += of_step[1::2] or of_step
+    return fitted, held_out
+
+
+def _shares(session: Session, held_out: Sequence[Record], steps: Sequence[int | None]) -> Tensor:
+    one, several = (_counts(session, _some(held_out, steps, most), steps) for most in (1, RECORDS_PER_STEP))
+    return one / several
 
 
 def _counts(session: Session, records: Sequence[Record], steps: Sequence[int | None]) -> Tensor:
@@ -204,6 +222,6 @@ def _some(records: Sequence[Record], steps: Sequence[int | None], most: int) -> 
 
 
 def _work(session: Session, name: str, ranges: ChannelRanges) -> float:
-    """Return the multiplications of the layer in all records of all ranks."""
+    """Return the multiplications of the layer in the fitted records of all ranks."""
     mine = torch.tensor(float(sum(ranges.tokens.values()) * linear_at(session.model, name).weight.numel()))
     return float(reduce_over(session.parallel.tp_group, "sum", reduce_over(session.parallel.dp_group, "sum", mine)))

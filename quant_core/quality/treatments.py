@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant_core.calibration.records import Record
 from quant_core.calibration.replay import replay
 from quant_core.calibration.timestep import TimestepManager
 from quant_core.layers.calibrated import encode_linear
@@ -69,14 +70,14 @@ class KnownRange:
         return (low_I * factor_I).amin(), (high_I * factor_I).amax()
 
 
-def channel_ranges(session: Session) -> dict[str, ChannelRanges]:
-    """Replay all records through the float model and return the ranges of every target layer's input."""
+def channel_ranges(session: Session, records: Sequence[Record]) -> dict[str, ChannelRanges]:
+    """Replay records through the float model and return the ranges of every target layer's input, of all ranks."""
     found = {name: ChannelRanges() for name in session.targets}
     with ExitStack() as stack:
         for name, ranges in found.items():
             hook = linear_at(session.model, name).register_forward_pre_hook(_watch(ranges))
             stack.callback(hook.remove)
-        replay(session.model, session.records, stage="ranges", measured=found, progress=session.progress)
+        replay(session.model, records, stage="ranges", measured=found, progress=session.progress)
     steps = steps_of_records(session)
     parts = (
         part
@@ -109,8 +110,8 @@ def treated(
         scheme, smoothed = SCHEMES[treatment.scheme], treatment.smoothed
         if smoothed not in encoded:
             rescaling = smoothing.rescalings.get(name) if smoothed else None
-            encoded[smoothed], _ = encode_linear(name, linear, scheme, numerics, scale_group=group, rescaling=rescaling)
-        layer = replace(encoded[smoothed], scheme=scheme, tensors={})
+            encoded[smoothed] = encode_linear(name, linear, scheme, numerics, scale_group=group, rescaling=rescaling)
+        layer = replace(encoded[smoothed], scheme=scheme, tensors={}, codes_OI=encoded[smoothed].codes_OI.cpu())
         layer.observer = KnownRange(found, layer.mul_scale_I)  # type: ignore[assignment]
         tensors = scheme.layer_tensors(layer, Derivation(session.steps_of(scheme), numerics, group))
         mul_scale = {} if layer.mul_scale_I is None else {"mul_scale": layer.mul_scale_I}

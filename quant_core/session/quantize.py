@@ -135,6 +135,7 @@ def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, Quant
             session.numerics,
             scale_group=session.parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
+            runs=session.observes,
         )
         layer.observer = input_observer(session, layer)
         session.progress("weights", done, len(session.targets))

@@ -36,9 +36,6 @@ from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
 from quant_core.session.targets import layer_plan
 
-# Numbers that are quantized at once: large enough that the loop costs nothing, small enough for a cache.
-BLOCK_NUMEL = 2**22
-
 # full name of a tensor -> this rank's part of it, on the host
 ReadTensor = Callable[[str], Tensor]
 
@@ -131,19 +128,13 @@ class _LayerStream:
         # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
         w_OI = self.read(f"{name}.weight").to(self.device, dtype)
         bias_O = None if described.bias_O is None else self.read(f"{name}.bias").to(dtype)
-        blocks = w_OI.split(max(1, BLOCK_NUMEL // w_OI.shape[1]))
-        amax_O1 = torch.cat([codec.row_maxima(block) for block in blocks])
+        amax_O1 = codec.row_maxima(w_OI)
         check_weight(name, amax_O1)
-        amax_O1 = reduce_over(group, "max", amax_O1)
-        given, first = Derivation([None], self.numerics, group), 0
-        for block in blocks:
-            rows = slice(first, first + len(block))
-            weight = codec.encode(block, amax_O1[rows], dtype, self.numerics)
-            bias = None if bias_O is None else bias_O[rows]
-            part = QuantizedLayer(name, described.scheme, weight.codes, weight.scale, bias)
-            for tensor_name, tensor in described.scheme.layer_tensors(part, given).items():
-                file.write_rows(f"{name}.{tensor_name}", tensor, first)
-            first = rows.stop
+        weight = codec.encode(w_OI, reduce_over(group, "max", amax_O1), dtype, self.numerics)
+        layer = QuantizedLayer(name, described.scheme, weight.codes, weight.scale, bias_O)
+        given = Derivation([None], self.numerics, group)
+        for tensor_name, tensor in described.scheme.layer_tensors(layer, given).items():
+            file.write(f"{name}.{tensor_name}", tensor)
 
 
 def _owner(tensor_name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.smoothing.measured_group import MeasuredGroup
 from quant_core.smoothing.method import SmoothingConfig, SmoothingMethod
+from quant_core.smoothing.product_errors import product_errors
 from quant_core.smoothing.statistics import FirstCall, Tokens, TokenSample
 
 _GRID = [step / 20 for step in range(20)]
@@ -27,7 +29,8 @@ def factor(group: MeasuredGroup, config: M3ProcessorConfig) -> Tensor:
     """Return the candidate with the least loss, of equals the first, (I,)."""
     mean_I = group.mean_I
     candidates = [_candidate(mean_I, ratio) for ratio in _GRID]
-    losses = group.total(torch.stack([_loss(group, candidate) for candidate in candidates]))
+    found = _reference_losses if group.numerics.is_reference else _losses
+    losses = group.total(found(group, candidates))
     return candidates[int(losses.argmin())]
 
 
@@ -37,17 +40,28 @@ def _candidate(mean_I: Tensor, ratio: float) -> Tensor:
     return factor_I / (factor_I.max() * factor_I.min()).sqrt()
 
 
-def _loss(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
-    """Return the mean squared error of each linear's output, added up and weighted by the tokens it is the mean of."""
-    loss = torch.zeros((), device=group.device)
+def _losses(group: MeasuredGroup, candidates: Sequence[Tensor]) -> Tensor:
+    """Return for each candidate the squared error of each linear's outputs, summed over tokens, the mean of rows."""
+    losses = torch.zeros(len(candidates), device=group.device)
     for x_NI, weights in group.samples():
         for w_OI in weights:
-            scaled_OI = w_OI * factor_I
-            weight = group.codec.encode(scaled_OI, group.codec.row_maxima(scaled_OI), scaled_OI.dtype, group.numerics)
-            fake_OI = weight.fake / factor_I
-            difference = F.linear(x_NI, w_OI).to(torch.float32) - F.linear(x_NI, fake_OI).to(torch.float32)
-            loss += difference.square().mean() * len(x_NI)
-    return loss
+            losses += product_errors(x_NI, w_OI, candidates, group.codec).errors / len(w_OI)
+    return losses
+
+
+def _reference_losses(group: MeasuredGroup, candidates: Sequence[Tensor]) -> Tensor:
+    """Return the same in the reference tool's arithmetic, on whole tensors: blocks would add up in another order."""
+    losses = torch.zeros(len(candidates), device=group.device)
+    for x_NI, weights in group.samples():
+        for w_OI in weights:
+            exact, fake_OI = F.linear(x_NI, w_OI).to(torch.float32), torch.empty_like(w_OI)
+            for index, factor_I in enumerate(candidates):
+                scaled_OI = w_OI * factor_I
+                amax_O1 = group.codec.row_maxima(scaled_OI)
+                group.codec.encode(scaled_OI, amax_O1, scaled_OI.dtype, group.numerics, fake_OI=fake_OI)
+                difference = exact - F.linear(x_NI, fake_OI.div_(factor_I)).to(torch.float32)
+                losses[index] += difference.square().mean() * len(x_NI)
+    return losses
 
 
 def _tokens(config: M3ProcessorConfig, numerics: Numerics, channels: int) -> Tokens:

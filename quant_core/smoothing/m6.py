@@ -21,6 +21,7 @@ from quant_core.processor import Exponent, StrictModel
 from quant_core.smoothing.balance import balance
 from quant_core.smoothing.measured_group import MeasuredGroup
 from quant_core.smoothing.method import SmoothingConfig, SmoothingMethod
+from quant_core.smoothing.product_errors import product_errors
 from quant_core.smoothing.statistics import AllCalls, NoTokens, Tokens, TokenSample
 
 _GRID = [step / 20 for step in range(21)]
@@ -68,20 +69,32 @@ def exponents(group: MeasuredGroup, config: M6ProcessorConfig) -> Exponents:
 def _best(group: MeasuredGroup, candidates: Sequence[Exponents]) -> Exponents:
     """Return the candidate with the least error, of equals the last; the same on all ranks that share the factor."""
     factors = [_unbounded_factor(group, candidate) for candidate in candidates]
-    errors = group.total(torch.stack([_squares(group, factor_I) for factor_I in factors]))
+    found = _reference_squares if group.numerics.is_reference else _squares
+    errors = group.total(found(group, factors))
     relative = (errors[:, 0] / errors[:, 1]).tolist()
     return candidates[max(range(len(candidates)), key=lambda index: (-relative[index], index))]
 
 
-def _squares(group: MeasuredGroup, factor_I: Tensor) -> Tensor:
-    """Return the squared error of the quantized product and the square of the exact one, summed over all, (2,)."""
-    sums = torch.zeros(2, device=group.device)
+def _squares(group: MeasuredGroup, factors: Sequence[Tensor]) -> Tensor:
+    """Return each candidate's squared error of the quantized product, and the square of the exact one, (C, 2)."""
+    sums = torch.zeros(len(factors), 2, device=group.device)
     for x_NI, weights in group.samples():
-        x_quantized_NI = _quantized_activation(x_NI / factor_I)
+        for w_OI in weights:
+            found = product_errors(x_NI, w_OI, factors, group.codec, _quantized_activation)
+            sums += torch.stack((found.errors, found.exact.expand_as(found.errors)), dim=1)
+    return sums
+
+
+def _reference_squares(group: MeasuredGroup, factors: Sequence[Tensor]) -> Tensor:
+    """Return the same in the reference tool's arithmetic, on whole tensors: blocks would add up in another order."""
+    sums = torch.zeros(len(factors), 2, device=group.device)
+    for x_NI, weights in group.samples():
+        quantized = [_quantized_activation(x_NI / factor_I) for factor_I in factors]
         for w_OI in weights:
             exact = F.linear(x_NI, w_OI).to(torch.float32)
-            product = F.linear(x_quantized_NI, group.codec.round_trip(w_OI * factor_I)).to(torch.float32)
-            sums += torch.stack(((product - exact).square().sum(), exact.square().sum()))
+            for index, (x_quantized_NI, factor_I) in enumerate(zip(quantized, factors)):
+                product = F.linear(x_quantized_NI, group.codec.round_trip(w_OI * factor_I)).to(torch.float32)
+                sums[index] += torch.stack(((product - exact).square().sum(), exact.square().sum()))
     return sums
 
 

@@ -61,12 +61,11 @@ class MeasuredGroup:
         each = [shared.statistics.tokens.mean_abs().to(self.device) for shared in self.inputs]
         return self.numerics.working(torch.stack(each).mean(0) if len(each) > 1 else each[0])
 
-    def samples(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yield each input's kept tokens (N, I) and the weights (O, I) that read them, to compute with."""
+    def samples(self) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Yield each input's kept tokens (N, I) in the working precision, and the weights (O, I) that read them."""
         for shared in self.inputs:
             if kept := shared.statistics.tokens.rows():
-                x_NI = self.numerics.working(torch.cat(kept).to(self.device))
-                yield x_NI, [self.numerics.working(weight) for weight in shared.weights]
+                yield self.numerics.working(torch.cat(kept).to(self.device)), shared.weights
 
     def total(self, losses: Tensor) -> Tensor:
         """Return losses summed over the ranks that must choose alike; any shape, every rank the same."""

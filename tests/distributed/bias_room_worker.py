@@ -41,7 +41,7 @@ def layer_tensors(part: Shard | None, group: Group | None) -> dict[str, Tensor]:
     its_bias = bias if part is None else part.take_bias(bias)
     scheme, numerics = SCHEMES["w8a8"], NUMERICS["float32"]
     amax_O1 = reduce_over(group, "max", scheme.codec.row_maxima(mine))
-    codes_OI, scale_O1, _ = scheme.codec.encode(mine, amax_O1, torch.float32, numerics)
+    codes_OI, scale_O1 = scheme.codec.encode(mine, amax_O1, torch.float32, numerics)
     fresh = ESTIMATORS["float32"]["minmax"].fresh
     observer = InputObserver(numerics, lambda: fresh(None), per_step=False, sync=lambda low, high: (low, high))
     observer.observe(x)

@@ -77,7 +77,7 @@ def static_layer(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> tu
     torch.manual_seed(seed)
     linear = nn.Linear(inputs, outputs, dtype=dtype)
     numerics, weight = NUMERICS["float32"], linear.weight.detach()
-    codes_OI, scale_O1, _ = INT8_ROWS.encode(weight, weight.abs().amax(1, keepdim=True), dtype, numerics)
+    codes_OI, scale_O1 = INT8_ROWS.encode(weight, weight.abs().amax(1, keepdim=True), dtype, numerics)
     scale, offset = numerics.input_scale(torch.tensor(-1.0), torch.tensor(3.0), dtype)
     deq_scale_O = numerics.deq_scale(scale, scale_O1)
     tensors = {
@@ -244,7 +244,7 @@ def test_row_split_layers_dequantize_their_own_partial_sum_and_add_up_to_the_who
     numerics, parts = NUMERICS["float32"], []
     for rank, columns in enumerate((slice(0, 32), slice(32, 64))):
         weight = linear.weight.detach()[:, columns]
-        codes, scale_O1, _ = INT8_ROWS.encode(weight, weight.abs().amax(1, keepdim=True), torch.float32, numerics)
+        codes, scale_O1 = INT8_ROWS.encode(weight, weight.abs().amax(1, keepdim=True), torch.float32, numerics)
         low, high = x[:, columns].aminmax()
         scale, offset = numerics.input_scale(low, high, torch.float32)
         deq_O = numerics.deq_scale(scale, scale_O1)

@@ -90,7 +90,7 @@ def apply_in_float(model: Any, smoothing: Smoothing) -> None:
     """Change a float model as smoothing says, without quantizing it: weights in place, inputs by hooks."""
     for name, rescaling in smoothing.rescalings.items():
         linear = model.get_submodule(name)
-        linear.weight.copy_(rescaling.weight(linear.weight))
+        linear.weight.copy_(rescaling.weight(linear.weight, slice(None)))
         if linear.bias is not None:
             linear.bias.copy_(rescaling.bias(linear.bias))
         if rescaling.mul_scale_I is not None:

@@ -1,0 +1,66 @@
+"""What quantization does to the products of a group's inputs and weights, for many candidate factors at once.
+
+Each block of a weight's rows is read once for all candidates and stays in the cache; of the exact product and of each
+candidate's, nothing is kept but sums of squares.
+
+A search wants the squared size of an error E (N tokens by O outputs), not E. For a k x N matrix R of random signs over
+sqrt(k), the size of R E is that of E on the average over R, and every token has its share in it, also the one token
+that is larger than all others. All that is computed here is linear in the tokens once they are quantized, so R goes to
+the tokens first, and the products are those of k rows instead of N. R is the same for all candidates, so what it adds
+to one it adds to all: on a FLUX of 0.42 billion parameters the exponents chosen with 64 rows for 512 tokens are the
+same or neighbours of equal error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant_core.arithmetic.weight_codec import Int8Rows, row_blocks
+
+# So many mixtures stand for all tokens.
+SKETCH_ROWS = 64
+
+
+class ProductErrors(NamedTuple):
+    """Sums of squares over the outputs of one weight: of each candidate's error (C,), and of the exact product ()."""
+
+    errors: Tensor
+    exact: Tensor
+
+
+def product_errors(
+    x_NI: Tensor,
+    w_OI: Tensor,
+    factors: Sequence[Tensor],
+    codec: Int8Rows,
+    quantized: Callable[[Tensor], Tensor] = lambda x_NI: x_NI,
+) -> ProductErrors:
+    """Return the errors of `quantized(x / factor) @ round_trip(w * factor).T` for each factor (I,).
+
+    x_NI, factors: float32. quantized: what becomes of the divided input; nothing when left out.
+    """
+    x_KI = sketch(x_NI)
+    inputs = [sketch(quantized(x_NI / factor_I)) for factor_I in factors]
+    errors, exact = torch.zeros(len(inputs), device=x_NI.device), torch.zeros((), device=x_NI.device)
+    for rows in row_blocks(w_OI):
+        block = w_OI[rows].to(torch.float32)
+        wanted = F.linear(x_KI, block)
+        exact += wanted.square().sum()
+        for index, (candidate, factor_I) in enumerate(zip(inputs, factors)):
+            found = F.linear(candidate, codec.round_trip(block * factor_I))
+            errors[index] += found.sub_(wanted).square_().sum()
+    return ProductErrors(errors, exact)
+
+
+def sketch(x_NI: Tensor) -> Tensor:
+    """Return a few mixtures of the tokens, which stand for all of them; the tokens themselves when they are few."""
+    tokens = len(x_NI)
+    if tokens <= SKETCH_ROWS:
+        return x_NI
+    signs = torch.randint(2, (SKETCH_ROWS, tokens), generator=torch.Generator().manual_seed(0)).to(x_NI) * 2 - 1
+    return signs @ x_NI / SKETCH_ROWS**0.5
