@@ -6,6 +6,7 @@ over them, and the first writes it.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +19,13 @@ from launcher.ranks.agreement import all_agree
 from launcher.stages.choose import choose
 from launcher.stages.job import Job, Results
 from launcher.stages.processors import processors, session_of
+from launcher.stages.restep import SCHEDULER_KEY
 from model_adapters.parallel.tensor_parallel import assert_collectives
+from model_adapters.pipeline.noise_levels import noise_levels, scheduler_settings
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.records import load_dump
+from quant_core.checkpoint.resampling import SIGMAS_KEY
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
 from quant_core.schemes import QUANT_TYPES
@@ -119,8 +123,19 @@ def _saves(job: Job, results: Results) -> Iterator[SaveProcessorConfig]:
             "layout": job.model.layout,
             "tp_rank": str(job.ranks.mesh.tp_rank),
             "tp_size": str(job.ranks.mesh.tp_size),
+            **_noise_levels(job),
         },
     )
+
+
+def _noise_levels(job: Job) -> dict[str, str]:
+    """Say in the header at which noise levels the rows of steps are, so that rows of other steps follow from them."""
+    options = job.config.pipeline
+    if not any(scheme.per_step for scheme in job.config.quantization.schemes) or not job.model.adapter.set_timesteps:
+        return {}
+    settings = scheduler_settings(options.path)
+    levels = noise_levels(job.model.adapter, settings, options, options.infer_steps)
+    return {SIGMAS_KEY: json.dumps(levels), SCHEDULER_KEY: json.dumps(settings)}
 
 
 def _note(job: Job, results: Results, result: QuantizedModel, part: TransformerPart | LoadedTransformer) -> None:

@@ -3,7 +3,8 @@
     smoothing factors → input ranges (one replay) → noise of every treatment → gain of every layer → choice
 
 Ranges come from one half of the records and noise is measured on the other, at most RECORDS_PER_STEP of at most
-MOST_STEPS steps; gains on one record of each of these steps. Numbers are summed over all ranks, so that all come to the same choice.
+MOST_STEPS steps; gains on one record of each of these steps. Numbers are summed over all ranks, so that all come to
+the same choice.
 """
 
 from __future__ import annotations

@@ -54,4 +54,5 @@ def commands() -> dict[str, Command]:
         for model in adapter_names()
     )
     merge = Command("merge", "Publish the shards that an earlier run left unmerged.", "launcher.cli.commands.merge")
-    return {command.name: command for command in (*jobs, merge)}
+    restep = Command("restep", "Copy a checkpoint for another number of steps.", "launcher.cli.commands.restep")
+    return {command.name: command for command in (*jobs, merge, restep)}
