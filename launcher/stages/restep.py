@@ -32,7 +32,7 @@ def restep_files(folder: Path, steps: int, *, shift: float | None = None, to: Pa
     manifest = _with_rows(folder)
     target = to or folder.with_name(f"{folder.name}_{steps}steps")
     make_folder(target)
-    names = [file.name for file in manifest.files]
+    names, separator = [file.name for file in manifest.files], 0
     for weights, description in zip(names[::2], names[1::2]):
         checkpoint = open_checkpoint(CheckpointFiles(folder / weights, folder / description))
         levels, header = _levels(checkpoint, manifest, steps, shift, folder / weights)
