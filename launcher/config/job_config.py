@@ -86,7 +86,7 @@ class Quantization(Section):
     scheme_costs: SchemeCosts = Field(
         default_factory=dict,
         description="auto: SCHEME=X, how long layers of a scheme take on your card, where others are 1 (static), "
-        "1.15 (dynamic) and 2 (w8a16, float)",
+        "1.15 (dynamic), 2 (w8a16) and 2.2 (float)",
     )
     timestep_sep: Annotated[int, Field(ge=0)] | Literal["auto"] | None = Field(
         default=None,

@@ -12,7 +12,7 @@ the second's would take 1e-5 and exceed it. So one layer is dynamic and the erro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quant_core.quality.budget import COSTS, GROWTH, STATIC, Budget
@@ -104,10 +104,11 @@ def choose(
     """Choose for each layer among its candidates. found: work and candidates by layer, plain ones first."""
     work = {name: of_layer for name, (of_layer, _) in found.items()}
     total = math.fsum(work.values())
-    useful = {name: list(_useful(candidates)) for name, (_, candidates) in found.items()}
+    useful = {name: _useful(candidates) for name, (_, candidates) in found.items()}
     chosen = {name: candidates[0] for name, candidates in useful.items()}
-    smallest = math.fsum(min(c.bytes for c in candidates) for _, candidates in found.values())
-    most_bytes = GROWTH * smallest if budget.bytes is None else budget.bytes
+    if budget.bytes is not None and math.fsum(c.bytes for c in chosen.values()) > budget.bytes:
+        chosen = {name: min(candidates, key=lambda c: (c.cost, c.bytes)) for name, candidates in useful.items()}
+    most_bytes = budget.bytes or GROWTH * math.fsum(c.bytes for c in chosen.values())
     spend = _Spending(budget, budget.most_cost(costs), most_bytes, total, chosen, work)
     while not spend.is_enough():
         moves = [
@@ -159,15 +160,24 @@ def decibels(error: float) -> float:
     return -10 * math.log10(max(error, 1e-15))
 
 
-def _useful(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Yield the cheapest candidate, then those that are dearer and better, the plainest of nearly equal ones."""
-    best: Candidate | None = None
-    for cost in sorted({candidate.cost for candidate in candidates}):
-        for each in (candidate for candidate in candidates if candidate.cost == cost):
-            if best is None or each.error < best.error * (1 - _LEAST_GAIN):
-                best = each
-        if best is not None and best.cost == cost:
-            yield best
+def _useful(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that no other one beats: at most as dear, at most as large, and as good or better.
+
+    Of two that are nearly as good, the one in front, which is plainer, beats the other. The best of the cheapest comes
+    first.
+    """
+    kept = [
+        each
+        for index, each in enumerate(candidates)
+        if not any(_beats(other, each, in_front=place < index) for place, other in enumerate(candidates))
+    ]
+    return sorted(kept, key=lambda candidate: (candidate.cost, candidate.error))
+
+
+def _beats(other: Candidate, each: Candidate, *, in_front: bool) -> bool:
+    if other is each or other.cost > each.cost or other.bytes > each.bytes:
+        return False
+    return other.error * (1 - _LEAST_GAIN) <= each.error if in_front else other.error < each.error
 
 
 def _worth(old: Candidate, new: Candidate) -> float:

@@ -44,7 +44,7 @@ from quant_core.session.session import Session
 from quant_core.smoothing.smooth import Smoothing
 from quant_core.structure import ModelStructure, find_structure
 
-RECORDS_PER_STEP = 3
+RECORDS_PER_STEP = 6
 MOST_STEPS = 8
 _WEIGHT_ONLY = Treatment("w8a16")
 # Codes of so many layers are held on the host while the sampled records are replayed.

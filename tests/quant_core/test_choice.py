@@ -8,7 +8,7 @@ from quant_core.quality.budget import BUDGETS, COSTS, Budget
 from quant_core.quality.choice import Candidate, Choice, choose
 from quant_core.schemes.treatment import Treatment
 
-BYTES = {"float": 2.0, "w8a16": 1.0, "w8a8": 1.1, "w8a8_dynamic": 1.0}
+BYTES = {"float": 2.0, "w8a16": 1.0, "w8a8": 1.0, "w8a8_dynamic": 1.0}
 
 
 def layer(work: float, **errors: float) -> tuple[float, list[Candidate]]:
@@ -60,7 +60,7 @@ def test_nothing_more_is_spent_than_the_wanted_quality_needs():
 def test_bytes_are_a_limit_of_their_own():
     free = choose(TWO, Budget(cost=9.0, bytes=99))
     assert set(chosen(free).values()) == {"float"}
-    assert set(chosen(choose(TWO, Budget(cost=9.0, bytes=2.2))).values()) == {"w8a8_dynamic"}
+    assert set(chosen(choose(TWO, Budget(cost=9.0, bytes=2.5))).values()) == {"w8a8_dynamic"}
 
 
 def test_a_layer_that_smoothing_makes_worse_is_left_plain_and_the_table_says_so():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from quant_core import M4ProcessorConfig, SessionConfig, quant_model
 from quant_core.calibration.records import as_records
@@ -16,22 +17,48 @@ from quant_core.quality.output_error import MOST_PROBES, _energies, probe_signs
 from quant_core.quality.replayed import compare_outputs, kept_outputs
 from quant_core.schemes.treatment import FLOAT, Treatment
 from quant_core.structure import ModelStructure
-from tests.support.small_model import SCHEMES, STEPS, SmallModel, records
+from tests.support.small_model import SCHEMES
 
-STRUCTURE = ModelStructure(model_class="SmallModel")
+STRUCTURE = ModelStructure(model_class="Mixer")
 LAYERS = ("first", "second")
+STEPS, PER_STEP, TOKENS, WIDTH = 3, 12, 32, 64
 
 
-def session(rules: Mapping[str, Any] | None = None, per_step: int = 2) -> SessionConfig:
+class Mixer(nn.Module):
+    """Two layers behind each other, wide enough that the sum over channels and tokens is not a matter of luck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first, self.second = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        self.last = nn.Linear(WIDTH, WIDTH)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / WIDTH**0.5
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.second(torch.relu(self.first(x))))
+
+
+def records() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, TOKENS, WIDTH)
+    return [
+        {"args": [torch.randn(shape, generator=generator) * (1 + step)], "timestep_idx": step}
+        for step in range(STEPS)
+        for _ in range(PER_STEP)
+    ]
+
+
+def session(rules: Mapping[str, Any] | None = None) -> SessionConfig:
     """Ask for static layers with m4 on each of them."""
     processors = {"w8a8": SCHEMES["w8a8"](), "m4": M4ProcessorConfig(smoothing_groups="every")}
-    data = records(per_step=per_step)
-    return SessionConfig(processor_cfg_map=processors, layer_schemes=dict(rules or {}), calib_data=data)
+    return SessionConfig(processor_cfg_map=processors, layer_schemes=dict(rules or {}), calib_data=records())
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, LayerErrors]:
-    return measure_layers(SmallModel(), session(), structure=STRUCTURE)
+    return measure_layers(Mixer(), session(), structure=STRUCTURE)
 
 
 def measured(layer: str, treatment: Treatment) -> float:
@@ -40,7 +67,7 @@ def measured(layer: str, treatment: Treatment) -> float:
     options = {"timestep_sep": 0} if SCHEMES[treatment.scheme].__name__.startswith("W8A8TimeStep") else {}
     scheme = SCHEMES[treatment.scheme](smoothed=treatment.smoothed, **options)
     config = session({other: "float", layer: scheme})
-    model, data = SmallModel(), as_records(config.calib_data)
+    model, data = Mixer(), as_records(config.calib_data)
     with kept_outputs(model) as exact:
         replay(model, data, stage="")
     quant_model(model, config, structure=STRUCTURE)
@@ -53,7 +80,7 @@ def measured(layer: str, treatment: Treatment) -> float:
 def test_the_foretold_error_is_the_one_that_quantizing_the_layer_alone_makes(
     layer: str, text: str, errors: dict[str, LayerErrors]
 ):
-    """Within 2.5 dB: a layer of 8 channels is few random numbers."""
+    """Within 2.5 dB: a rounded input that is mostly zeros makes an error with a mean, which the probes have not."""
     found = errors[layer].errors[Treatment.of(text)]
     foretold = sum(found.values()) / len(found)
     assert sorted(step for step in found if step is not None) == list(range(STEPS))
@@ -63,7 +90,7 @@ def test_the_foretold_error_is_the_one_that_quantizing_the_layer_alone_makes(
 def test_a_layer_that_stays_float_costs_nothing_but_bytes(errors: dict[str, LayerErrors]):
     first = errors["first"]
     assert set(first.errors[Treatment(FLOAT)].values()) == {0.0}
-    assert first.bytes[Treatment(FLOAT)] > 2 * first.bytes[Treatment("w8a8_dynamic")]
+    assert first.bytes[Treatment(FLOAT)] > 1.5 * first.bytes[Treatment("w8a8_dynamic")]
 
 
 def test_a_layer_whose_runtime_multiplies_nothing_has_no_smoothed_treatment(errors: dict[str, LayerErrors]):
@@ -72,11 +99,11 @@ def test_a_layer_whose_runtime_multiplies_nothing_has_no_smoothed_treatment(erro
 
 
 def test_work_counts_the_multiplications_of_all_records(errors: dict[str, LayerErrors]):
-    assert errors["first"].work == STEPS * 5 * 8 * 16  # of the half that ranges come from
+    assert errors["first"].work == STEPS * PER_STEP // 2 * TOKENS * 2 * WIDTH**2  # of the half that ranges come from
 
 
 def test_the_model_is_left_float_and_records_without_steps_have_no_timestep_treatment():
-    model = SmallModel()
+    model = Mixer()
     before = model.first.weight.clone()
     data = [{"args": record["args"]} for record in records()]
     config = SessionConfig(processor_cfg_map={"w8a8": SCHEMES["w8a8"]()}, calib_data=data)
