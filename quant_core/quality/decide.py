@@ -83,7 +83,7 @@ def measure_layers(
     steps = steps_of_records(session)
     kept = sorted(evenly_spaced(session.steps, MOST_STEPS)) or [None]
     possible = [name for name in SCHEMES if not SCHEMES[name].per_step or None not in steps]
-    wanted = {name: treatments(session, name, smoothing, possible) for name in session.targets}
+    wanted = {name: treatments(name, ranges[name], smoothing, possible) for name in session.targets}
     sizes, noise = _measure_noise(session, smoothing, ranges, wanted, held_out, kept)
     probed = _some(held_out, kept, 1)
     of_codes, of_inputs = (
@@ -225,4 +225,4 @@ def _some(records: Sequence[Record], steps: Sequence[int | None], most: int) -> 
 def _work(session: Session, name: str, ranges: ChannelRanges) -> float:
     """Return the multiplications of the layer in the fitted records of all ranks."""
     mine = torch.tensor(float(sum(ranges.tokens.values()) * linear_at(session.model, name).weight.numel()))
-    return float(reduce_over(session.parallel.tp_group, "sum", reduce_over(session.parallel.dp_group, "sum", mine)))
+    return float(reduce_over(session.parallel.tp_group, "sum", mine))

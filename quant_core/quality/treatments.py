@@ -24,10 +24,13 @@ from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Reduction, reduce_many
 from quant_core.schemes import SCHEMES
-from quant_core.schemes.scheme import Derivation
+from quant_core.schemes.scheme import Derivation, Scheme
 from quant_core.schemes.treatment import Treatment
 from quant_core.session.session import Session
 from quant_core.smoothing.smooth import Smoothing
+
+# Fewer tokens do not make a range that the next ones keep to.
+LEAST_TOKENS = 64
 
 
 @dataclass
@@ -36,7 +39,7 @@ class ChannelRanges:
 
     low: dict[int | None, Tensor] = field(default_factory=dict)
     high: dict[int | None, Tensor] = field(default_factory=dict)
-    tokens: Counter[int | None] = field(default_factory=Counter)
+    tokens: Counter[Any] = field(default_factory=Counter)
 
     def update(self, x: Tensor) -> None:
         """Take in one call; x: (..., I)."""
@@ -52,6 +55,11 @@ class ChannelRanges:
         for step in steps:
             yield "min", self.low.get(step, nothing), partial(self.low.__setitem__, step)
             yield "max", self.high.get(step, -nothing), partial(self.high.__setitem__, step)
+            yield "sum", torch.tensor(float(self.tokens[step])), partial(self.tokens.__setitem__, step)
+
+    def tokens_of(self, scheme: Scheme) -> float:
+        """Return how many tokens a range of the scheme rests on, in the step with the fewest."""
+        return min(self.tokens.values()) if scheme.per_step else sum(self.tokens.values())
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,17 @@ def treated(
     return layers
 
 
-def treatments(session: Session, name: str, smoothing: Smoothing, schemes: Sequence[str]) -> list[Treatment]:
-    """Return the treatments that a layer can have, plain ones first."""
+def treatments(name: str, found: ChannelRanges, smoothing: Smoothing, schemes: Sequence[str]) -> list[Treatment]:
+    """Return the treatments that a layer can have, plain ones first.
+
+    None is static whose range would rest on few tokens: a modulation sees one for each image, and the next image's
+    lies outside. Measured on a trained model with 12 prompts: 33 dB at the output where 44 were foretold.
+    """
+    schemes = [
+        scheme
+        for scheme in schemes
+        if not SCHEMES[scheme].observes_input or found.tokens_of(SCHEMES[scheme]) >= LEAST_TOKENS
+    ]
     plain = [Treatment(scheme) for scheme in schemes]
     if name not in smoothing.rescalings:
         return plain

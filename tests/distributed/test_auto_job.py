@@ -54,9 +54,10 @@ def test_the_table_has_a_reason_and_the_error_of_each_candidate_for_every_layer(
     found = table(job)
     assert [row["layer"] for row in found["decisions"]] == list(found["layer_schemes"])
     for row in found["decisions"]:
-        assert {"w8a8:plain", "w8a8_dynamic:plain", "w8a8_timestep:plain", "w8a16:plain"} <= set(row["error_db"])
+        assert {"w8a8_dynamic:plain", "w8a16:plain"} <= set(row["error_db"])
         assert row["reason"]
     assert sum(row["work"] for row in found["decisions"]) == pytest.approx(1, abs=1e-3)
+    assert any("w8a8_timestep:plain" in row["error_db"] for row in found["decisions"])
     assert found["expected"]["static_share"] >= 0.5
 
 

@@ -98,6 +98,13 @@ def test_a_layer_whose_runtime_multiplies_nothing_has_no_smoothed_treatment(erro
     assert Treatment("w8a16", smoothed=True) not in errors["first"].errors
 
 
+def test_no_static_treatment_is_offered_whose_range_would_rest_on_few_tokens():
+    data = [{"args": [record["args"][0][:, :1]], "timestep_idx": record["timestep_idx"]} for record in records()]
+    config = SessionConfig(processor_cfg_map={"w8a8": SCHEMES["w8a8"]()}, calib_data=data)
+    found = measure_layers(Mixer(), config, structure=STRUCTURE)
+    assert {treatment.scheme for treatment in found["first"].errors} == {"w8a8_dynamic", "w8a16", "float"}
+
+
 def test_work_counts_the_multiplications_of_all_records(errors: dict[str, LayerErrors]):
     assert errors["first"].work == STEPS * PER_STEP // 2 * TOKENS * 2 * WIDTH**2  # of the half that ranges come from
 
