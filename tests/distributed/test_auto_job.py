@@ -24,7 +24,8 @@ FLAGS = ("--device_type", "A2-32g-dual", "--quant_type", "auto", "--budget", "ba
 def job(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Run the job, with the images of both models, and return its folder and what it said."""
     out = tmp_path_factory.mktemp("auto")
-    images = ("--do_save_img", "--save_path", out / "images", "--max_num_prompt", "1")
+    info = ("--info_file_save_path", out / "image_info.json", "--max_num_prompt", "1")
+    images = ("--do_save_img", "--save_path", out / "images", *info)
     finished = run_job(2, "flux", tiny_flux_folder, write_prompts(out / "prompts.txt"), out, *FLAGS, *images)
     return out, finished.stdout
 
