@@ -23,10 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
-from launcher.files.digests import digest_of_records, digest_of_tensor
+from launcher.files.digests import digest_of_records
 from quant_core.atomic_file import make_folder
 from quant_core.calibration.records import load_dump, save_dump
 from quant_core.errors import InputError
+from quant_core.tensor_bytes import digest_of_tensor
 
 FOLDER = ".calib_parts"
 # Where a header has the digest of the records that it belongs to.

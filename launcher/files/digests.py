@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from quant_core.atomic_file import write_text_atomically
-from quant_core.tensor_bytes import raw_bytes
+from quant_core.tensor_bytes import digest_of_tensor
 
 # Longer than a grain of the clocks that local and network file systems put into a file's status.
 _GRAIN_S = 0.1
@@ -33,11 +33,6 @@ _GRAIN_S = 0.1
 def digest_of_text(text: str) -> str:
     """Return the sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_of_tensor(tensor: Tensor) -> str:
-    """Return the sha256 of a host tensor's dtype, shape and bytes."""
-    return hashlib.sha256(str((tensor.dtype, tuple(tensor.shape))).encode() + raw_bytes(tensor)).hexdigest()
 
 
 def digest_of_records(records: Sequence[Any]) -> str:
@@ -71,10 +66,11 @@ def digest_of_file(path: Path) -> str:
 
 
 def _read(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+    digest, memory = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while count := file.readinto(memory):
+            digest.update(memory[:count])
     return digest.hexdigest()
 
 

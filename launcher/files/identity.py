@@ -40,14 +40,26 @@ OUTSIDE_IDENTITY: Mapping[str, frozenset[str]] = {
 }
 
 
-def model_fields(config: JobConfig) -> dict[str, Any]:
-    """Describe the float model by the content of every file that a job reads of it; ask on one rank only.
+def model_fields(config: JobConfig, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Describe the float model by the content of the files that a job reads of it: a rank's share of them.
 
-    A job that asks for it describes the large files by size and time.
+    The shares of all ranks are the whole. A job that asks for it describes the large files by size and time.
     """
     folder = pipeline_folder(config.pipeline.path)
     describe = digest_of_file if config.output.fingerprint == "content" else _stat
-    return {str(path.relative_to(folder)): _describe(path, describe) for path in pipeline_files(folder)}
+    mine = _shares(pipeline_files(folder), world)[rank]
+    return {str(path.relative_to(folder)): _describe(path, describe) for path in mine}
+
+
+def _shares(files: Sequence[Path], world: int) -> list[list[Path]]:
+    """Divide files into a share for each rank, about equally large: the largest first, each to who has least."""
+    shares: list[list[Path]] = [[] for _ in range(world)]
+    sizes = [0] * world
+    for size, path in sorted(((path.stat().st_size, path) for path in files), reverse=True):
+        least = sizes.index(min(sizes))
+        shares[least].append(path)
+        sizes[least] += size
+    return shares
 
 
 def calibration_fingerprint(

@@ -7,20 +7,21 @@ knew (how each layer is divided, the full shapes) and digests of the tensors tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
-from launcher.files.digests import digest_of_file, digest_of_tensor
+from launcher.files.digests import digest_of_file
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.run_folder import STAGING, RunFolder
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.atomic_file import write_text_atomically
 from quant_core.checkpoint.entries import CheckpointFiles
-from quant_core.checkpoint.tensor_parts import TensorFiles
+from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard, Style
 from quant_core.session.quantize import QuantizedModel
@@ -38,13 +39,15 @@ class FileDigest(_Frozen):
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> FileDigest:
-        """Read the file and describe it."""
-        return cls(name=path.name, bytes=path.stat().st_size, sha256=digest_of_file(path))
+    def of(cls, path: Path, sha256: str | None = None) -> FileDigest:
+        """Describe a file; it is read if its digest is not known."""
+        return cls(name=path.name, bytes=path.stat().st_size, sha256=sha256 or digest_of_file(path))
 
-    def is_of(self, path: Path) -> bool:
-        """Tell whether a file is there with this content."""
-        return path.is_file() and path.stat().st_size == self.bytes and digest_of_file(path) == self.sha256
+    def is_of(self, path: Path, *, trusted: bool = False) -> bool:
+        """Tell whether a file is there with this content; one that this very run wrote is trusted if its size fits."""
+        if not path.is_file() or path.stat().st_size != self.bytes:
+            return False
+        return trusted or digest_of_file(path) == self.sha256
 
 
 class LayerShard(_Frozen):
@@ -91,10 +94,10 @@ class ShardNote(_Frozen):
 
         return CheckpointFiles(place(self.weights.name), place(self.description.name))
 
-    def is_whole(self, folder: Path) -> bool:
-        """Tell whether both files are there with the noted content."""
-        files = self.files(folder)
-        return self.weights.is_of(files.weights) and self.description.is_of(files.description)
+    def is_whole(self, folder: Path, *, trusted: bool = False) -> bool:
+        """Tell whether both files are there with the noted content; trusted: this run wrote or read them."""
+        files, given = self.files(folder), {"trusted": trusted}
+        return self.weights.is_of(files.weights, **given) and self.description.is_of(files.description, **given)
 
 
 def write_note(
@@ -104,9 +107,12 @@ def write_note(
     part: TransformerPart | LoadedTransformer,
     *,
     layout: str,
-    scales_are_global: bool,
+    digests: WrittenDigests,
 ) -> None:
-    """Describe the shard of a rank's part that was just staged, and publish the note beside it."""
+    """Describe the shard of a rank's part that was just staged, and publish the note beside it.
+
+    digests: collected while it was written.
+    """
     files, mesh = folder.staged(), folder.mesh
     note = ShardNote(
         fingerprint=fingerprint.digest,
@@ -116,11 +122,11 @@ def write_note(
         tp_size=mesh.tp_size,
         dp_size=mesh.dp_size,
         layout=layout,
-        weights=FileDigest.of(files.weights),
+        weights=FileDigest.of(files.weights, digests.file),
         description=FileDigest.of(files.description),
         layers={name: LayerShard(style=s.style, blocks=s.blocks) for name, s in part.shards.items()},
         full_shapes=part.full_shapes,
-        equal=dict(_equal_tensors(files.weights, part.shards, part.full_shapes, scales_are_global)),
+        equal=digests.tensors,
         timesteps=result.timesteps,
         timestep_sep=result.timestep_sep,
     )
@@ -156,17 +162,19 @@ def layer_of(tensor_name: str, full_shapes: Mapping[str, object]) -> tuple[str, 
     return owner, tensor
 
 
-def _equal_tensors(
-    weights: Path, shards: Mapping[str, Shard], full_shapes: Mapping[str, object], scales_are_global: bool
-) -> Iterator[tuple[str, str]]:
-    for name, info in TensorFiles(weights).infos().items():
+def equal_on_all_ranks(
+    shards: Mapping[str, Shard], full_shapes: Mapping[str, object], *, scales_are_global: bool
+) -> Callable[[str, Tensor], bool]:
+    """Return what tells, by a checkpoint tensor's name and value, whether all ranks must hold it alike."""
+
+    def is_equal(name: str, value: Tensor) -> bool:
         layer, tensor = layer_of(name, full_shapes)
         if f"{layer}.weight" not in full_shapes and name not in full_shapes:
-            continue  # no part of the float model: attention scales, which are per local head
+            return False  # no part of the float model: attention scales, which are per local head
         shard = shards.get(layer)
-        if shard is None or _is_equal(shard, tensor, info.shape, scales_are_global):
-            # Opened anew for each tensor: an open file keeps in memory whatever was read of it.
-            yield name, digest_of_tensor(TensorFiles(weights).read(name))
+        return shard is None or _is_equal(shard, tensor, value.shape, scales_are_global)
+
+    return is_equal
 
 
 def _is_equal(shard: Shard, tensor: str, shape: Sequence[int], scales_are_global: bool) -> bool:

@@ -21,9 +21,12 @@ T = TypeVar("T")
 
 
 def identify(job: Job) -> Results:
-    """Return where the job's results go and what they depend on; rank 0 reads the model's files for all."""
+    """Return where the job's results go and what they depend on; each rank reads a share of the model's files."""
     config, ranks = job.config, job.ranks
-    model = _ask_first(ranks, "reading the model's files", lambda: model_fields(config))
+    stage = "reading the model's files"
+    share = run_together(ranks, stage, lambda: model_fields(config, ranks.rank, ranks.world))
+    shares = gather_objects(ranks, share, what=stage)
+    model = {name: value for each in shares for name, value in each.items()}
     calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, read_batches(config.pipeline))
     return Results(
         folder=run_together(ranks, "making the output folders", lambda: _folder(job)),

@@ -33,7 +33,7 @@ def merge(job: Job, results: Results) -> None:
             return None
         names = [results.folder.note(tp_rank) for tp_rank in range(job.ranks.mesh.tp_size)]
         write_text_atomically(results.folder.job, job.config.to_yaml())
-        return publish_shards(results.folder.weights, names)
+        return publish_shards(results.folder.weights, names, trusted=True)
 
     manifest = run_together(job.ranks, "merging", publish)
     if manifest is not None:
@@ -62,14 +62,15 @@ def _is_of_type(note: ShardNote, chosen: str) -> bool:
     return chosen in (note.quant_type.lower(), note.fields.get("quantization.quant_type"))
 
 
-def publish_shards(folder: Path, note_paths: list[Path]) -> Manifest:
+def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = False) -> Manifest:
     """Check the noted shards and publish them in the folder, in the place of what was published there.
 
-    Returns the manifest. Other shards that are staged beside them stay.
+    Returns the manifest. Other shards that are staged beside them stay. trusted: each rank of this run has just written
+    or read its shard, so nobody reads them all again.
 
     Raises InputError for shards that are missing or damaged, VerificationError for shards that do not fit together.
     """
-    notes = [_require(path, folder) for path in note_paths]
+    notes = [_require(path, folder, trusted) for path in note_paths]
     check_shards([OpenedShard.of(note, folder) for note in notes])
     manifest = Manifest.of(notes)
     _withdraw(folder, keep={file.name for file in manifest.files})
@@ -111,9 +112,9 @@ def report(folder: Path, manifest: Manifest, say: Callable[[str], object]) -> No
             say(f"  MindIE-SD {version}: {line}")
 
 
-def _require(path: Path, folder: Path) -> ShardNote:
+def _require(path: Path, folder: Path, trusted: bool) -> ShardNote:
     note = read_note(path)
-    if note is None or not note.is_whole(folder):
+    if note is None or not note.is_whole(folder, trusted=trusted):
         raise InputError(
             "a shard is missing or damaged" if note else "a rank has not finished its shard",
             where=str(path),

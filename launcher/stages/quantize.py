@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from launcher.config.job_config import AUTO, Quantization
 from launcher.failure.phases import run_together
-from launcher.files.shard_note import read_note, write_note
+from launcher.files.shard_note import equal_on_all_ranks, read_note, write_note
 from launcher.ranks.agreement import all_agree
 from launcher.stages.choose import choose
 from launcher.stages.job import Job, Results
@@ -26,6 +28,7 @@ from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.records import load_dump
 from quant_core.checkpoint.resampling import SIGMAS_KEY
+from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
 from quant_core.schemes import QUANT_TYPES
@@ -44,10 +47,12 @@ def quantize(job: Job, results: Results, dump: Path | None) -> None:
     if all_agree(job.ranks, mine, what="whether to quantize"):
         job.console.say(f"quantize: reusing {results.folder.staged().weights}")
         return
-    result, part = (
-        _in_memory(job, results, dump) if dump is not None and job.model.reads_activations else _from_disk(job, results)
-    )
-    run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part))
+    digests = WrittenDigests()
+    if dump is not None and job.model.reads_activations:
+        result, part = _in_memory(job, results, dump, digests)
+    else:
+        result, part = _from_disk(job, results, digests)
+    run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part, digests))
     types = Counter(layer.scheme.quant_type for layer in result.layers.values())
     job.console.say("quantize: " + ", ".join(f"{count} layers as {kind}" for kind, count in types.items()))
 
@@ -57,11 +62,14 @@ def quant_type(job: Job) -> str:
     return QUANT_TYPES[job.config.quantization.main_type].scheme.name
 
 
-def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, LoadedTransformer]:
+def _in_memory(
+    job: Job, results: Results, dump: Path, digests: WrittenDigests
+) -> tuple[QuantizedModel, LoadedTransformer]:
     """Quantize this rank's part of the model by replaying the calibration data."""
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
     records = run_together(job.ranks, "reading the calibration data", lambda: load_dump(dump)["records"])
     job.model.drop_pipeline()
+    digests.wanted = _equal_on_all_ranks(job, loaded)
     parallel, options = _parallel(job, loaded.shards), job.config.quantization
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -77,15 +85,17 @@ def _in_memory(job: Job, results: Results, dump: Path) -> tuple[QuantizedModel, 
             structure=job.model.adapter.structure,
             parallel=parallel,
             progress=progress,
+            digests=digests,
         )
     assert_collectives(loaded.model)
     return result, loaded
 
 
-def _from_disk(job: Job, results: Results) -> tuple[QuantizedModel, TransformerPart]:
+def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[QuantizedModel, TransformerPart]:
     """Quantize this rank's part of the model layer by layer, without holding it."""
     job.model.drop()
     part = run_together(job.ranks, "looking at the model", job.model.describe)
+    digests.wanted = _equal_on_all_ranks(job, part)
     result = quantize_streaming(
         part.model,
         part.read,
@@ -93,6 +103,7 @@ def _from_disk(job: Job, results: Results) -> tuple[QuantizedModel, TransformerP
         parallel=_parallel(job, part.shards),
         device=job.ranks.device,
         progress=lambda stage, done, total: _progress(job, stage, done, total),
+        digests=digests,
     )
     return result, part
 
@@ -138,16 +149,20 @@ def _noise_levels(job: Job) -> dict[str, str]:
     return {SIGMAS_KEY: json.dumps(levels), SCHEDULER_KEY: json.dumps(settings)}
 
 
-def _note(job: Job, results: Results, result: QuantizedModel, part: TransformerPart | LoadedTransformer) -> None:
+def _equal_on_all_ranks(job: Job, part: TransformerPart | LoadedTransformer) -> Callable[[str, Tensor], bool]:
+    are_global = job.config.quantization.scale_sync == "global"
+    return equal_on_all_ranks(part.shards, part.full_shapes, scales_are_global=are_global)
+
+
+def _note(
+    job: Job,
+    results: Results,
+    result: QuantizedModel,
+    part: TransformerPart | LoadedTransformer,
+    digests: WrittenDigests,
+) -> None:
     if _writes(job):
-        write_note(
-            results.folder,
-            results.quantization,
-            result,
-            part,
-            layout=job.model.layout,
-            scales_are_global=job.config.quantization.scale_sync == "global",
-        )
+        write_note(results.folder, results.quantization, result, part, layout=job.model.layout, digests=digests)
 
 
 def _writes(job: Job) -> bool:

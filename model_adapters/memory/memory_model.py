@@ -24,7 +24,6 @@ from model_adapters.memory.live_bytes import peak_bytes
 from model_adapters.options import PipelineOptions
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
-from quant_core.arithmetic.weight_codec import BLOCK_NUMEL
 from quant_core.naming import linear_at
 from quant_core.schemes import QUANT_TYPES
 from quant_core.schemes.scheme import Scheme
@@ -37,7 +36,8 @@ class MemoryModel:
 
     weights: this rank's float part; activations: the most that one forward holds beside them; record: what one batch
     adds to the dump; dump: all of it; codes: int8 weights beside the float ones; workspace: the most that quantizing
-    one layer or one input takes; widest: the largest tensor; quantized: what is published.
+    one layer or one input takes; widest: the largest tensor; widest_codes: of the largest layer; quantized: what is
+    published.
     """
 
     weights: int
@@ -47,12 +47,13 @@ class MemoryModel:
     codes: int
     workspace: int
     widest: int
+    widest_codes: int
     quantized: int
 
     @property
     def loading(self) -> int:
-        """Peak while the weights are read: one tensor is in the mapped file, cut out, and on its place."""
-        return self.weights + 2 * self.widest
+        """Peak while the weights are read: one tensor is in the dtype of the file and on its place."""
+        return self.weights + self.widest
 
     @property
     def calibrating(self) -> int:
@@ -67,8 +68,11 @@ class MemoryModel:
 
     @property
     def streaming(self) -> int:
-        """Peak of quantizing from disk, layer by layer: it does not grow with the model's depth."""
-        return 2 * self.widest + self.workspace
+        """Peak of quantizing from disk, layer by layer: it does not grow with the model's depth.
+
+        One layer is computed and one read ahead; the codes of three others wait to be written.
+        """
+        return 2 * self.widest + self.workspace + 3 * self.widest_codes
 
 
 def estimate_memory(
@@ -101,6 +105,7 @@ def estimate_memory(
         codes=sum(weight.numel() for weight in weights),
         workspace=_workspace(weights, largest_input, scheme, NUMERICS["float32"], streams),
         widest=max(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        widest_codes=max(weight.numel() for weight in weights),
         quantized=_quantized_bytes(model, targets, scheme, options.infer_steps),
     )
 
@@ -122,15 +127,15 @@ def _follow_forward(model: nn.Module, targets: list[str], arguments: dict[str, T
 def _workspace(
     weights: Sequence[Tensor], largest_input: Tensor, scheme: Scheme, numerics: Numerics, streams: bool
 ) -> int:
-    """Return the most that quantizing one weight (by blocks of rows, if streaming) or one input holds."""
+    """Return the most that quantizing one weight or, unless streaming, one input holds."""
     weight = max(weights, key=lambda weight: weight.numel())
+    of_weight = peak_bytes(lambda: _encode(weight, scheme, numerics))
     if streams:
-        return peak_bytes(lambda: _encode(weight[: max(1, BLOCK_NUMEL // weight.shape[1])], scheme, numerics))
+        return of_weight
     low_high = largest_input.new_empty(1)
-    return max(
-        peak_bytes(lambda: _encode(weight, scheme, numerics)),
-        peak_bytes(lambda: numerics.fake_quantize_input(largest_input, low_high, low_high)),
-    )
+    of_input = peak_bytes(lambda: numerics.fake_quantize_input(largest_input, low_high, low_high))
+    # The codes stay, and are counted.
+    return max(of_weight - weight.numel(), of_input)
 
 
 def _encode(weight: Tensor, scheme: Scheme, numerics: Numerics) -> object:

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import FirstBlockCacheConfig
-
 # diffusers' own: the mean change of the first block's residual, relative to it, below which a step is skipped.
 _THRESHOLD = 0.05
 
@@ -21,6 +19,8 @@ _THRESHOLD = 0.05
 @contextmanager
 def step_cache(pipeline: Any, threshold: float = _THRESHOLD) -> Iterator[None]:
     """Skip blocks of the pipeline's transformer in steps that change less than `threshold`, inside this context."""
+    from diffusers import FirstBlockCacheConfig
+
     transformer = pipeline.transformer
     transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     try:

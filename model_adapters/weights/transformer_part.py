@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from model_adapters.adapter import ModelAdapter
@@ -82,7 +81,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def build_empty(adapter: ModelAdapter, folder: Path) -> nn.Module:
-    """Build the transformer that `folder`/config.json describes on the meta device; its buffers are real.
+    """Build the transformer that `folder`/config.json describes on the meta device; buffers that no file has are real.
 
     Raises InputError when the file is missing, unreadable, or describes another class or no possible model.
     """
@@ -91,8 +90,14 @@ def build_empty(adapter: ModelAdapter, folder: Path) -> nn.Module:
     check_class(config_path, config, adapter.transformer_class)
     transformer_type = adapter.transformer_type()  # outside: a failing import of diffusers is not the folder's fault
     try:
-        with init_empty_weights(include_buffers=False):
-            return transformer_type.from_config(config)
+        with torch.device("meta"):
+            model = transformer_type.from_config(config)
+        if any(module._non_persistent_buffers_set for module in model.modules()):
+            from accelerate import init_empty_weights
+
+            with init_empty_weights(include_buffers=False):
+                model = transformer_type.from_config(config)
+        return model
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ArithmeticError) as error:
         raise InputError(
             f"no {adapter.transformer_class} can be built from config.json",

@@ -24,19 +24,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quant_core.arithmetic.blocks import changed_in_blocks
+from quant_core.arithmetic.integer_product import integer_product
 from quant_core.arithmetic.scales import (
     QMAX,
     QMIN,
     asymmetric_offset,
     asymmetric_scale,
-    dequantize,
-    quantize,
+    fake_quantize_,
 )
 
 _INT32 = torch.iinfo(torch.int32)
 # Units of the integer product that a bias may take: half of int32. The rest is for the product less the offset's share,
 # at most 255 * 127 for each input channel, and for the share itself, which is half of that.
 _BIAS_ROOM = 2**30
+# As many rows of ones as products of one row are not treated apart for.
+_ONES = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Numerics:
         scale, offset = self.input_scale(low, high, x.dtype)
         compute = self._compute_dtype(x)
         scale, offset = scale.to(compute), offset.to(compute)
-        return dequantize(quantize(x.to(compute), scale, offset), scale, offset).to(x.dtype)
+        return changed_in_blocks(x, compute, lambda block: fake_quantize_(block, scale, offset))
 
     def attention_rows(self, x_BHSD: Tensor) -> Tensor:
         """Return the values of q, k or v as rows that share a scale: (heads, values).
@@ -110,7 +113,9 @@ class Numerics:
         exact = torch.float32 if self.is_reference else torch.float64
         deq_TO = deq_scale_TO.to(exact)
         bias_O = deq_TO.new_zeros(len(codes_OI)) if bias_O is None else bias_O.to(deq_TO)
-        row_sums_O = codes_OI.sum(1, dtype=torch.int64).to(exact)
+        # A product with ones, many times as fast as a sum.
+        ones = torch.ones(_ONES, codes_OI.shape[1], dtype=torch.int8, device=codes_OI.device)
+        row_sums_O = integer_product(codes_OI, ones)[:, 0].to(exact)
         points_TO = torch.round(bias_O / deq_TO - row_sums_O * offset_T1.to(exact))
         return points_TO.clamp(_INT32.min, _INT32.max).to(torch.int32)
 

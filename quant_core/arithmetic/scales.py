@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant_core.arithmetic.blocks import changed_in_blocks
+
 QMIN, QMAX = -128, 127
 LEVELS = 255
 # float32's own resolution: a range narrower than this is a constant, and its scale only has to be no zero.
@@ -47,7 +49,7 @@ def include_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize(x: Tensor, scale: Tensor, offset: Tensor | float = 0.0, *, qmin: int = QMIN) -> Tensor:
     """Return the codes of x as whole numbers in x's dtype: clamp(round_half_even(x / scale + offset))."""
-    return torch.round(x / scale + offset).clamp(qmin, QMAX)
+    return (x / scale).add_(offset).round_().clamp_(qmin, QMAX)
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
@@ -55,11 +57,19 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Te
     return (codes - offset) * scale
 
 
+def fake_quantize_(x: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+    """Replace x by what its codes stand for, and return it."""
+    return x.div_(scale).add_(offset).round_().clamp_(QMIN, QMAX).sub_(offset).mul_(scale)
+
+
 def fake_quantize_tokens(x: Tensor) -> Tensor:
     """Return x as a runtime that quantizes each token symmetrically sees it; (..., I), computed in float32."""
-    precise = x.to(torch.float32)
-    scale = symmetric_scale(precise.abs().amax(dim=-1, keepdim=True))
-    return dequantize(quantize(precise, scale), scale).to(x.dtype)
+
+    def change(block_RI: Tensor) -> None:
+        amax_R1 = torch.maximum(block_RI.amax(dim=-1, keepdim=True), -block_RI.amin(dim=-1, keepdim=True))
+        fake_quantize_(block_RI, symmetric_scale(amax_R1))
+
+    return changed_in_blocks(x, torch.float32, change)
 
 
 def packed_dtype(model_dtype: torch.dtype) -> torch.dtype:

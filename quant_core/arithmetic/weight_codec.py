@@ -6,39 +6,15 @@ imports torch before it computes, because schemes are read by a command line too
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
+
+from quant_core.arithmetic.blocks import Rows, row_blocks
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from quant_core.arithmetic.numerics import Numerics
-
-
-# Numbers that are quantized at once on a processor: 2 MB of float32, which stay in its cache with all that is done to
-# them. Over whole weights every operation would go to memory and back, and every temporary be a new mapping.
-BLOCK_NUMEL = 2**19
-
-
-class Rows(Protocol):
-    """A weight (O, I) whose rows can be asked for: a tensor, or one that is changed on the way."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __getitem__(self, rows: slice, /) -> Tensor: ...
-
-
-def row_blocks(w_OI: Rows) -> Iterator[slice]:
-    """Yield the rows to work on at once: a few that fit in a processor's cache, all of them on an accelerator."""
-    rows = w_OI.shape[0]
-    step = max(1, BLOCK_NUMEL // w_OI.shape[1]) if w_OI.device.type in ("cpu", "meta") else max(1, rows)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
 
 
 class QuantizedWeight(NamedTuple):

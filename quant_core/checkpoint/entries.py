@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from quant_core.atomic_file import write_text_atomically
+from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.checkpoint.tensor_parts import GB, write_tensors
 from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.schemes.quantized_layer import QuantizedLayer
@@ -96,16 +97,18 @@ def write_checkpoint(
     header: Mapping[str, str],
     metadata: Mapping[str, str],
     part_file_size: float | None = None,
+    digests: WrittenDigests | None = None,
 ) -> CheckpointFiles:
     """Publish the tensors, then the description, each whole or not at all; return where they are.
 
     header: description keys between the model's type and the entries. metadata: strings for the safetensors header.
-    part_file_size: in GB; tensors that do not fit in one file of it become parts with an index.
+    part_file_size: in GB; tensors that do not fit in one file of it become parts with an index. digests: takes those of
+    what is written, if it is one file.
     """
     listed = list(found)
     tensors = {entry.name: entry.tensor for entry in listed}
     part_bytes = None if part_file_size is None else part_file_size * GB
-    weights = write_tensors(files.weights, tensors, metadata=metadata, part_bytes=part_bytes)
+    weights = write_tensors(files.weights, tensors, metadata=metadata, part_bytes=part_bytes, digests=digests)
     write_text_atomically(files.description, description_text(listed, quant_type, header))
     return CheckpointFiles(weights, files.description)
 

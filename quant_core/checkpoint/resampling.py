@@ -24,6 +24,7 @@ from quant_core.checkpoint.inventory import StoredGroup
 from quant_core.checkpoint.json_file import read_object
 from quant_core.checkpoint.reader import Checkpoint
 from quant_core.checkpoint.tensor_file import TensorFile
+from quant_core.checkpoint.tensor_parts import CODES
 from quant_core.errors import InputError
 from quant_core.schemes import BY_TYPE
 from quant_core.schemes.quantized_layer import QuantizedLayer
@@ -99,7 +100,7 @@ def write_resampled(checkpoint: Checkpoint, levels: Levels, files: CheckpointFil
     header = {**checkpoint.metadata, **metadata, TIMESTEP_SEP_KEY: str(separator)}
 
     def write(path: Path) -> None:
-        with TensorFile(path, described, header) as file:
+        with TensorFile(path, described, header, in_front=CODES) as file:
             for name in names:
                 if name not in changed:
                     file.write(name, checkpoint.read_float(name))

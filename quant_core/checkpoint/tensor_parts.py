@@ -25,10 +25,12 @@ from torch import Tensor
 
 from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.checkpoint.json_file import read_object
-from quant_core.checkpoint.tensor_file import DTYPES, TensorFile
+from quant_core.checkpoint.tensor_file import DTYPES, TensorFile, WrittenDigests
 from quant_core.errors import InputError, VerificationError
 
 GB = 10**9
+# The dtype of codes, which are in front in a file.
+CODES = torch.int8
 
 
 _ADVICE = "quantize again, or copy it again"
@@ -47,18 +49,24 @@ def index_path(path: Path) -> Path:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], part_bytes: float | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str],
+    part_bytes: float | None = None,
+    digests: WrittenDigests | None = None,
 ) -> Path:
     """Publish the tensors as the file `path`, or as parts of at most `part_bytes` when they do not fit in one.
 
     The tensors may be on any device and in any layout, and may share memory: each is copied to the host alone, when it
-    is its turn. Returns the file's path, or the index's; warns when there are parts.
+    is its turn. digests: takes those of the file, if it is one. Returns the file's path, or the index's; warns when
+    there are parts.
     """
     parts = split(tensors, part_bytes)
     index_path(path).unlink(missing_ok=True)
     files = [path] if len(parts) == 1 else _part_paths(path, len(parts))
     for file, names in zip(files, parts):
-        _write_one(file, {name: tensors[name] for name in names}, metadata)
+        _write_one(file, {name: tensors[name] for name in names}, metadata, digests)
     if len(parts) > 1:
         _write_index(path, files, parts, tensors)
     for stale in _other_forms(path, files):
@@ -164,13 +172,15 @@ def open_safetensors(file: Path, *, advice: str = _ADVICE) -> Any:
         raise damaged(file, str(error), advice) from None
 
 
-def _write_one(file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write_one(
+    file: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str], digests: WrittenDigests | None
+) -> None:
     """Publish one file; the library would put the metadata in another order each time, so the bytes would differ."""
 
     def write(temporary: Path) -> None:
-        with TensorFile(temporary, tensors, metadata) as opened:
-            for name, tensor in tensors.items():
-                opened.write(name, tensor)
+        with TensorFile(temporary, tensors, metadata, in_front=CODES, digests=digests) as opened:
+            for name in opened.names:
+                opened.write(name, tensors[name])
 
     write_atomically(file, write)
 

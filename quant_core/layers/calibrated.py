@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quant_core.arithmetic.blocks import Rows
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.scales import fake_quantize_tokens
-from quant_core.arithmetic.weight_codec import Rows
 from quant_core.calibration.finite import check_weight
 from quant_core.layers.rescaling import RescaledRows, Rescaling
 from quant_core.parallel.groups import Group, reduce_over

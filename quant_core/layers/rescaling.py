@@ -61,7 +61,7 @@ class Rescaling:
 
 @dataclass(frozen=True)
 class RescaledRows:
-    """A weight (O, I) whose rows are changed when somebody asks for them, in the precision of the numerics."""
+    """A weight (O, I) whose rows are changed when they are asked for, in the precision that numerics computes in."""
 
     weight: Tensor
     rescaling: Rescaling

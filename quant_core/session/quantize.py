@@ -29,6 +29,7 @@ from quant_core.checkpoint.entries import (
     weight_file_name,
     write_checkpoint,
 )
+from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.layers.calibrated import quantize_linear
 from quant_core.layers.deployed import deploy
 from quant_core.naming import linear_at
@@ -69,10 +70,12 @@ def quant_model(
     structure: ModelStructure | None = None,
     parallel: Parallel | None = None,
     progress: Progress = silent,
+    digests: WrittenDigests | None = None,
 ) -> QuantizedModel:
     """Quantize the model in place as configured, save it if the configuration says where, and leave it deployed.
 
     structure: found by the model's class when left out. parallel: this rank's place, when the model is a shard.
+    digests: takes those of the file of weights.
     Raises ConfigurationError for patterns that match nothing and InputError for calibration data that does not cover
     every layer and step.
     """
@@ -86,7 +89,7 @@ def quant_model(
     layers = _quantize_weights(session, smoothing)
     _observe(session, layers)
     _derive_tensors(session, layers)
-    files = _save(session, timestep_sep)
+    files = _save(session, timestep_sep, digests)
     deploy(model, timestep_sep=timestep_sep)
     timesteps = len(session.steps) if session.per_step else None
     return QuantizedModel(session.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
@@ -165,7 +168,7 @@ def _derive_tensors(session: Session, layers: Mapping[str, QuantizedLayer]) -> N
         session.progress("derive", done, len(layers))
 
 
-def _save(session: Session, timestep_sep: int | None) -> CheckpointFiles | None:
+def _save(session: Session, timestep_sep: int | None, digests: WrittenDigests | None) -> CheckpointFiles | None:
     save, quant_type = session.config.save, session.quant_type
     if save is None:
         return None
@@ -177,6 +180,7 @@ def _save(session: Session, timestep_sep: int | None) -> CheckpointFiles | None:
         header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},
         metadata=({} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}) | save.metadata,
         part_file_size=save.part_file_size,
+        digests=digests,
     )
 
 

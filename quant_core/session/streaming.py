@@ -2,17 +2,17 @@
 
 A scheme whose result depends on no activation (dynamic, without smoothing and without attention scales) needs no
 forward, so it needs no model either: a description on the meta device says which layers there are and what shapes
-they have, and each weight is read, quantized and written before the next one is read. Row by row even: a weight has
-one scale per output row, and a block of rows needs nothing of the others.
+they have, and each weight is read, quantized, digested and written while the next one is being read: one thread
+reads, one computes, one writes.
 
-Worked example: the widest layer of FLUX.1-dev is (18432, 3072), 108 MiB in bfloat16. Quantized at once, float32
-arithmetic would hold four copies of 216 MiB; in blocks of 2^22 numbers it holds four of 16 MiB, and the rank's peak
-is the layer itself.
+Worked example: the widest layer of FLUX.1-dev is (18432, 3072), 108 MiB in bfloat16 and 54 MiB in codes. At most two
+such layers are there in floats (one computed, one read ahead) and four in codes (one computed, two waiting, one being
+written): 432 MiB, whatever the depth of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +24,19 @@ from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.calibration.finite import check_weight
 from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.entries import description_text, entries
-from quant_core.checkpoint.tensor_file import TensorFile
+from quant_core.checkpoint.tensor_file import TensorFile, WrittenDigests
+from quant_core.checkpoint.tensor_parts import CODES
 from quant_core.errors import ConfigurationError
 from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.naming import linear_at
-from quant_core.parallel.groups import Group, Parallel, reduce_over
+from quant_core.parallel.groups import Parallel, reduce_over
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation, Scheme
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
+from quant_core.session.read_ahead import ReadTensor, read_ahead
 from quant_core.session.targets import layer_plan
-
-# full name of a tensor -> this rank's part of it, on the host
-ReadTensor = Callable[[str], Tensor]
 
 
 def reads_activations(model: nn.Module, config: SessionConfig) -> bool:
@@ -58,12 +57,15 @@ def quantize_streaming(
     parallel: Parallel | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    digests: WrittenDigests | None = None,
 ) -> QuantizedModel:
     """Quantize and save a model that lies on disk, with the memory of its largest layer; nothing is replayed.
 
     model: on the meta device, with this rank's local shapes in the dtype to compute in; it is changed. read: returns
-    a tensor by its full name. device: where to compute. The tensors and the description are those of `quant_model`.
-    The layers of the result are on the meta device. Without a place to save, nothing is read.
+    a tensor by its full name, in a thread of its own. device: where to compute. digests: takes
+    those of the file of weights.
+    The tensors and the description are those of `quant_model`. The layers of the result are on the meta device.
+    Without a place to save, nothing is read.
     """
     if reads_activations(model, config):
         raise AssertionError("a session that reads activations needs the model: quant_model")
@@ -84,18 +86,13 @@ def quantize_streaming(
     if config.save is None:
         return QuantizedModel(quant_type, layers, None)
     described = list(entries(model, buffers=not numerics.is_reference, extra={}))
-    kept_float = {entry.name: entry.tensor.dtype for entry in described if _owner(entry.name) not in layers}
-    stream = _LayerStream(read, numerics, torch.device(device))
+    tensors, files = {entry.name: entry.tensor for entry in described}, checkpoint_files(config.save, quant_type)
+    metadata, quantize = config.save.metadata, _LayerStep(numerics, torch.device(device), parallel)
 
     def write(path: Path) -> None:
-        with TensorFile(path, {entry.name: entry.tensor for entry in described}, metadata) as file:
-            for name, dtype in kept_float.items():
-                file.write(name, read(name).to(dtype))
-            for done, layer in enumerate(layers.values(), start=1):
-                stream.quantize(layer, parallel.scale_group(layer.name), file)
-                progress("quantize", done, len(layers))
+        with TensorFile(path, tensors, metadata, in_front=CODES, digests=digests) as file:
+            _carry(layers, read, quantize, file, tensors, progress)
 
-    files, metadata = checkpoint_files(config.save, quant_type), config.save.metadata
     write_atomically(files.weights, write)
     write_text_atomically(files.description, description_text(described, quant_type))
     return QuantizedModel(quant_type, layers, files)
@@ -114,27 +111,55 @@ def describe_layers(model: nn.Module, plan: Mapping[str, Scheme], numerics: Nume
     return layers
 
 
-@dataclass(frozen=True)
-class _LayerStream:
-    """Carry one layer at a time from where it lies into the file."""
+def _carry(
+    layers: Mapping[str, QuantizedLayer],
+    read: ReadTensor,
+    quantize: _LayerStep,
+    file: TensorFile,
+    described: Mapping[str, Tensor],
+    progress: Progress,
+) -> None:
+    """Carry everything from where it lies into the file, in its order: codes, then what is small or stays float."""
+    # What a layer has besides its codes waits until its place comes: some kilobytes a layer.
+    small: dict[str, Tensor] = {}
+    codes = {f"{name}.weight": layer for name, layer in layers.items()}
+    ordered = [codes[name] for name in file.names if name in codes]
+    rest = [name for name in file.names if name not in codes]
+    kept_float = [name for name in rest if _owner(name) not in layers]
+    with read_ahead(read, [*(_parts(layer) for layer in ordered), *([name] for name in kept_float)]) as ahead:
+        for done, layer in enumerate(ordered, start=1):
+            small |= quantize(layer, next(ahead))
+            file.write(f"{layer.name}.weight", small.pop(f"{layer.name}.weight"))
+            progress("quantize", done, len(ordered))
+        for name in rest:
+            file.write(name, small.pop(name) if name in small else next(ahead)[name].to(described[name].dtype))
 
-    read: ReadTensor
+
+def _parts(layer: QuantizedLayer) -> list[str]:
+    return [f"{layer.name}.weight", *([] if layer.bias_O is None else [f"{layer.name}.bias"])]
+
+
+@dataclass(frozen=True)
+class _LayerStep:
+    """Turn one layer's float tensors into what the checkpoint holds of it."""
+
     numerics: Numerics
     device: torch.device
+    parallel: Parallel
 
-    def quantize(self, described: QuantizedLayer, group: Group | None, file: TensorFile) -> None:
-        """Read, quantize and write the layer, a block of rows at a time; group: ranks that share its row maxima."""
+    def __call__(self, described: QuantizedLayer, floats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the layer's tensors by full name; floats: what was read of it, which is taken out and freed."""
         name, dtype, codec = described.name, described.weight_scale_O1.dtype, described.scheme.codec
         # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
-        w_OI = self.read(f"{name}.weight").to(self.device, dtype)
-        bias_O = None if described.bias_O is None else self.read(f"{name}.bias").to(dtype)
+        w_OI = floats.pop(f"{name}.weight").to(self.device, dtype)
+        bias_O = None if described.bias_O is None else floats.pop(f"{name}.bias").to(dtype)
         amax_O1 = codec.row_maxima(w_OI)
         check_weight(name, amax_O1)
+        group = self.parallel.scale_group(name)
         weight = codec.encode(w_OI, reduce_over(group, "max", amax_O1), dtype, self.numerics)
         layer = QuantizedLayer(name, described.scheme, weight.codes, weight.scale, bias_O)
-        given = Derivation([None], self.numerics, group)
-        for tensor_name, tensor in described.scheme.layer_tensors(layer, given).items():
-            file.write(f"{name}.{tensor_name}", tensor)
+        tensors = described.scheme.layer_tensors(layer, Derivation([None], self.numerics, group))
+        return {f"{name}.{tensor_name}": tensor for tensor_name, tensor in tensors.items()}
 
 
 def _owner(tensor_name: str) -> str:

@@ -44,8 +44,8 @@ def _losses(group: MeasuredGroup, candidates: Sequence[Tensor]) -> Tensor:
     """Return for each candidate the squared error of each linear's outputs, summed over tokens, the mean of rows."""
     losses = torch.zeros(len(candidates), device=group.device)
     for x_NI, weights in group.samples():
-        for w_OI in weights:
-            losses += product_errors(x_NI, w_OI, candidates, group.codec).errors / len(w_OI)
+        for w_OI, found in zip(weights, product_errors(x_NI, weights, candidates, group.codec)):
+            losses += found.errors / len(w_OI)
     return losses
 
 

@@ -79,8 +79,7 @@ def _squares(group: MeasuredGroup, factors: Sequence[Tensor]) -> Tensor:
     """Return each candidate's squared error of the quantized product, and the square of the exact one, (C, 2)."""
     sums = torch.zeros(len(factors), 2, device=group.device)
     for x_NI, weights in group.samples():
-        for w_OI in weights:
-            found = product_errors(x_NI, w_OI, factors, group.codec, _quantized_activation)
+        for found in product_errors(x_NI, weights, factors, group.codec, _quantized_activation):
             sums += torch.stack((found.errors, found.exact.expand_as(found.errors)), dim=1)
     return sums
 
@@ -89,10 +88,10 @@ def _reference_squares(group: MeasuredGroup, factors: Sequence[Tensor]) -> Tenso
     """Return the same in the reference tool's arithmetic, on whole tensors: blocks would add up in another order."""
     sums = torch.zeros(len(factors), 2, device=group.device)
     for x_NI, weights in group.samples():
-        quantized = [_quantized_activation(x_NI / factor_I) for factor_I in factors]
-        for w_OI in weights:
-            exact = F.linear(x_NI, w_OI).to(torch.float32)
-            for index, (x_quantized_NI, factor_I) in enumerate(zip(quantized, factors)):
+        wanted = [F.linear(x_NI, w_OI).to(torch.float32) for w_OI in weights]
+        for index, factor_I in enumerate(factors):
+            x_quantized_NI = _quantized_activation(x_NI / factor_I)
+            for w_OI, exact in zip(weights, wanted):
                 product = F.linear(x_quantized_NI, group.codec.round_trip(w_OI * factor_I)).to(torch.float32)
                 sums[index] += torch.stack(((product - exact).square().sum(), exact.square().sum()))
     return sums

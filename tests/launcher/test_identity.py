@@ -162,3 +162,16 @@ def test_a_folder_with_nothing_but_a_transformer_has_a_fingerprint(asked: Asked)
         if part.name != "transformer":
             shutil.rmtree(part) if part.is_dir() else part.unlink()
     assert all(name.startswith("files.transformer/") for name in asked.fingerprints()["images"].fields if "/" in name)
+
+
+@pytest.mark.parametrize("world", [2, 3, 40])
+def test_the_ranks_shares_of_the_models_files_are_the_whole_and_none_twice(asked: Asked, world: int):
+    tree = {
+        "pipeline": {"path": str(asked.folder), "prompt_path": str(asked.prompts)},
+        "output": {"quant_weight_save_folder": "w", "quant_dump_calib_folder": "d"},
+    }
+    config = job_config("flux", tree)
+    shares = [model_fields(config, rank, world) for rank in range(world)]
+    assert sum(len(share) for share in shares) == len(model_fields(config))
+    assert {name: value for share in shares for name, value in share.items()} == model_fields(config)
+    assert all(shares[:2]), "two ranks share the work"

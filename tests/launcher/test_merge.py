@@ -145,6 +145,13 @@ def test_a_description_that_lists_other_tensors_is_refused(folder):
         publish_shards(folder, notes(folder))
 
 
+def test_the_run_that_wrote_shards_reads_none_again_and_still_misses_what_was_cut_off(folder):
+    weights = shard_files(folder / STAGING, SCHEME, "_1").weights
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(InputError, match="missing or damaged"):
+        publish_shards(folder, notes(folder), trusted=True)
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no note", "broken note"])
 def test_damaged_or_unfinished_shards_are_refused_before_anything_is_touched(folder, damage):
     weights = shard_files(folder / STAGING, SCHEME, "_1").weights

@@ -187,7 +187,7 @@ def test_smoothing_replays_each_record_once(scheme: Any, replays: int, method: s
 @pytest.mark.parametrize("scheme", [W8A8DynamicProcessorConfig, W8A8ProcessorConfig])
 def test_each_weight_is_quantized_once_however_many_records_there_are(scheme: Any, suppression: list[Any], monkeypatch):
     original, seen = Int8Rows.encode, []
-    monkeypatch.setattr(Int8Rows, "encode", lambda *args: (seen.append(1), original(*args))[1])
+    monkeypatch.setattr(Int8Rows, "encode", lambda *args, **how: (seen.append(1), original(*args, **how))[1])
     result = quantize("flux", scheme(), *suppression, count=3, model=build("flux"))
     assert len(seen) == len(result.layers)
 

@@ -16,7 +16,7 @@ from quant_core import (
     W8A8ProcessorConfig,
     quant_model,
 )
-from quant_core.arithmetic import weight_codec
+from quant_core.arithmetic import blocks
 from quant_core.session.streaming import quantize_streaming, reads_activations
 from tests.support.golden_cases import GoldenCase, Written, differing
 from tests.support.tiny_models import build
@@ -52,7 +52,7 @@ def test_the_golden_case_is_written_bit_for_bit_without_holding_the_model(tmp_pa
     ("kind", "dtype"), [("flux", torch.bfloat16), ("sd3", torch.float16), ("sd35", torch.float32)], ids=str
 )
 def test_both_paths_write_the_same_bytes(tmp_path: Path, monkeypatch, kind: str, dtype, numerics: str, block: int):
-    monkeypatch.setattr(weight_codec, "BLOCK_NUMEL", block)
+    monkeypatch.setattr(blocks, "BLOCK_NUMEL", block)
     streamed = stream(build(kind).to(dtype), session(tmp_path / "streamed", numerics))
     held = quant_model(build(kind).to(dtype), session(tmp_path / "held", numerics))
     assert streamed.files is not None
