@@ -52,7 +52,7 @@ def resolve(
     """Return the groups of the model, block by block; one with a member that stays float is left out whole.
 
     targets: the linears that will be quantized. selection: `all` adds the optional groups, `every` also each linear
-    that no group names, as a group of its own. fused: groups with the same values become one. Raises
+    that no group names, as a group of its own, and leaves no group out for a member that stays float. fused: groups with the same values become one. Raises
     ConfigurationError when nothing is left to smooth.
     """
     if structure is None:
@@ -60,8 +60,7 @@ def resolve(
     declared = structure.smoothing_groups + (structure.optional_smoothing_groups if selection != "default" else ())
     found = list(_declared_on(model, declared))
     if selection == "every":
-        grouped = {name for group in found for name in group.linears}
-        found += [LinearGroup(((name,),)) for name in targets if name not in grouped]
+        found = _every(found, targets)
     resolved = ResolvedGroups()
     for group in _joined_by_values(found) if fused else found:
         float_members = [name for name in group.linears if name not in targets]
@@ -72,6 +71,19 @@ def resolve(
     if not resolved.smoothed:
         raise _nothing_to_smooth(model, structure, resolved.skipped, selection)
     return resolved
+
+
+def _every(groups: Iterable[LinearGroup], targets: Collection[str]) -> list[LinearGroup]:
+    """Return groups that hold every target: those of the model without their float members, and one for each other."""
+    groups = list(groups)
+    kept = [
+        LinearGroup((members,), group.modulation, group.values)
+        for group in groups
+        for shared in group.inputs
+        if (members := tuple(name for name in shared if name in targets))
+    ]
+    grouped = {name for group in kept for name in group.linears}
+    return kept + [LinearGroup(((name,),)) for name in targets if name not in grouped]
 
 
 def _declared_on(model: nn.Module, declared: Iterable[SmoothingGroup]) -> Iterator[LinearGroup]:

@@ -151,3 +151,14 @@ def test_smoothing_leaves_alone_the_layers_that_multiply_nothing_and_those_that_
 def test_rules_that_contradict_are_refused(rules: dict[str, Any], main: str, says: str):
     with pytest.raises(ValueError, match=says):
         session(None, rules, main)
+
+
+def test_smoothing_every_layer_needs_no_group_and_survives_a_float_member(tmp_path: Path):
+    rules = {"*.to_q": "float", "*.net.2": "w8a8"}
+    model = build("flux")
+    exact = model(**example_inputs("flux"))[0]
+    config = session(tmp_path, rules, m4=M4ProcessorConfig(smoothing_groups="every"))
+    result = quant_model(model, config, structure=find_structure(model))
+    assert all(layer.mul_scale_I is not None for layer in result.layers.values())
+    assert {"transformer_blocks.0.attn.to_k", "transformer_blocks.0.ff.net.2"} <= set(result.layers)
+    assert (model(**example_inputs("flux"))[0] - exact).norm() / exact.norm() < 0.1
