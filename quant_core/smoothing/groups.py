@@ -51,9 +51,9 @@ def resolve(
 ) -> ResolvedGroups:
     """Return the groups of the model, block by block; one with a member that stays float is left out whole.
 
-    targets: the linears that will be quantized. selection: `all` adds the optional groups, `every` also each linear
-    that no group names, as a group of its own, and leaves no group out for a member that stays float. fused: groups with the same values become one. Raises
-    ConfigurationError when nothing is left to smooth.
+    targets: the linears that will be quantized. selection: `all` adds the optional groups; `every` also each linear
+    that no group names, as a group of its own, and leaves no group out for a member that stays float. fused: groups
+    with the same values become one. Raises ConfigurationError when nothing is left to smooth.
     """
     if structure is None:
         raise _no_structure(model)
