@@ -11,13 +11,14 @@ import yaml
 
 from launcher.config.layer_schemes import read_layer_schemes
 from quant_core.checkpoint.entries import CheckpointFiles
-from quant_core.checkpoint.reader import open_checkpoint
+from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from scripts.make_tiny_pipeline import write_prompts
-from tests.support.torchrun import run_job
+from tests.support.torchrun import STEPS, run_job
 
 pytestmark = pytest.mark.distributed
 RANKS = (0, 1)
-FLAGS = ("--device_type", "A2-32g-dual", "--quant_type", "auto", "--budget", "balanced", "dynamic=0.5")
+CHOOSES = ("--quant_type", "auto", "--budget", "balanced", "dynamic=0.5", "--timestep_sep", "auto")
+FLAGS = ("--device_type", "A2-32g-dual", *CHOOSES)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,17 @@ def table(job: tuple[Path, str]) -> dict[str, Any]:
     return yaml.safe_load((job[0] / "weights" / "quant_decisions.yaml").read_text())
 
 
-def types(job: tuple[Path, str], rank: int) -> dict[str, str]:
-    """Open a published shard with our reader, read every tensor, and return the type of each layer."""
+def opened(job: tuple[Path, str], rank: int) -> Checkpoint:
+    """Open a published shard with our reader and read every tensor."""
     folder = job[0] / "weights"
     names = (f"quant_model_weight_w8a8_{rank}.safetensors", f"quant_model_description_w8a8_{rank}.json")
     checkpoint = open_checkpoint(CheckpointFiles(*(folder / name for name in names)))
     checkpoint.verify()
+    return checkpoint
+
+
+def types(job: tuple[Path, str], rank: int) -> dict[str, str]:
+    checkpoint = opened(job, rank)
     return {name: group.type.lower() for name, group in checkpoint.inventory.layers.items()}
 
 
@@ -60,6 +66,14 @@ def test_the_table_has_a_reason_and_the_error_of_each_candidate_for_every_layer(
     assert sum(row["work"] for row in found["decisions"]) == pytest.approx(1, abs=1e-3)
     assert any("w8a8_timestep:plain" in row["error_db"] for row in found["decisions"])
     assert found["expected"]["static_share"] >= 0.5
+
+
+def test_the_first_static_step_is_the_advised_one_on_every_rank(job: tuple[Path, str]):
+    found = table(job)
+    assert "w8a8_timestep" in types(job, 0).values()
+    assert [opened(job, rank).timestep_sep for rank in RANKS] == [found["timestep_sep"]] * 2
+    assert [row["step"] for row in found["steps"]] == list(range(STEPS))
+    assert f"--timestep_sep {found['timestep_sep']}" in job[1]
 
 
 def test_the_table_is_a_file_of_layer_schemes(job: tuple[Path, str]):
