@@ -49,13 +49,16 @@ def choose(
     options = job.config.quantization
     job.watch.enter("choose")
     with job.model.computing():
-        found = measure_layers(
+        measurement = measure_layers(
             loaded.model, session, structure=job.model.adapter.structure, parallel=parallel, progress=progress
         )
-    table, said, plan = {}, options.layer_schemes, layer_plan(loaded.model, session)
+        choice = None
+        if options.is_auto:
+            choice = choose_layers(measurement, budget_of(options.budget), {**COSTS, **options.scheme_costs})
+    found, table, said = measurement.layers, {}, options.layer_schemes
+    plan = layer_plan(loaded.model, session)
     chosen = {name: _planned(found[name], Treatment(scheme.key, scheme.smoothed)) for name, scheme in plan.items()}
-    if options.is_auto:
-        choice = choose_layers(found, budget_of(options.budget), {**COSTS, **options.scheme_costs})
+    if choice is not None:
         table = decisions(choice, list(options.budget))
         chosen = {layer.name: layer.chosen.treatment for layer in choice.layers}
     if options.timestep_sep == AUTO:
@@ -92,7 +95,7 @@ def _say(job: Job, table: Mapping[str, Any]) -> None:
         counts, expected = Counter(table["layer_schemes"].values()), table["expected"]
         job.console.say(
             f"choose: {', '.join(f'{count} {kind}' for kind, count in counts.most_common())}; "
-            f"{expected['static_share']:.0%} of the work static, {expected['sqnr_db']:.1f} dB expected at the output"
+            f"{expected['static_share']:.0%} of the work static, {expected['measured_db']:.1f} dB at the output"
         )
     if "timestep_sep" in table:
         job.console.say(f"choose: --timestep_sep {table['timestep_sep']}")
@@ -116,6 +119,7 @@ def decisions(choice: Choice, budget: list[str]) -> dict[str, Any]:
         "budget": budget,
         "expected": {
             "sqnr_db": round(choice.sqnr, 2),
+            "measured_db": None if choice.measured is None else round(choice.measured, 2),
             "static_share": round(choice.static_share, 4),
             "mean_cost": round(choice.cost, 4),
             "bytes": int(choice.bytes),

@@ -62,9 +62,10 @@ class LayerChoice:
 
 @dataclass
 class Choice:
-    """Hold the choices for all layers and what they come to."""
+    """Hold the choices for all layers and what they come to; measured: of the whole model, in dB, once it was tried."""
 
     layers: list[LayerChoice] = field(default_factory=list)
+    measured: float | None = None
 
     @property
     def error(self) -> float:

@@ -1,6 +1,6 @@
 """Decide for each layer how it is quantized, by what each way costs at the model's output: the whole of it.
 
-    smoothing factors → input ranges (one replay) → noise of every treatment → gain of every layer → choice
+    smoothing factors → input ranges (one replay) → noise of every treatment → gain of every layer → choice → check
 
 Ranges come from one half of the records and noise is measured on the other, at most RECORDS_PER_STEP of at most
 MOST_STEPS steps; gains on one record of each of these steps. Numbers are summed over all ranks, so that all come to
@@ -12,21 +12,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from quant_core.calibration.records import Record
-from quant_core.calibration.replay import Progress, silent
+from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.layers.deployed import DeployedLayer
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel, reduce_over
 from quant_core.quality.budget import COSTS, Budget
 from quant_core.quality.choice import Candidate, Choice, choose
-from quant_core.quality.output_error import layer_noise, of_tokens, of_weight, output_gains
+from quant_core.quality.output_error import add_up, in_place_of, layer_noise, of_tokens, of_weight, output_gains
 from quant_core.quality.ratio import StepRatios
-from quant_core.quality.replayed import evenly_spaced, held_together
+from quant_core.quality.replayed import compare_outputs, evenly_spaced, held_together, kept_outputs
 from quant_core.quality.separator import every_step
 from quant_core.quality.treatments import (
     ChannelRanges,
@@ -60,6 +61,38 @@ class LayerErrors:
     bytes: Mapping[Treatment, float]
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """Hold what was measured of every layer, and all that is needed to try a choice on the whole model."""
+
+    layers: Mapping[str, LayerErrors]
+    session: Session
+    smoothing: Smoothing
+    ranges: Mapping[str, ChannelRanges]
+    held_out: Sequence[Record]
+    steps: Sequence[int | None]
+
+    @torch.no_grad()
+    def output(self, chosen: Mapping[str, Treatment]) -> StepRatios:
+        """Return the output's ratio with all layers treated as chosen, on one held-out record of each step.
+
+        The codes of all layers are held on the host. Rows of steps count as static in every step.
+        """
+        session, model = self.session, self.session.model
+        records = _some(self.held_out, self.steps, 1)
+        with kept_outputs(model) as exact:
+            replay(model, records, stage="float outputs", progress=session.progress)
+        with ExitStack() as stack:
+            for name, treatment in chosen.items():
+                if treatment.scheme != FLOAT:
+                    layer = treated(session, name, [treatment], self.ranges[name], self.smoothing)[treatment]
+                    hook = linear_at(model, name).register_forward_hook(in_place_of(layer), prepend=True)
+                    stack.callback(hook.remove)
+            ratios = compare_outputs(model, records, exact, progress=session.progress)
+        add_up([ratios], self.steps, replace(session.parallel, tp_group=None))
+        return ratios
+
+
 @torch.no_grad()
 def measure_layers(
     model: nn.Module,
@@ -68,7 +101,7 @@ def measure_layers(
     structure: ModelStructure | None = None,
     parallel: Parallel | None = None,
     progress: Progress = silent,
-) -> dict[str, LayerErrors]:
+) -> Measurement:
     """Measure every treatment of every layer that the session would quantize; the model stays float.
 
     config: a session whose outlier suppression, if any, is tried on each layer. Raises InputError for records that do
@@ -91,7 +124,7 @@ def measure_layers(
         for error in (of_weight, of_tokens)
     )
     gains = _Gains(of_codes, of_inputs, dict(zip(kept, _shares(session, held_out, kept).tolist())))
-    return {
+    layers = {
         name: LayerErrors(
             _work(session, name, ranges[name]),
             {t: gains.errors(name, noise[name], t) for t in wanted[name]}
@@ -100,6 +133,7 @@ def measure_layers(
         )
         for name in session.targets
     }
+    return Measurement(layers, session, smoothing, ranges, held_out, kept)
 
 
 @dataclass(frozen=True)
@@ -125,9 +159,24 @@ class _Gains:
         return found
 
 
-def choose_layers(found: Mapping[str, LayerErrors], budget: Budget, costs: Mapping[str, float] = COSTS) -> Choice:
-    """Choose a treatment for each layer; errors of steps count alike."""
-    rows = {
+def choose_layers(found: Measurement, budget: Budget, costs: Mapping[str, float] = COSTS) -> Choice:
+    """Choose a treatment for each layer, and check the choice on the whole model.
+
+    Where outlier suppression was tried, the choice without any stands against it, and the better one is returned.
+    """
+    rows = candidates(found.layers, costs)
+    plain = {name: (work, [c for c in of_layer if not c.treatment.smoothed]) for name, (work, of_layer) in rows.items()}
+    choices = [choose(each, budget, costs) for each in ([rows] if plain == rows else [rows, plain])]
+    for choice in choices:
+        choice.measured = found.output({c.name: c.chosen.treatment for c in choice.layers}).overall.decibels
+    return max(choices, key=lambda choice: choice.measured or 0.0)
+
+
+def candidates(
+    found: Mapping[str, LayerErrors], costs: Mapping[str, float]
+) -> dict[str, tuple[float, list[Candidate]]]:
+    """Return each layer's work and candidates; errors of steps count alike."""
+    return {
         name: (
             layer.work,
             [
@@ -137,7 +186,6 @@ def choose_layers(found: Mapping[str, LayerErrors], budget: Budget, costs: Mappi
         )
         for name, layer in found.items()
     }
-    return choose(rows, budget, costs)
 
 
 def step_errors(

@@ -32,6 +32,7 @@ from quant_core.arithmetic.scales import fake_quantize_tokens
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.calibration.timestep import TimestepManager
+from quant_core.layers.deployed import DeployedLayer
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel, reduce_over
 from quant_core.quality.ratio import Ratio, StepRatios, compare
@@ -69,7 +70,7 @@ def layer_noise(
             stack.callback(hook.remove)
         replay(model, records, stage="noise of layers", measured=found, progress=progress)
     flat = [ratios for of_layer in found.values() for ratios in of_layer.values()]
-    _reduce(flat, steps, parallel)
+    add_up(flat, steps, parallel)
     return found
 
 
@@ -78,10 +79,22 @@ def _comparing(deployed: Mapping[Treatment, Any], ratios: Mapping[Treatment, Ste
         x, step = inputs[0].float(), TimestepManager.get_timestep_idx()
         exact = F.linear(x, linear.weight.float(), None if linear.bias is None else linear.bias.float())
         for treatment, layer in deployed.items():
-            here = replace(layer, tensors={key: tensor.to(x.device) for key, tensor in layer.tensors.items()})
-            ratios[treatment].add(step, compare(exact, here(x, step)))
+            ratios[treatment].add(step, compare(exact, _on(layer, x.device)(x, step)))
 
     return hook
+
+
+def in_place_of(layer: DeployedLayer) -> Callable:
+    """Return a forward hook that puts a deployed layer's output in the place of the float layer's."""
+
+    def hook(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return _on(layer, inputs[0].device)(inputs[0], TimestepManager.get_timestep_idx())
+
+    return hook
+
+
+def _on(layer: DeployedLayer, device: torch.device) -> DeployedLayer:
+    return replace(layer, tensors={key: tensor.to(device) for key, tensor in layer.tensors.items()})
 
 
 @torch.no_grad()
@@ -116,8 +129,8 @@ def output_gains(
         for name, energy in zip(names, share_L.tolist()):
             shares[name].add(record.step, Ratio(signal, energy))
         progress("gains of layers", done, len(records))
-    _reduce([*shares.values(), *added.values()], steps, replace(parallel, tp_group=None))
-    _reduce(list(added.values()), steps, replace(parallel, dp_group=None))
+    add_up([*shares.values(), *added.values()], steps, replace(parallel, tp_group=None))
+    add_up(list(added.values()), steps, replace(parallel, dp_group=None))
     return {name: _gain(shares[name], added[name], len(signs_PL)) for name in names}
 
 
@@ -186,7 +199,7 @@ def _gain(shares: StepRatios, added: StepRatios, probes: int) -> dict[int | None
     return found
 
 
-def _reduce(ratios: Sequence[StepRatios], steps: Steps, parallel: Parallel) -> None:
+def add_up(ratios: Sequence[StepRatios], steps: Steps, parallel: Parallel) -> None:
     """Add up over the ranks, of which one may have no record of a step."""
     keys = [(each, step) for each in ratios for step in steps]
     parts = [each.by_step.get(step, Ratio()) for each, step in keys]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from quant_core import M4ProcessorConfig, SessionConfig, quant_model
 from quant_core.calibration.records import as_records
 from quant_core.calibration.replay import replay
-from quant_core.quality.decide import LayerErrors, measure_layers
+from quant_core.quality.budget import BUDGETS, Budget
+from quant_core.quality.decide import LayerErrors, choose_layers, measure_layers
 from quant_core.quality.output_error import MOST_PROBES, _energies, probe_signs
 from quant_core.quality.replayed import compare_outputs, kept_outputs
 from quant_core.schemes.treatment import FLOAT, Treatment
@@ -58,7 +60,7 @@ def session(rules: Mapping[str, Any] | None = None) -> SessionConfig:
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, LayerErrors]:
-    return measure_layers(Mixer(), session(), structure=STRUCTURE)
+    return measure_layers(Mixer(), session(), structure=STRUCTURE).layers
 
 
 def measured(layer: str, treatment: Treatment) -> float:
@@ -101,7 +103,7 @@ def test_a_layer_whose_runtime_multiplies_nothing_has_no_smoothed_treatment(erro
 def test_no_static_treatment_is_offered_whose_range_would_rest_on_few_tokens():
     data = [{"args": [record["args"][0][:, :1]], "timestep_idx": record["timestep_idx"]} for record in records()]
     config = SessionConfig(processor_cfg_map={"w8a8": SCHEMES["w8a8"]()}, calib_data=data)
-    found = measure_layers(Mixer(), config, structure=STRUCTURE)
+    found = measure_layers(Mixer(), config, structure=STRUCTURE).layers
     assert {treatment.scheme for treatment in found["first"].errors} == {"w8a8_dynamic", "w8a16", "float"}
 
 
@@ -114,9 +116,36 @@ def test_the_model_is_left_float_and_records_without_steps_have_no_timestep_trea
     before = model.first.weight.clone()
     data = [{"args": record["args"]} for record in records()]
     config = SessionConfig(processor_cfg_map={"w8a8": SCHEMES["w8a8"]()}, calib_data=data)
-    found = measure_layers(model, config, structure=STRUCTURE)
+    found = measure_layers(model, config, structure=STRUCTURE).layers
     assert torch.equal(model.first.weight, before)
     assert {treatment.scheme for treatment in found["first"].errors} == {"w8a8", "w8a8_dynamic", "w8a16", "float"}
+
+
+def test_the_choice_was_tried_on_the_whole_model_which_is_left_as_it_was():
+    model = Mixer()
+    found = measure_layers(model, session(), structure=STRUCTURE)
+    choice = choose_layers(found, BUDGETS["quality"])
+    assert choice.measured is not None
+    assert choice.measured == pytest.approx(choice.sqnr, abs=2.5)
+    assert not model.first._forward_hooks
+    assert choose_layers(found, Budget(dynamic=0)).measured < choice.measured
+
+
+def test_a_choice_that_the_whole_model_shows_to_be_worse_than_one_without_smoothing_is_not_taken():
+    """Layers say that smoothing is free of error; the model, whose factors are wrong here, does not."""
+    found = measure_layers(Mixer(), session(), structure=STRUCTURE)
+    wrong = {
+        name: replace(change, columns_I=torch.ones(change.columns_I.shape))
+        for name, change in found.smoothing.rescalings.items()
+    }
+    lying = {
+        name: replace(layer, errors={t: dict.fromkeys(e, 1e-9) if t.smoothed else e for t, e in layer.errors.items()})
+        for name, layer in found.layers.items()
+    }
+    misled = replace(found, layers=lying, smoothing=replace(found.smoothing, rescalings=wrong))
+    choice = choose_layers(misled, BUDGETS["speed"])
+    assert not any(layer.chosen.treatment.smoothed for layer in choice.layers)
+    assert choice.measured > 20
 
 
 @pytest.mark.parametrize("layers", [5, 63, 200])
