@@ -56,7 +56,8 @@ class ModelAdapter:
     `transformer_class` and `pipeline_class` are names in the module `library`; `shard_plans` are by layout, the default
     first; `disabled_layers` maps a quantization type to the patterns of layers that its recipe keeps float.
     `approximate` returns a context in which the pipeline may approximate steps; `step_index` returns the denoising step
-    that the current call of the pipeline's transformer belongs to, from 0.
+    that the current call of the pipeline's transformer belongs to, from 0. `set_timesteps` gives a scheduler the steps
+    that the pipeline would, from the options and their number; without it, rows serve the calibrated steps only.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ModelAdapter:
     step_index: Callable[[Any], int]
     result: ResultFormat
     approximate: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    set_timesteps: Callable[[Any, Any, int], object] | None = None
     library: str = "diffusers"
 
     def transformer_type(self) -> Any:

@@ -75,7 +75,7 @@ class Subject:
         self, scheme: str, *, act_method: Any = "minmax", numerics: Any = "float32", smoothing: str = "none"
     ) -> Quality:
         """Quantize a copy of the model and measure it."""
-        all_static = {"timestep_sep": 0} if SCHEMES[scheme].per_step else {}
+        all_static: dict[str, Any] = {"timestep_sep": 0} if SCHEMES[scheme].per_step else {}
         disabled = self.adapter.disabled_layers[scheme]
         processor = SCHEMES[scheme].config(
             cfg=W8A8QuantConfig(act_method=act_method), disable_names=disabled, **all_static

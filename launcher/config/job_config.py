@@ -13,22 +13,29 @@ Nothing here depends on a model or checks one option against another: see `resol
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
+from launcher.config.budget import BudgetWords, SchemeCosts
+from launcher.config.layer_schemes import LayerSchemes
 from launcher.config.yaml_text import commented_yaml
 from model_adapters.options import PipelineOptions
 from model_adapters.quality.gate import Thresholds
 from quant_core.processor import Exponent
 from quant_core.schemes import QUANT_TYPES, SCHEMES
 from quant_core.schemes.option_rules import schemes_that
-from quant_core.schemes.scheme import ActMethod
+from quant_core.schemes.scheme import ActMethod, Scheme
+from quant_core.schemes.treatment import Treatment
+
+AUTO = "auto"
+# What a checkpoint is called whose layers have schemes of their own: the loader knows no name for a mix.
+_MIX = "w8a8"
 
 if TYPE_CHECKING:
     QuantType = str
 else:
-    QuantType = Literal[tuple(QUANT_TYPES)]
+    QuantType = Literal[(*QUANT_TYPES, AUTO)]
 _SUMMARIES = "; ".join(f"{name}: {scheme.summary}" for name, scheme in SCHEMES.items())
 
 
@@ -42,7 +49,10 @@ class Quantization(Section):
     """What is quantized, and how."""
 
     do_quant: bool = Field(default=False, description="calibrate, quantize and publish the transformer")
-    quant_type: QuantType = Field(default="w8a8", description=f"scheme ({_SUMMARIES}; _fa3: with scales for attention)")
+    quant_type: QuantType = Field(
+        default="w8a8",
+        description=f"scheme ({_SUMMARIES}; _fa3: with scales for attention; auto: for each layer the one it needs)",
+    )
     anti_method: Literal["m3", "m4", "m6"] | None = Field(
         default=None, description="outlier suppression before quantizing; left out: none"
     )
@@ -50,9 +60,10 @@ class Quantization(Section):
         default=None, description="exponent of the activations in m4 and m6; left out: the method's own, or its search"
     )
     anti_beta: Exponent | None = Field(default=None, description="exponent of the weights in m6; left out: searched")
-    anti_groups: Literal["default", "all"] = Field(
+    anti_groups: Literal["default", "all", "every"] = Field(
         default="default",
-        description="layers to smooth: the model's usual ones (all, where these stay float), or its optional ones too",
+        description="layers to smooth: the model's usual ones (all, where these stay float), its optional ones too "
+        "(all), or every layer by itself",
     )
     anti_fused: bool = Field(
         default=False, description="fold smoothing into the layers in front, so that nothing is multiplied at run time"
@@ -65,16 +76,47 @@ class Quantization(Section):
         default=None,
         description="layers kept float, by name or pattern; without a value: none; left out: the model's recipe",
     )
-    timestep_sep: int | None = Field(
+    layer_schemes: LayerSchemes = Field(
+        default_factory=dict,
+        description="layers with another scheme, or float: PATTERN=SCHEME, or @FILE with a map; the first match wins, "
+        "over --disable_names too; :plain behind a scheme: without outlier suppression",
+    )
+    budget: BudgetWords = Field(
+        default=("balanced",),
+        description="auto: what accuracy may cost, speed, balanced or quality, or numbers: dynamic=SHARE of the work "
+        "that is not static, cost=MEAN, bytes=N, sqnr=DB of the output that is enough",
+    )
+    scheme_costs: SchemeCosts = Field(
+        default_factory=dict,
+        description="auto: SCHEME=X, how long layers of a scheme take on your card, where others are 1 (static), "
+        "1.15 (dynamic), 2 (w8a16) and 2.2 (float)",
+    )
+    timestep_sep: Annotated[int, Field(ge=0)] | Literal["auto"] | None = Field(
         default=None,
-        ge=0,
         description=f"{schemes_that(lambda scheme: scheme.per_step)}: steps below it run dynamic, the others static; "
-        "left out: half the steps",
+        "left out: half the steps; auto: the least that costs no quality, by measurement",
     )
     scale_sync: Literal["local", "global"] = Field(
         default="local",
         description="scales of row-split layers: of each shard, or equal over the tensor-parallel group",
     )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether measurements choose a scheme for each layer."""
+        return self.quant_type == AUTO
+
+    @property
+    def main_type(self) -> str:
+        """Return the type of all layers that nothing else is said of; the checkpoint is called after its scheme."""
+        return _MIX if self.is_auto else self.quant_type
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """Return the schemes that layers may get, that of the quantization type first."""
+        named = [Treatment.of(value).scheme for value in self.layer_schemes.values()]
+        others = SCHEMES.values() if self.is_auto else (SCHEMES[name] for name in named if name in SCHEMES)
+        return [QUANT_TYPES[self.main_type].scheme, *others]
 
 
 class RankOptions(Section):

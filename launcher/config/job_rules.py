@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from launcher.config.job_config import JobConfig
+from launcher.config.job_config import AUTO, JobConfig
 from model_adapters.quality.gate import Thresholds
 from quant_core.errors import ConfigurationError
-from quant_core.schemes import QUANT_TYPES
-from quant_core.schemes.option_rules import OptionNames, option_problems, schemes_that
+from quant_core.schemes.option_rules import OptionNames, estimator_problems, schemes_that, smoothing_problems
 from quant_core.schemes.scheme import separator
 
 _FLAGS = OptionNames("--quant_type", "--act_method", "--numerics", "--anti_fused", "--anti_method")
@@ -54,7 +53,7 @@ def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[Conf
     boundary, quant_type, steps = job.quantization.timestep_sep, job.quantization.quant_type, job.pipeline.infer_steps
     if boundary is None:
         return
-    if not QUANT_TYPES[quant_type].scheme.per_step:
+    if not any(scheme.per_step for scheme in job.quantization.schemes):
         those = schemes_that(lambda scheme: scheme.per_step)
         yield ConfigurationError(
             f"--timestep_sep {boundary} has no meaning for {quant_type}",
@@ -62,7 +61,7 @@ def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[Conf
             why=f"only {those} treats steps differently",
             advice=f"drop --timestep_sep, or use --quant_type {those}",
         )
-    elif boundary > steps:
+    elif boundary != AUTO and boundary > steps:
         yield ConfigurationError(
             f"--timestep_sep {boundary} lies beyond the last of {steps} steps",
             where="--timestep_sep, --infer_steps",
@@ -81,6 +80,8 @@ def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[Configu
         "anti_fused": every_method,
     }
     method, options = job.quantization.anti_method, type(job.quantization).model_fields
+    if job.quantization.is_auto:
+        return
     for name, methods in readers.items():
         value = getattr(job.quantization, name)
         if value != options[name].default and method not in methods:
@@ -96,14 +97,33 @@ def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[Configu
 def options_fit_the_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
     """Refuse what the scheme, or the numerics, has no use for: an estimator, or a smoothing that it would not undo."""
     options = job.quantization
-    yield from option_problems(
+    yield from estimator_problems(
         options.quant_type,
-        QUANT_TYPES[options.quant_type].scheme,
+        options.schemes,
         act_method=options.act_method,
         numerics=options.numerics,
-        multiplies_input=options.anti_method is not None and not options.anti_fused,
         called=_FLAGS,
     )
+    multiplies_input = options.anti_method is not None and not options.anti_fused
+    yield from smoothing_problems(options.quant_type, options.schemes, multiplies_input=multiplies_input, called=_FLAGS)
+
+
+def auto_measures_what_it_chooses_from(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse options that `auto` does not measure, and its own options without it."""
+    options, defaults = job.quantization, type(job.quantization).model_fields
+    if options.is_auto:
+        names, why = ("anti_fused", "act_method", "numerics"), "its measurements are of true ranges and unfused factors"
+        advice = "drop it, or choose one --quant_type"
+    else:
+        names, why, advice = ("budget", "scheme_costs"), "only auto spends a budget", "--quant_type auto, or drop it"
+    for name in names:
+        if getattr(options, name) != defaults[name].get_default(call_default_factory=True):
+            yield ConfigurationError(
+                f"--{name} has no meaning {'for auto' if options.is_auto else 'without --quant_type auto'}",
+                where=f"--{name}, --quant_type",
+                why=why,
+                advice=advice,
+            )
 
 
 def device_id_counts_cards(job: JobConfig) -> Iterator[ConfigurationError]:
@@ -151,6 +171,7 @@ RULES: tuple[Rule, ...] = (
     timestep_sep_is_a_step_of_a_timestep_scheme,
     smoothing_options_belong_to_their_method,
     options_fit_the_scheme,
+    auto_measures_what_it_chooses_from,
     device_id_counts_cards,
     what_is_asked_for_is_measured,
 )

@@ -66,18 +66,21 @@ class Flag:
     @property
     def is_list(self) -> bool:
         """Whether the flag takes any number of values."""
-        return any(get_origin(kind) in (list, tuple) for kind in self.kinds)
+        return any(get_origin(kind) in (list, tuple, dict) for kind in self.kinds)
 
     @property
     def choices(self) -> list[str]:
         """The values it accepts, when they can be counted."""
-        return [str(choice) for kind in self.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        literals = [kind for kind in self.kinds if get_origin(kind) is Literal]
+        return [str(choice) for kind in literals for choice in get_args(kind)] if literals == self.kinds else []
 
     @property
     def metavar(self) -> str:
         """What stands for the value in the help."""
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
+        if get_origin(self.kinds[0]) is dict:
+            return "NAME=X" if get_args(self.kinds[0])[1] is float else "PATTERN=SCHEME"
         kind = get_args(self.kinds[0])[0] if self.is_list else self.kinds[0]
         return next((text for type_, text in _METAVARS.items() if kind is type_), "PATH")
 

@@ -57,4 +57,4 @@ def _yaml_lines(section: BaseModel, indent: str) -> Iterator[str]:
             continue
         if field.description:
             yield f"{indent}# {field.description}\n"
-        yield textwrap.indent(yaml.safe_dump({name: plain[name]}, allow_unicode=True), indent)
+        yield textwrap.indent(yaml.safe_dump({name: plain[name]}, allow_unicode=True, sort_keys=False), indent)

@@ -108,6 +108,9 @@ def quantization_fingerprint(
 ) -> Fingerprint:
     """Return what this job's shards depend on; disabled_layers: the patterns that were chosen or are the recipe's."""
     options = {**_options(config)["quantization"], "disable_names": list(disabled_layers)}
+    # A list, because the order of the patterns counts; left out where there are none.
+    if rules := options.pop("layer_schemes"):
+        options["layer_schemes"] = [[pattern, scheme] for pattern, scheme in rules.items()]
     return Fingerprint({**calibration.fields, **flatten({"quantization": options})})
 
 

@@ -41,6 +41,11 @@ class RunFolder:
         return self.weights / CONFIG
 
     @property
+    def decisions(self) -> Path:
+        """What was chosen for each layer and why, which `--layer_schemes @FILE` accepts."""
+        return self.weights / "quant_decisions.yaml"
+
+    @property
     def staging(self) -> Path:
         """Where shards wait until all of them have been checked."""
         return self.weights / STAGING

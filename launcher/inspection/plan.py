@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -33,10 +33,11 @@ from model_adapters.weights.transformer_folders import used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer
 from quant_core.errors import ConfigurationError, EnvironmentFailure, ExplainedError
 from quant_core.naming import linear_names, matches, select
-from quant_core.schemes import QUANT_TYPES
+from quant_core.schemes import SCHEMES
+from quant_core.schemes.treatment import FLOAT
 from quant_core.session.checks import check_outputs
 from quant_core.session.streaming import reads_activations
-from quant_core.session.targets import target_layers
+from quant_core.session.targets import layer_plan
 from quant_core.smoothing.groups import ResolvedGroups
 from quant_core.smoothing.smooth import groups_to_smooth
 
@@ -139,16 +140,15 @@ def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter) -> None
         plan.remarks.append("shards and bytes are told by config.json alone: the weights were not looked at")
         part = _describe(config, adapter, tp_size, with_files=False)
     disabled = config.quantization.disable_names
-    patterns = adapter.disabled_layers[config.quantization.quant_type] if disabled is None else disabled
+    patterns = adapter.disabled_layers[config.quantization.main_type] if disabled is None else disabled
     known = [p for p in patterns if plan.attempt(lambda p=p: select(names, p, where="--disable_names"))]
-    plan.scopes = _scopes(part.model if part else whole, known, config, part)
-    _look_at_quantization(plan, config, adapter, part.model if part else whole, known)
+    _look_at_layers(plan, config, adapter, part, part.model if part else whole, known)
     if part is not None:
         plan.memory = estimate_memory(
             adapter,
             part,
             config.pipeline,
-            quant_type=config.quantization.quant_type,
+            quant_type=config.quantization.main_type,
             disabled=tuple(known),
             batches=max(1, plan.batches),
         )
@@ -177,38 +177,50 @@ def _divides(shard_plan: ShardPlan, model: nn.Module, tp_size: int) -> bool:
     return True
 
 
-def _scopes(model: nn.Module, disabled: Sequence[str], config: JobConfig, part: TransformerPart | None) -> list[Scope]:
-    scheme, targets = QUANT_TYPES[config.quantization.quant_type].scheme.quant_type, set(target_layers(model, disabled))
-    found: dict[tuple[str, str, str, tuple[int, int]], int] = {}
+def _look_at_layers(
+    plan: Plan,
+    config: JobConfig,
+    adapter: ModelAdapter,
+    part: TransformerPart | None,
+    model: nn.Module,
+    disabled: Sequence[str],
+) -> None:
+    """Find out which layer gets which scheme, and what the quantizer would refuse."""
+    options, structure = config.quantization, adapter.structure
+    session = plan.attempt(lambda: session_of(processors(options, disabled), options, []))
+    layers = session and plan.attempt(lambda: layer_plan(model, session))
+    if session is None or layers is None:
+        return
+    schemes = {name: SCHEMES[chosen.key] for name, chosen in layers.items()}
+    types = {name: options.quant_type if options.is_auto else scheme.quant_type for name, scheme in schemes.items()}
+    rules = {p: f"--layer_schemes {p}=float" for p, chosen in session.layer_schemes.items() if chosen == FLOAT}
+    plan.scopes = _scopes(model, types, rules | {p: f"--disable_names {p}" for p in disabled if p not in rules}, part)
+    if not options.do_quant:
+        return
+    plan.attempt(lambda: check_outputs(model, schemes))
+    plan.streams = config.output.calibrate == "needed" and not reads_activations(model, session)
+    if (smoothing := session.smoothing) is not None:
+        plan.smoothing = plan.attempt(lambda: groups_to_smooth(model, smoothing, structure=structure, targets=layers))
+
+
+def _scopes(
+    model: nn.Module, types: Mapping[str, str], rules: Mapping[str, str], part: TransformerPart | None
+) -> list[Scope]:
+    """Count layers that are alike; types: of those to quantize; rules: what keeps others float, by its pattern."""
+    found: dict[tuple[str, str, str, str, tuple[int, int]], int] = {}
     for name in linear_names(model):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear), "linear_names lists no other"
-        pattern = next((pattern for pattern in disabled if matches(name, pattern)), None)
-        reason = "" if name in targets else f"--disable_names {pattern}" if pattern else "the model's output"
+        rule = next((rule for pattern, rule in rules.items() if matches(name, pattern)), None)
+        reason = "" if name in types else rule or "the model's output"
         style = part.shards[name].style.value if part and name in part.shards else "replicated"
-        key = re.sub(r"\.\d+\.", ".*.", name, count=1), reason, style, (linear.out_features, linear.in_features)
+        pattern = re.sub(r"\.\d+\.", ".*.", name, count=1)
+        key = pattern, types.get(name, "float"), reason, style, (linear.out_features, linear.in_features)
         found[key] = found.get(key, 0) + 1
     return [
-        Scope(pattern, count, "float" if reason else scheme, reason, style, local)
-        for (pattern, reason, style, local), count in found.items()
+        Scope(pattern, count, scheme, reason, style, local)
+        for (pattern, scheme, reason, style, local), count in found.items()
     ]
-
-
-def _look_at_quantization(
-    plan: Plan, config: JobConfig, adapter: ModelAdapter, model: nn.Module, disabled: Sequence[str]
-) -> None:
-    options = config.quantization
-    if not options.do_quant:
-        return
-    session = plan.attempt(lambda: session_of(processors(options, disabled), options, []))
-    if session is None:
-        return
-    targets = target_layers(model, disabled)
-    plan.attempt(lambda: check_outputs(model, dict.fromkeys(targets, QUANT_TYPES[options.quant_type].scheme)))
-    plan.streams = config.output.calibrate == "needed" and not reads_activations(session)
-    if (smoothing := session.smoothing) is not None:
-        structure = adapter.structure
-        plan.smoothing = plan.attempt(lambda: groups_to_smooth(model, smoothing, structure=structure, targets=targets))
 
 
 def _look_at_disk(plan: Plan, config: JobConfig) -> None:

@@ -16,7 +16,6 @@ from launcher.ranks.agreement import gather_objects
 from launcher.stages.encode import encode
 from launcher.stages.images import Gallery, lacking, run_pipeline
 from launcher.stages.job import Job, Results
-from launcher.stages.quantize import reads_dump
 from launcher.stages.same_numbers import SameNumbers
 from quant_core.calibration.capture import DumperManager
 from quant_core.calibration.records import load_dump
@@ -49,7 +48,7 @@ def calibrate(job: Job, results: Results) -> Path | None:
 
 def _is_needless(job: Job) -> bool:
     wanted = job.config.output.calibrate == "always" or job.config.evaluation.evaluate == 0  # which measures on it
-    if wanted or reads_dump(job):
+    if wanted or job.model.reads_activations:
         return False
     quant_type = job.config.quantization.quant_type
     job.console.say(f"calibrate: skipped, {quant_type} reads no activations (--calibrate always dumps them anyway)")

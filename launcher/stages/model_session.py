@@ -20,9 +20,10 @@ from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline, release_pipeline
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
-from quant_core.schemes import QUANT_TYPES
+from quant_core.schemes import SCHEMES
 from quant_core.session.checks import check_outputs
-from quant_core.session.targets import target_layers
+from quant_core.session.streaming import reads_activations
+from quant_core.session.targets import layer_plan
 from quant_core.smoothing.smooth import groups_to_smooth
 
 
@@ -35,6 +36,8 @@ class ModelSession:
     adapter: ModelAdapter = field(init=False)
     _transformer: LoadedTransformer | None = None
     _pipeline: Any = None
+    # Whether quantizing has to replay calibration data; known once the job was checked.
+    reads_activations: bool = True
     # On the host, by batch of prompts; filled before the transformer is loaded.
     embeddings: dict[Prompts, Embeddings] = field(default_factory=dict)
 
@@ -46,7 +49,7 @@ class ModelSession:
     def disabled_layers(self) -> tuple[str, ...]:
         """Return the patterns of layers to keep float: the user's, else those of the model's recipe."""
         chosen = self.config.quantization.disable_names
-        return self.adapter.disabled_layers[self.config.quantization.quant_type] if chosen is None else chosen
+        return self.adapter.disabled_layers[self.config.quantization.main_type] if chosen is None else chosen
 
     @property
     def layout(self) -> str:
@@ -69,8 +72,9 @@ class ModelSession:
         """Refuse patterns without a layer, options that exclude each other, and smoothing without a group."""
         options = self.config.quantization
         session = session_of(processors(options, self.disabled_layers), options, [])
-        targets = target_layers(model, self.disabled_layers)
-        check_outputs(model, dict.fromkeys(targets, QUANT_TYPES[options.quant_type].scheme))
+        targets = layer_plan(model, session)
+        check_outputs(model, {name: SCHEMES[config.key] for name, config in targets.items()})
+        self.reads_activations = reads_activations(model, session)
         if session.smoothing is not None:
             groups_to_smooth(model, session.smoothing, structure=self.adapter.structure, targets=targets)
 

@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from launcher.config.job_config import Quantization
+from launcher.config.job_config import AUTO, Quantization
 from quant_core import FA3ProcessorConfig, M6Config, SessionConfig, W8A8QuantConfig
 from quant_core.errors import ConfigurationError
 from quant_core.processor import ProcessorConfig
-from quant_core.schemes import QUANT_TYPES
+from quant_core.schemes import QUANT_TYPES, SCHEMES
+from quant_core.schemes.scheme import Scheme, SchemeConfig
+from quant_core.schemes.treatment import FLOAT, Treatment
 from quant_core.smoothing import METHODS
 
 Config = TypeVar("Config", bound=ProcessorConfig)
+# The outlier suppression that `auto` tries on each layer when none was asked for.
+_TRIED = "m4"
 
 
 def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[ProcessorConfig]:
     """Return the processors of a job: its scheme, its attention quantization, its outlier suppression."""
-    scheme, with_attention = QUANT_TYPES[options.quant_type]
-    found: list[ProcessorConfig] = [
-        _configured(
-            scheme.config,
-            cfg=W8A8QuantConfig(act_method=options.act_method),
-            disable_names=disabled_layers,
-            timestep_sep=options.timestep_sep,
-        )
-    ]
+    scheme, with_attention = QUANT_TYPES[options.main_type]
+    found: list[ProcessorConfig] = [_scheme_config(scheme, options, disable_names=disabled_layers)]
     if with_attention:
         found.append(FA3ProcessorConfig())
-    if options.anti_method is not None:
+    method = options.anti_method or (_TRIED if options.is_auto else None)
+    if method is not None:
         suppression = _configured(
-            METHODS[options.anti_method].config,
-            smoothing_groups=options.anti_groups,
+            METHODS[method].config,
+            smoothing_groups="every" if options.is_auto else options.anti_groups,
             fused=options.anti_fused,
             alpha=options.anti_alpha,
             cfg=M6Config(alpha=options.anti_alpha, beta=options.anti_beta),
         )
         found.append(suppression)
     return found
+
+
+def layer_schemes(options: Quantization) -> dict[str, SchemeConfig | Literal["float"]]:
+    """Return the layers that get another scheme, by pattern in the order that counts."""
+    chosen = {pattern: Treatment.of(value) for pattern, value in options.layer_schemes.items()}
+    return {
+        pattern: "float" if scheme == FLOAT else _scheme_config(SCHEMES[scheme], options, smoothed=smoothed)
+        for pattern, (scheme, smoothed) in chosen.items()
+    }
+
+
+def _scheme_config(scheme: Scheme, options: Quantization, **chosen: Any) -> SchemeConfig:
+    act_method = options.act_method if scheme.observes_input else "minmax"
+    cfg = W8A8QuantConfig(act_method=act_method)
+    # Where `auto` chooses rows for each step, it has measured them in every step.
+    separator = 0 if options.is_auto and options.timestep_sep is None else options.timestep_sep
+    separator = None if separator == AUTO else separator
+    return _configured(scheme.config, cfg=cfg, timestep_sep=separator, **chosen)
 
 
 def _configured(config: type[Config], **options: Any) -> Config:
@@ -52,6 +68,7 @@ def session_of(found: Sequence[ProcessorConfig], options: Quantization, records:
     try:
         return SessionConfig(
             processor_cfg_map={processor.key: processor for processor in found},
+            layer_schemes=layer_schemes(options),
             calib_data=records,
             numerics=options.numerics,
         )
@@ -59,7 +76,7 @@ def session_of(found: Sequence[ProcessorConfig], options: Quantization, records:
         problems = [problem["msg"].removeprefix("Value error, ") for problem in error.errors(include_url=False)]
         raise ConfigurationError(
             "the quantization options do not fit each other",
-            where="--quant_type, --anti_method, --act_method, --numerics",
+            where="--quant_type, --layer_schemes, --anti_method, --act_method, --numerics",
             why="; ".join(problems),
             advice="change one of them",
         ) from None

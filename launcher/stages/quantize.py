@@ -6,21 +6,28 @@ over them, and the first writes it.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from launcher.config.job_config import AUTO, Quantization
 from launcher.failure.phases import run_together
 from launcher.files.shard_note import equal_on_all_ranks, read_note, write_note
 from launcher.ranks.agreement import all_agree
+from launcher.stages.choose import choose
 from launcher.stages.job import Job, Results
 from launcher.stages.processors import processors, session_of
+from launcher.stages.restep import SCHEDULER_KEY
 from model_adapters.parallel.tensor_parallel import assert_collectives
+from model_adapters.pipeline.noise_levels import noise_levels, scheduler_settings
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.records import load_dump
+from quant_core.checkpoint.resampling import SIGMAS_KEY
 from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.errors import InputError
 from quant_core.parallel.groups import Parallel
@@ -28,7 +35,7 @@ from quant_core.parallel.sharding import Shard
 from quant_core.schemes import QUANT_TYPES
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.quantize import QuantizedModel, quant_model
-from quant_core.session.streaming import quantize_streaming, reads_activations
+from quant_core.session.streaming import quantize_streaming
 
 
 def quantize(job: Job, results: Results, dump: Path | None) -> None:
@@ -42,22 +49,18 @@ def quantize(job: Job, results: Results, dump: Path | None) -> None:
         job.console.say(f"quantize: reusing {results.folder.staged().weights}")
         return
     digests = WrittenDigests()
-    if dump is not None and reads_dump(job):
+    if dump is not None and job.model.reads_activations:
         result, part = _in_memory(job, results, dump, digests)
     else:
         result, part = _from_disk(job, results, digests)
     run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part, digests))
-    job.console.say(f"quantize: {len(result.layers)} layers as {result.quant_type}")
-
-
-def reads_dump(job: Job) -> bool:
-    """Tell whether the result of this job depends on activations."""
-    return reads_activations(_session(job, []))
+    types = Counter(layer.scheme.quant_type for layer in result.layers.values())
+    job.console.say("quantize: " + ", ".join(f"{count} layers as {kind}" for kind, count in types.items()))
 
 
 def quant_type(job: Job) -> str:
     """Return the type of the checkpoint that this job publishes, which its files are named after."""
-    return QUANT_TYPES[job.config.quantization.quant_type].scheme.name
+    return QUANT_TYPES[job.config.quantization.main_type].scheme.name
 
 
 def _in_memory(
@@ -68,13 +71,21 @@ def _in_memory(
     records = run_together(job.ranks, "reading the calibration data", lambda: _records(dump, results))
     job.model.drop_pipeline()
     digests.wanted = _equal_on_all_ranks(job, loaded)
+    parallel, options = _parallel(job, loaded.shards), job.config.quantization
+
+    def progress(stage: str, done: int, total: int) -> None:
+        _progress(job, stage, done, total)
+
+    if options.is_auto or options.timestep_sep == AUTO:
+        options = choose(job, results, loaded, _session(job, options, records), parallel, progress)
+        job.watch.enter("quantize")
     with job.model.computing():
         result = quant_model(
             loaded.model,
-            _session(job, records, *_saves(job, results)),
+            _session(job, options, records, *_saves(job, results)),
             structure=job.model.adapter.structure,
-            parallel=_parallel(job, loaded.shards),
-            progress=lambda stage, done, total: _progress(job, stage, done, total),
+            parallel=parallel,
+            progress=progress,
             digests=digests,
         )
     assert_collectives(loaded.model)
@@ -102,7 +113,7 @@ def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[Qua
     result = quantize_streaming(
         part.model,
         part.read,
-        _session(job, [], *_saves(job, results)),
+        _session(job, job.config.quantization, [], *_saves(job, results)),
         parallel=_parallel(job, part.shards),
         device=job.ranks.device,
         progress=lambda stage, done, total: _progress(job, stage, done, total),
@@ -117,9 +128,8 @@ def _progress(job: Job, stage: str, done: int, total: int) -> None:
     job.watch.safe_point(job.ranks.tp_control)
 
 
-def _session(job: Job, records: list[Any], *saves: SaveProcessorConfig) -> SessionConfig:
-    """Say in the quantizer's words what the job asks for."""
-    options = job.config.quantization
+def _session(job: Job, options: Quantization, records: list[Any], *saves: SaveProcessorConfig) -> SessionConfig:
+    """Say in the quantizer's words what the options ask for."""
     return session_of([*processors(options, job.model.disabled_layers), *saves], options, records)
 
 
@@ -138,8 +148,19 @@ def _saves(job: Job, results: Results) -> Iterator[SaveProcessorConfig]:
             "layout": job.model.layout,
             "tp_rank": str(job.ranks.mesh.tp_rank),
             "tp_size": str(job.ranks.mesh.tp_size),
+            **_noise_levels(job),
         },
     )
+
+
+def _noise_levels(job: Job) -> dict[str, str]:
+    """Say in the header at which noise levels the rows of steps are, so that rows of other steps follow from them."""
+    options = job.config.pipeline
+    if not any(scheme.per_step for scheme in job.config.quantization.schemes) or not job.model.adapter.set_timesteps:
+        return {}
+    settings = scheduler_settings(options.path)
+    levels = noise_levels(job.model.adapter, settings, options, options.infer_steps)
+    return {SIGMAS_KEY: json.dumps(levels), SCHEDULER_KEY: json.dumps(settings)}
 
 
 def _equal_on_all_ranks(job: Job, part: TransformerPart | LoadedTransformer) -> Callable[[str, Tensor], bool]:

@@ -11,6 +11,7 @@ from model_adapters.flux.recipes import DISABLED_LAYERS
 from model_adapters.flux.shard_plan import SHARD_PLANS
 from model_adapters.flux.structure import STRUCTURE
 from model_adapters.pipeline.generation import PNG, generate
+from model_adapters.pipeline.noise_levels import set_shifted_timesteps
 from model_adapters.pipeline.step_cache import step_cache
 from model_adapters.pipeline.step_index import step_index
 
@@ -26,6 +27,13 @@ def encode(pipeline: Any, prompts: list[str], options: FluxOptions) -> Embedding
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
+def set_timesteps(scheduler: Any, options: FluxOptions, steps: int) -> None:
+    """Give a scheduler the pipeline's steps: evenly spaced sigmas, shifted by the image's tokens of 16 x 16 pixels."""
+    tokens = (options.width // 16) * (options.height // 16)
+    sigmas = [1 - step / steps for step in range(steps)]
+    set_shifted_timesteps(scheduler, steps, tokens, sigmas=sigmas)
+
+
 ADAPTER = ModelAdapter(
     name="flux",
     options=FluxOptions,
@@ -39,6 +47,7 @@ ADAPTER = ModelAdapter(
     generate=generate,
     approximate=step_cache,
     step_index=step_index,
+    set_timesteps=set_timesteps,
     result=PNG,
     transformer_inputs=transformer_inputs,
 )

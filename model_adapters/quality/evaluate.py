@@ -27,7 +27,15 @@ from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.quality.ratio import StepRatios
-from quant_core.quality.replayed import HELD_BYTES, LayerOutput, compare_layers, compare_outputs, kept_outputs, sampled
+from quant_core.quality.replayed import (
+    HELD_BYTES,
+    LayerOutput,
+    compare_layers,
+    compare_outputs,
+    held_together,
+    kept_outputs,
+    sampled,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def published(files: CheckpointFiles) -> Published:
         return output
 
     return Published(
-        schemes=dict.fromkeys(checkpoint.inventory.layers, checkpoint.inventory.quant_type),
+        schemes={name: group.type for name, group in checkpoint.inventory.layers.items()},
         layer=layer,
         deploy=lambda model: load_deployed(model, files),
     )
@@ -121,19 +129,6 @@ def _compare_layers(
         combines = collectives(transformer)
         found |= compare_layers(transformer, names, layers.__getitem__, records, combines=combines, progress=tell)
     return found
-
-
-def held_together(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Return the names in groups, in their order, each of at most so many bytes (or of one name)."""
-    groups: list[list[str]] = []
-    held = 0
-    for name, size in sizes.items():
-        if not groups or held + size > most:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += size
-    return groups
 
 
 def _weights(transformer: nn.Module, name: str) -> int:

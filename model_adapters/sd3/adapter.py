@@ -6,6 +6,7 @@ from typing import Any
 
 from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.pipeline.generation import PNG, generate
+from model_adapters.pipeline.noise_levels import set_shifted_timesteps
 from model_adapters.pipeline.step_index import step_index
 from model_adapters.sd3.inputs import transformer_inputs
 from model_adapters.sd3.options import SD3Options
@@ -27,6 +28,11 @@ def encode(pipeline: Any, prompts: list[str], options: SD3Options) -> Embeddings
     return dict(zip(names, encoded))
 
 
+def set_timesteps(scheduler: Any, options: SD3Options, steps: int) -> None:
+    """Give a scheduler the pipeline's steps: its own, shifted by the image's tokens where its settings say so."""
+    set_shifted_timesteps(scheduler, steps, (options.width // 16) * (options.height // 16))
+
+
 ADAPTER = ModelAdapter(
     name="sd3",
     options=SD3Options,
@@ -39,6 +45,7 @@ ADAPTER = ModelAdapter(
     encode=encode,
     generate=generate,
     step_index=step_index,
+    set_timesteps=set_timesteps,
     result=PNG,
     transformer_inputs=transformer_inputs,
 )

@@ -95,9 +95,6 @@ class _Survey:
         self._check_one_to_one(types)
         known = self._known(types)
         layers, attentions = self._by_name(_layers(known)), self._by_name(_attentions(known))
-        if layers and quant_type not in {group.type for group in layers.values()}:
-            why = "files are named after it, so it is the type of some layer"
-            self.described("model type", "", f"{MODEL_TYPE_KEY} is {quant_type!r}, and no layer's type is", why)
         groups = [*layers.values(), *attentions.values()]
         for group in groups:
             self._check_complete(group, known)

@@ -104,6 +104,10 @@ class Checkpoint:
         weight = BY_TYPE[group.type].codec.decode(tensors["weight"], tensors["weight_scale"])
         return weight * tensors["mul_scale"].to(torch.float32) if "mul_scale" in tensors else weight
 
+    def __contains__(self, name: str) -> bool:
+        """Tell whether there is a tensor of that name."""
+        return name in self._infos
+
     def info(self, name: str) -> TensorInfo:
         """Return dtype and shape of a stored tensor, without reading it."""
         return self._infos[name]

@@ -54,20 +54,41 @@ def quantize_linear(
     whether records will be replayed through the layer; if not, its codes take the place of the weight at once.
     Raises InputError for a weight that is not finite.
     """
-    float_OI, mul_scale_I = linear.weight.detach(), None
-    w_OI: Rows = float_OI
-    if rescaling is not None:
-        w_OI, mul_scale_I = RescaledRows(float_OI, rescaling, numerics), rescaling.mul_scale_I
-        if linear.bias is not None:
-            linear.bias.data.copy_(rescaling.bias(linear.bias.detach()))
-    amax_O1 = scheme.codec.row_maxima(w_OI)
-    check_weight(name, amax_O1)
-    amax_O1 = reduce_over(scale_group, "max", amax_O1)
-    weight = scheme.codec.encode(w_OI, amax_O1, float_OI.dtype, numerics, fake_OI=float_OI if runs else None)
+    fake_OI = linear.weight.detach() if runs else None
+    layer = encode_linear(name, linear, scheme, numerics, scale_group=scale_group, rescaling=rescaling, fake_OI=fake_OI)
     if not runs:
-        linear.weight = nn.Parameter(weight.codes, requires_grad=False)
-    bias_O = None if linear.bias is None else linear.bias.detach()
-    layer = QuantizedLayer(name, scheme, weight.codes.cpu(), weight.scale, bias_O, mul_scale_I)
+        linear.weight = nn.Parameter(layer.codes_OI, requires_grad=False)
+    if layer.bias_O is not None:
+        linear.bias.data.copy_(layer.bias_O)
+        layer.bias_O = linear.bias.detach()
+    layer.codes_OI = layer.codes_OI.cpu()
     linear.__class__ = CalibratedLinear
     linear.layer = layer  # type: ignore[assignment]
     return layer
+
+
+def encode_linear(
+    name: str,
+    linear: nn.Linear,
+    scheme: Scheme,
+    numerics: Numerics,
+    *,
+    scale_group: Group | None = None,
+    rescaling: Rescaling | None = None,
+    fake_OI: Tensor | None = None,
+) -> QuantizedLayer:
+    """Return what a linear would be, quantized, its codes where the weight is; see `quantize_linear`.
+
+    fake_OI: takes the weight that the codes stand for; without it, nothing of the linear is changed.
+    """
+    float_OI, mul_scale_I = linear.weight.detach(), None
+    bias_O = None if linear.bias is None else linear.bias.detach()
+    w_OI: Rows = float_OI
+    if rescaling is not None:
+        w_OI, mul_scale_I = RescaledRows(float_OI, rescaling, numerics), rescaling.mul_scale_I
+        bias_O = None if bias_O is None else rescaling.bias(bias_O)
+    amax_O1 = scheme.codec.row_maxima(w_OI)
+    check_weight(name, amax_O1)
+    amax_O1 = reduce_over(scale_group, "max", amax_O1)
+    weight = scheme.codec.encode(w_OI, amax_O1, float_OI.dtype, numerics, fake_OI=fake_OI)
+    return QuantizedLayer(name, scheme, weight.codes, weight.scale, bias_O, mul_scale_I)

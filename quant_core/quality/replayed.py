@@ -107,6 +107,19 @@ def evenly_spaced(steps: Sequence[int], most: int) -> set[int]:
     return {steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)}
 
 
+def held_together(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Return the names in groups, in their order, each of at most so many bytes (or of one name)."""
+    groups: list[list[str]] = []
+    held = 0
+    for name, size in sizes.items():
+        if not groups or held + size > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
 def _comparing(name: str, deployed: Callable[[str], LayerOutput], ratios: StepRatios, combine: Combine) -> Any:
     """Return a forward hook that compares a float linear with its deployed self, in float32."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from quant_core.errors import ConfigurationError
@@ -26,21 +26,20 @@ def schemes_that(have: Callable[[Scheme], bool]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def option_problems(
+def estimator_problems(
     quant_type: str,
-    scheme: Scheme,
+    schemes: Sequence[Scheme],
     *,
     act_method: str,
     numerics: str,
-    multiplies_input: bool,
     called: OptionNames = OptionNames(),  # noqa: B008, it is immutable
 ) -> Iterator[ConfigurationError]:
-    """Yield what does not fit. quant_type: the scheme as it was asked for; multiplies_input: smoothing, not fused."""
-    if act_method != "minmax" and not scheme.observes_input:
+    """Yield what does not fit an estimator. quant_type: the scheme as it was asked for; schemes: what layers get."""
+    if act_method != "minmax" and not any(scheme.observes_input for scheme in schemes):
         yield ConfigurationError(
             f"{called.act_method} {act_method} has no meaning for {quant_type}",
             where=f"{called.act_method}, {called.scheme}",
-            why=f"no activation range is estimated: {scheme.summary}",
+            why=f"no activation range is estimated: {schemes[0].summary}",
             advice=f"drop {called.act_method}, or use {schemes_that(lambda other: other.observes_input)}",
         )
     elif act_method != "minmax" and numerics == "reference":
@@ -50,7 +49,17 @@ def option_problems(
             why="what the reference tool computes for it is not public; only minmax can be equal to the last bit",
             advice=f"{called.numerics} float32, or {called.act_method} minmax",
         )
-    if multiplies_input and not scheme.multiplies_input:
+
+
+def smoothing_problems(
+    quant_type: str,
+    schemes: Sequence[Scheme],
+    *,
+    multiplies_input: bool,
+    called: OptionNames = OptionNames(),  # noqa: B008, it is immutable
+) -> Iterator[ConfigurationError]:
+    """Yield what does not fit a smoothing, as `estimator_problems`. multiplies_input: smoothing, not fused."""
+    if multiplies_input and not any(scheme.multiplies_input for scheme in schemes):
         yield ConfigurationError(
             f"{quant_type} can only be smoothed with {called.fused}",
             where=f"{called.smoothing}, {called.scheme}",

@@ -42,12 +42,14 @@ class W8A8QuantConfig(StrictModel):
 class SchemeConfig(ProcessorConfig):
     """Configure a quantization scheme.
 
-    `disable_names`: linear layers to keep float, exact names or patterns.
+    `disable_names`: linear layers to keep float, exact names or patterns. `smoothed`: whether outlier suppression, if
+    the session has one, changes these layers.
     """
 
     kind: ClassVar[str] = "quantization scheme"
     cfg: W8A8QuantConfig = Field(default_factory=W8A8QuantConfig)
     disable_names: Sequence[str] = ()
+    smoothed: bool = True
 
 
 class PerStepConfig(SchemeConfig):

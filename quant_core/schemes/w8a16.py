@@ -33,7 +33,8 @@ def output(x: Tensor, tensors: Tensors, call: Call) -> Tensor:
     from quant_core.arithmetic.runtime import needed
 
     w_OI = INT8_ROWS.decode(needed(tensors, "weight"), needed(tensors, "weight_scale")).to(x.dtype)
-    return F.linear(x, w_OI, tensors.get("bias"))
+    bias_O = tensors.get("bias")
+    return F.linear(x, w_OI, None if bias_O is None else bias_O.to(x.dtype))
 
 
 SCHEME = Scheme(

@@ -57,20 +57,21 @@ def check_records(session: Session) -> None:
     """Check that a session that replays records has some, with their steps if it needs them. Raises InputError."""
     if not session.observes:
         return
-    records, scheme, group = session.records, session.scheme, session.parallel.dp_group
+    records, group = session.records, session.parallel.dp_group
+    names = ", ".join(scheme.quant_type for scheme in session.schemes)
     # A data-parallel rank without a prompt of its own is fine, and must not leave the others waiting.
     if not reduce_over(group, "sum", torch.tensor(len(records))):
         raise InputError(
-            f"{scheme.quant_type} needs calibration data and got none",
+            f"{names} needs calibration data and got none",
             where="calib_data",
             why="static ranges and attention scales are measured by replaying what the model was called with",
             advice=f"dump some with DumperManager, or use {schemes_that(lambda s: not s.observes_input)} without fa3",
         )
-    if scheme.per_step and (unknown := [i for i, record in enumerate(records) if record.step is None]):
+    if session.per_step and (unknown := [i for i, record in enumerate(records) if record.step is None]):
         raise InputError(
             f"{len(unknown)} calibration records do not say their denoising step",
             where=f"calib_data, record {unknown[0]}",
-            why=f"{scheme.quant_type} keeps a range for each step",
+            why=f"{names} keeps a range for each step",
             advice="dump with DumperManager(model, capture_mode='timestep')",
         )
 
@@ -80,10 +81,11 @@ def first_static_step(session: Session) -> int | None:
 
     One beyond the last step means that all steps run dynamic; it warns, because that is seldom what is wanted.
     """
-    scheme, timesteps = session.config.scheme, len(session.steps)
-    if not isinstance(scheme, PerStepConfig):
+    if not session.per_step:
         return None
-    first = separator(scheme.timestep_sep, timesteps)
+    timesteps = len(session.steps)
+    asked = next(config.timestep_sep for config in session.plan.values() if isinstance(config, PerStepConfig))
+    first = separator(asked, timesteps)
     if first > timesteps:
         warnings.warn(
             f"timestep_sep {first} lies beyond the last of {timesteps} steps, so every step will run dynamic; "

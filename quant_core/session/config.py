@@ -7,16 +7,18 @@ would be silently ignored or contradict itself is refused here, before a model i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from quant_core.attention.session import FA3ProcessorConfig
 from quant_core.errors import ConfigurationError, suggestion
 from quant_core.processor import ProcessorConfig, StrictModel
 from quant_core.schemes import SCHEMES
-from quant_core.schemes.option_rules import option_problems, schemes_that
-from quant_core.schemes.scheme import SchemeConfig
+from quant_core.schemes.option_rules import estimator_problems, schemes_that, smoothing_problems
+from quant_core.schemes.scheme import PerStepConfig, SchemeConfig
 from quant_core.smoothing import METHODS
 from quant_core.smoothing.method import SmoothingConfig
 
@@ -52,6 +54,8 @@ _PROCESSORS: dict[str, type[ProcessorConfig]] = {
 class SessionConfig(StrictModel):
     """Describe one quantization: processors by name, calibration data, device and numerics.
 
+    layer_schemes: layers that get another scheme than the map's one, or stay "float": by pattern, the first match
+    wins, and it wins over `disable_names`. A scheme is its configuration, or its name with nothing chosen.
     calib_data: records as `DumperManager` saves them, or a list of positional argument lists.
     device: where to run ("npu", "cuda", "cpu"); where the model is when left out. dev_id: its index.
     """
@@ -59,10 +63,18 @@ class SessionConfig(StrictModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     processor_cfg_map: dict[str, SerializeAsAny[ProcessorConfig]]
+    layer_schemes: dict[str, SerializeAsAny[SchemeConfig] | Literal["float"]] = Field(default_factory=dict)
     calib_data: Any = None
     device: str | None = None
     dev_id: int | None = Field(default=None, ge=0)
     numerics: Literal["float32", "reference"] = "float32"
+
+    @field_validator("layer_schemes", mode="before")
+    @classmethod
+    def _schemes_by_name(cls, rules: Any) -> Any:
+        if not isinstance(rules, Mapping):
+            return rules
+        return {p: SCHEMES[s].config() if isinstance(s, str) and s in SCHEMES else s for p, s in rules.items()}
 
     @model_validator(mode="after")
     def _processors_fit(self) -> SessionConfig:
@@ -74,10 +86,11 @@ class SessionConfig(StrictModel):
                 raise ValueError(f"{' and '.join(keys)} are each a {kind}: a session has one, so drop all but one")
         if not any(isinstance(processor, SchemeConfig) for processor in self.processor_cfg_map.values()):
             raise ValueError(f"no quantization scheme: add {schemes_that(lambda scheme: True)}")
-        if self.fa3 and not SCHEMES[self.scheme.key].with_attention:
+        without = [config.key for config in self.schemes if not SCHEMES[config.key].with_attention]
+        if self.fa3 and without:
             those = schemes_that(lambda scheme: scheme.with_attention)
             raise ConfigurationError(
-                f"fa3 goes with {those} only, not with {self.scheme.key}",
+                f"fa3 goes with {those} only, not with {without[0]}",
                 where="processor_cfg_map",
                 why="a runtime that quantizes attention quantizes the linear layers around it token by token",
                 advice=f"replace the scheme by {those}, or drop fa3",
@@ -86,20 +99,30 @@ class SessionConfig(StrictModel):
 
     @model_validator(mode="after")
     def _options_fit(self) -> SessionConfig:
-        for problem in option_problems(
-            self.scheme.key,
-            SCHEMES[self.scheme.key],
-            act_method=self.scheme.cfg.act_method,
-            numerics=self.numerics,
-            multiplies_input=self.smoothing is not None and not self.smoothing.fused,
+        multiplies_input = self.smoothing is not None and not self.smoothing.fused
+        problems = [
+            estimator_problems(c.key, [SCHEMES[c.key]], act_method=c.cfg.act_method, numerics=self.numerics)
+            for c in self.schemes
+        ]
+        schemes = [SCHEMES[config.key] for config in self.schemes]
+        for problem in chain(
+            *problems, smoothing_problems(self.scheme.key, schemes, multiplies_input=multiplies_input)
         ):
             raise problem
+        separators = {config.timestep_sep for config in self.schemes if isinstance(config, PerStepConfig)}
+        if len(separators) > 1:
+            raise ValueError(f"timestep_sep is {separators}: a runtime has one, for all layers")
         return self
 
     @property
     def scheme(self) -> SchemeConfig:
-        """Return the one quantization scheme."""
+        """Return the scheme of all layers that `layer_schemes` does not name; the checkpoint is called after it."""
         return next(p for p in self.processor_cfg_map.values() if isinstance(p, SchemeConfig))
+
+    @property
+    def schemes(self) -> list[SchemeConfig]:
+        """Return every scheme that a layer may get."""
+        return [self.scheme, *(config for config in self.layer_schemes.values() if config != "float")]
 
     @property
     def smoothing(self) -> SmoothingConfig | None:

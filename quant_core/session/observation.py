@@ -20,15 +20,15 @@ from quant_core.session.session import Session
 def input_observer(session: Session, layer: QuantizedLayer) -> InputObserver | None:
     """Return what watches the layer's input during the replay, or None when nothing needs to."""
     # The reference tool calibrates attention behind static layers, whatever the scheme (spec: to the last bit).
-    if not (session.scheme.observes_input or (session.attentions and session.numerics.is_reference)):
+    if not (layer.scheme.observes_input or (session.attentions and session.numerics.is_reference)):
         return None
-    estimator = ESTIMATORS[session.numerics.name][session.config.scheme.cfg.act_method]
+    estimator = ESTIMATORS[session.numerics.name][session.plan[layer.name].cfg.act_method]
     importance_I = None
     if estimator.weighs_channels:
         importance_I = channel_importance(layer.name, layer.codes_OI, layer.weight_scale_O1, session.parallel)
     sync = _range_sync(session.parallel.scale_group(layer.name))
     fresh = partial(estimator.fresh, importance_I)
-    return InputObserver(session.numerics, fresh, per_step=session.scheme.per_step, sync=sync)
+    return InputObserver(session.numerics, fresh, per_step=layer.scheme.per_step, sync=sync)
 
 
 def _range_sync(group: Group | None) -> SyncRange:
@@ -46,18 +46,21 @@ def reduce_ranges(session: Session, layers: Mapping[str, QuantizedLayer]) -> Non
 
     All ranks come through with the same outcome: an absent statistic is a neutral one until all are combined.
     """
-    if not session.scheme.observes_input:
-        return
-    steps, parallel = session.steps, session.parallel
-    observed = [(layer, layer.observer) for layer in layers.values() if layer.observer is not None]
-    calls = torch.tensor([[observer.calls[step] for step in steps] for _, observer in observed])
+    parallel = session.parallel
+    observed = [
+        (layer.name, layer.observer, step)
+        for layer in layers.values()
+        if layer.observer is not None and layer.scheme.observes_input
+        for step in session.steps_of(layer.scheme)
+    ]
+    calls = torch.tensor([observer.calls[step] for _, observer, step in observed])
     calls = reduce_over(parallel.dp_group, "sum", calls)
     if (missing := (calls == 0).nonzero()).numel():
-        row, column = missing[0].tolist()
-        raise _never_ran(observed[row][0].name, steps[column], len(missing))
-    reduce_many(parallel.dp_group, (part for _, observer in observed for s in steps for part in observer.state(s)))
-    shared = [observer for layer, observer in observed if parallel.scale_group(layer.name) is not None]
-    reduce_many(parallel.tp_group, (part for observer in shared for s in steps for part in observer.state(s)))
+        name, _, step = observed[int(missing[0])]
+        raise _never_ran(name, step, len(missing))
+    reduce_many(parallel.dp_group, (part for _, observer, step in observed for part in observer.state(step)))
+    shared = [(observer, step) for name, observer, step in observed if parallel.scale_group(name) is not None]
+    reduce_many(parallel.tp_group, (part for observer, step in shared for part in observer.state(step)))
 
 
 def _never_ran(layer: str, step: int | None, count: int) -> InputError:

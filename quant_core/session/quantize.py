@@ -34,6 +34,7 @@ from quant_core.layers.calibrated import quantize_linear
 from quant_core.layers.deployed import deploy
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel
+from quant_core.schemes import SCHEMES
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation
 from quant_core.session.checks import check_float, check_numerics, check_outputs, check_records, first_static_step
@@ -46,9 +47,10 @@ from quant_core.structure import ModelStructure, find_structure
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """Say what a session made: the scheme's type, the layers by name, the files.
+    """Say what a session made: the type that the checkpoint is called after, the layers by name, the files.
 
-    A per-step scheme also has its number of timesteps, and `timestep_sep`: steps below it are to run dynamic.
+    With layers of a per-step scheme it also has the number of timesteps, and `timestep_sep`: steps below it are to run
+    dynamic.
     `skipped_groups`: which groups outlier suppression left out, by their first linear, and why.
     """
 
@@ -79,19 +81,19 @@ def quant_model(
     """
     session = Session(model, config, structure or find_structure(model), parallel or Parallel(), progress)
     check_float(model)
-    check_outputs(model, dict.fromkeys(session.targets, session.scheme))
+    check_outputs(model, {name: session.scheme_of(name) for name in session.targets})
     check_numerics(session)
     check_records(session)
     timestep_sep = first_static_step(session)
     _move_to_device(model, config)
-    smoothing = _smooth(session)
+    smoothing = smoothing_of(session)
     layers = _quantize_weights(session, smoothing)
     _observe(session, layers)
     _derive_tensors(session, layers)
     files = _save(session, timestep_sep, digests)
     deploy(model, timestep_sep=timestep_sep)
-    timesteps = len(session.steps) if session.scheme.per_step else None
-    return QuantizedModel(session.scheme.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
+    timesteps = len(session.steps) if session.per_step else None
+    return QuantizedModel(session.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
 
 
 def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
@@ -100,21 +102,31 @@ def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
         model.to(f"{config.device}{index}")
 
 
-def _smooth(session: Session) -> Smoothing:
-    """Return how outlier suppression changes the layers, not at all when the session has none."""
+def smoothing_of(session: Session) -> Smoothing:
+    """Return how outlier suppression changes the layers, not at all when the session has none.
+
+    A layer whose runtime does not multiply its input, or that is to be left alone, is not divided by anything.
+    """
     if session.config.smoothing is None:
         return Smoothing()
-    return smooth(
+    found = smooth(
         session.model,
         session.config.smoothing,
         session.records,
         structure=session.structure,
         targets=session.targets,
         numerics=session.numerics,
-        codec=session.scheme.codec,
+        codec=SCHEMES[session.config.scheme.key].codec,
         parallel=session.parallel,
         progress=session.progress,
     )
+    fused = session.config.smoothing.fused
+    kept = {
+        name: rescaling
+        for name, rescaling in found.rescalings.items()
+        if fused or (session.scheme_of(name).multiplies_input and session.plan[name].smoothed)
+    }
+    return Smoothing(kept, found.skipped)
 
 
 def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, QuantizedLayer]:
@@ -123,7 +135,7 @@ def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, Quant
         layers[name] = layer = quantize_linear(
             name,
             linear_at(session.model, name),
-            session.scheme,
+            session.scheme_of(name),
             session.numerics,
             scale_group=session.parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
@@ -151,13 +163,14 @@ def _observe(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
 
 def _derive_tensors(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
     for done, layer in enumerate(layers.values(), start=1):
-        given = Derivation(session.steps, session.numerics, session.parallel.scale_group(layer.name))
-        layer.tensors = session.scheme.layer_tensors(layer, given)
+        steps = session.steps_of(layer.scheme)
+        given = Derivation(steps, session.numerics, session.parallel.scale_group(layer.name))
+        layer.tensors = layer.scheme.layer_tensors(layer, given)
         session.progress("derive", done, len(layers))
 
 
 def _save(session: Session, timestep_sep: int | None, digests: WrittenDigests | None) -> CheckpointFiles | None:
-    save, quant_type = session.config.save, session.scheme.quant_type
+    save, quant_type = session.config.save, session.quant_type
     if save is None:
         return None
     extra = {name: attention.entries() for name, attention in session.attentions.items()}

@@ -16,9 +16,9 @@ from quant_core.calibration.records import Record, as_records
 from quant_core.calibration.replay import Progress
 from quant_core.parallel.groups import Parallel, reduce_over
 from quant_core.schemes import SCHEMES
-from quant_core.schemes.scheme import Scheme
+from quant_core.schemes.scheme import Scheme, SchemeConfig
 from quant_core.session.config import SessionConfig
-from quant_core.session.targets import target_layers
+from quant_core.session.targets import layer_plan
 from quant_core.structure import ModelStructure
 
 
@@ -38,14 +38,33 @@ class Session:
         return NUMERICS[self.config.numerics]
 
     @cached_property
-    def scheme(self) -> Scheme:
-        """The quantization scheme."""
-        return SCHEMES[self.config.scheme.key]
+    def plan(self) -> dict[str, SchemeConfig]:
+        """The linear layers to quantize, in model order, and how each."""
+        return layer_plan(self.model, self.config)
 
-    @cached_property
+    @property
     def targets(self) -> list[str]:
         """The linear layers to quantize, in model order."""
-        return target_layers(self.model, self.config.scheme.disable_names)
+        return list(self.plan)
+
+    def scheme_of(self, layer: str) -> Scheme:
+        """Return the scheme of one of the targets."""
+        return SCHEMES[self.plan[layer].key]
+
+    @cached_property
+    def schemes(self) -> list[Scheme]:
+        """The schemes that layers have, each once."""
+        return [SCHEMES[key] for key in dict.fromkeys(config.key for config in self.plan.values())]
+
+    @property
+    def quant_type(self) -> str:
+        """The type that the checkpoint is called after."""
+        return SCHEMES[self.config.scheme.key].quant_type
+
+    @property
+    def per_step(self) -> bool:
+        """Whether any layer keeps a range for each denoising step."""
+        return any(scheme.per_step for scheme in self.schemes)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -54,7 +73,7 @@ class Session:
         Only the reference numerics depends on the order: its steps descend, each with its records as they came.
         """
         records = as_records(self.config.calib_data)
-        if not (self.scheme.per_step and self.numerics.is_reference):
+        if not (self.per_step and self.numerics.is_reference):
             return records
         return sorted(records, key=lambda record: -1 if record.step is None else record.step, reverse=True)
 
@@ -66,12 +85,14 @@ class Session:
     @property
     def observes(self) -> bool:
         """Whether the session replays the records through the quantized layers."""
-        return self.scheme.observes_input or bool(self.attentions)
+        return any(scheme.observes_input for scheme in self.schemes) or bool(self.attentions)
+
+    def steps_of(self, scheme: Scheme) -> Sequence[int | None]:
+        """Return the denoising steps that a layer of this scheme has ranges of; [None] for one range."""
+        return self.steps if scheme.per_step else [None]
 
     @cached_property
-    def steps(self) -> Sequence[int | None]:
-        """The denoising steps that any rank has records of, from 0 on without a gap; [None] for one range."""
-        if not self.scheme.per_step:
-            return [None]
+    def steps(self) -> Sequence[int]:
+        """The denoising steps that any rank has records of, from 0 on without a gap."""
         last = max((record.step for record in self.records if record.step is not None), default=-1)
         return list(range(int(reduce_over(self.parallel.dp_group, "max", torch.tensor(last))) + 1))

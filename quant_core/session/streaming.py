@@ -12,7 +12,7 @@ written): 432 MiB, whatever the depth of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +37,15 @@ from quant_core.session.checks import check_outputs
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
 from quant_core.session.read_ahead import ReadTensor, read_ahead
-from quant_core.session.targets import target_layers
+from quant_core.session.targets import layer_plan
 
 
-def reads_activations(config: SessionConfig) -> bool:
-    """Tell whether a session needs calibration data: static ranges, smoothing and attention scales do."""
-    observes = SCHEMES[config.scheme.key].observes_input
+def reads_activations(model: nn.Module, config: SessionConfig) -> bool:
+    """Tell whether a session needs calibration data: static ranges, smoothing and attention scales do.
+
+    model: the one to quantize, or a description of it on the meta device.
+    """
+    observes = any(SCHEMES[scheme.key].observes_input for scheme in layer_plan(model, config).values())
     return observes or config.smoothing is not None or config.fa3 is not None
 
 
@@ -65,7 +68,7 @@ def quantize_streaming(
     The tensors and the description are those of `quant_model`. The layers of the result are on the meta device.
     Without a place to save, nothing is read.
     """
-    if reads_activations(config):
+    if reads_activations(model, config):
         raise AssertionError("a session that reads activations needs the model: quant_model")
     if config.save is not None and config.save.part_file_size is not None:
         raise ConfigurationError(
@@ -74,31 +77,30 @@ def quantize_streaming(
             why="every tensor goes straight to its place in one file",
             advice="drop part_file_size, or quantize with quant_model",
         )
-    parallel, numerics, scheme = parallel or Parallel(), NUMERICS[config.numerics], SCHEMES[config.scheme.key]
-    targets = target_layers(model, config.scheme.disable_names)
-    check_outputs(model, dict.fromkeys(targets, scheme))
-    layers = describe_layers(model, targets, scheme, numerics)
+    parallel, numerics = parallel or Parallel(), NUMERICS[config.numerics]
+    quant_type = SCHEMES[config.scheme.key].quant_type
+    plan = {name: SCHEMES[scheme.key] for name, scheme in layer_plan(model, config).items()}
+    check_outputs(model, plan)
+    layers = describe_layers(model, plan, numerics)
     if config.save is None:
-        return QuantizedModel(scheme.quant_type, layers, None)
+        return QuantizedModel(quant_type, layers, None)
     described = list(entries(model, buffers=not numerics.is_reference, extra={}))
-    tensors, files = {entry.name: entry.tensor for entry in described}, checkpoint_files(config.save, scheme.quant_type)
-    metadata, quantize = config.save.metadata, _LayerStep(scheme, numerics, torch.device(device), parallel)
+    tensors, files = {entry.name: entry.tensor for entry in described}, checkpoint_files(config.save, quant_type)
+    metadata, quantize = config.save.metadata, _LayerStep(numerics, torch.device(device), parallel)
 
     def write(path: Path) -> None:
         with TensorFile(path, tensors, metadata, in_front=CODES, digests=digests) as file:
             _carry(layers, read, quantize, file, tensors, progress)
 
     write_atomically(files.weights, write)
-    write_text_atomically(files.description, description_text(described, scheme.quant_type))
-    return QuantizedModel(scheme.quant_type, layers, files)
+    write_text_atomically(files.description, description_text(described, quant_type))
+    return QuantizedModel(quant_type, layers, files)
 
 
-def describe_layers(
-    model: nn.Module, targets: Iterable[str], scheme: Scheme, numerics: Numerics
-) -> dict[str, QuantizedLayer]:
-    """Make each target layer of a model on the meta device look as if it had been quantized; return them by name."""
+def describe_layers(model: nn.Module, plan: Mapping[str, Scheme], numerics: Numerics) -> dict[str, QuantizedLayer]:
+    """Make each layer of the plan on the meta device look as if it had been quantized; return them by name."""
     layers = {}
-    for name in targets:
+    for name, scheme in plan.items():
         linear = linear_at(model, name)
         codes_OI = torch.empty_like(linear.weight, dtype=torch.int8)
         layer = QuantizedLayer(name, scheme, codes_OI, linear.weight.new_empty(len(codes_OI), 1), linear.bias)
@@ -140,14 +142,13 @@ def _parts(layer: QuantizedLayer) -> list[str]:
 class _LayerStep:
     """Turn one layer's float tensors into what the checkpoint holds of it."""
 
-    scheme: Scheme
     numerics: Numerics
     device: torch.device
     parallel: Parallel
 
     def __call__(self, described: QuantizedLayer, floats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the layer's tensors by full name; floats: what was read of it, which is taken out and freed."""
-        name, dtype, codec = described.name, described.weight_scale_O1.dtype, self.scheme.codec
+        name, dtype, codec = described.name, described.weight_scale_O1.dtype, described.scheme.codec
         # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
         w_OI = floats.pop(f"{name}.weight").to(self.device, dtype)
         bias_O = None if described.bias_O is None else floats.pop(f"{name}.bias").to(dtype)
@@ -155,8 +156,8 @@ class _LayerStep:
         check_weight(name, amax_O1)
         group = self.parallel.scale_group(name)
         weight = codec.encode(w_OI, reduce_over(group, "max", amax_O1), dtype, self.numerics)
-        layer = QuantizedLayer(name, self.scheme, weight.codes, weight.scale, bias_O)
-        tensors = self.scheme.layer_tensors(layer, Derivation([None], self.numerics, group))
+        layer = QuantizedLayer(name, described.scheme, weight.codes, weight.scale, bias_O)
+        tensors = described.scheme.layer_tensors(layer, Derivation([None], self.numerics, group))
         return {f"{name}.{tensor_name}": tensor for tensor_name, tensor in tensors.items()}
 
 

@@ -1,12 +1,17 @@
-"""Which linear layers of a model a session quantizes."""
+"""Which linear layers of a model a session quantizes, and by which scheme each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from quant_core.naming import linear_names, select
+from quant_core.naming import linear_names, matches, select
+from quant_core.schemes.scheme import SchemeConfig
+
+if TYPE_CHECKING:
+    from quant_core.session.config import SessionConfig
 
 
 def target_layers(model: nn.Module, disable_names: Sequence[str]) -> list[str]:
@@ -19,3 +24,20 @@ def target_layers(model: nn.Module, disable_names: Sequence[str]) -> list[str]:
     kept_float = set(select(names, disable_names, where=f"disable_names, model {type(model).__name__}"))
     kept_float.add(names[-1])
     return [name for name in names if name not in kept_float]
+
+
+def layer_plan(model: nn.Module, config: SessionConfig) -> dict[str, SchemeConfig]:
+    """Return the scheme of each linear layer to quantize, in model order.
+
+    The first pattern of `layer_schemes` that matches a layer decides; then `disable_names` keep layers float; all
+    others get the session's one scheme. Raises ConfigurationError for a pattern that matches no layer.
+    """
+    names, rules = linear_names(model), config.layer_schemes
+    select(names, rules, where=f"layer_schemes, model {type(model).__name__}")
+    others = dict.fromkeys(target_layers(model, config.scheme.disable_names), config.scheme)
+    plan: dict[str, SchemeConfig] = {}
+    for name in names[:-1]:
+        found = next((scheme for pattern, scheme in rules.items() if matches(name, pattern)), others.get(name))
+        if isinstance(found, SchemeConfig):
+            plan[name] = found
+    return plan

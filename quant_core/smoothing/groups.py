@@ -12,7 +12,7 @@ from quant_core.errors import ConfigurationError
 from quant_core.naming import matches
 from quant_core.structure import ModelStructure, Modulation, SmoothingGroup
 
-Selection = Literal["default", "all"]
+Selection = Literal["default", "all", "every"]
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,19 @@ def resolve(
 ) -> ResolvedGroups:
     """Return the groups of the model, block by block; one with a member that stays float is left out whole.
 
-    targets: the linears that will be quantized. fused: groups with the same values become one. The default groups are
-    the model's usual ones, and its optional ones too where all usual ones stay float.
-    Raises ConfigurationError when nothing is left to smooth.
+    targets: the linears that will be quantized. selection: the default groups are the model's usual ones, and its
+    optional ones too where all usual ones stay float; `all` is both; `every` is also each linear that no group names,
+    as a group of its own, and leaves no group out for a member that stays float. fused: groups with the same values
+    become one. Raises ConfigurationError when nothing is left to smooth.
     """
     if structure is None:
         raise _no_structure(model)
     usual, optional = structure.smoothing_groups, structure.optional_smoothing_groups
     resolved = ResolvedGroups()
-    for declared in (usual, usual + optional)[selection == "all" :]:
+    for declared in (usual, usual + optional)[selection != "default" :]:
         found = list(_declared_on(model, declared))
+        if selection == "every":
+            found = _every(found, targets)
         resolved = _without_float_members(_joined_by_values(found) if fused else found, targets)
         if resolved.smoothed:
             return resolved
@@ -75,6 +78,19 @@ def _without_float_members(groups: Iterable[LinearGroup], targets: Collection[st
         else:
             resolved.smoothed.append(group)
     return resolved
+
+
+def _every(groups: Iterable[LinearGroup], targets: Collection[str]) -> list[LinearGroup]:
+    """Return groups that hold every target: those of the model without their float members, and one for each other."""
+    groups = list(groups)
+    kept = [
+        LinearGroup((members,), group.modulation, group.values)
+        for group in groups
+        for shared in group.inputs
+        if (members := tuple(name for name in shared if name in targets))
+    ]
+    grouped = {name for group in kept for name in group.linears}
+    return kept + [LinearGroup(((name,),)) for name in targets if name not in grouped]
 
 
 def _declared_on(model: nn.Module, declared: Iterable[SmoothingGroup]) -> Iterator[LinearGroup]:

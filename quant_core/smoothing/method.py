@@ -18,8 +18,9 @@ from quant_core.smoothing.statistics import Tokens
 class SmoothingConfig(ProcessorConfig):
     """Configure an outlier suppression.
 
-    `smoothing_groups`: the model's default groups (its usual ones, or its optional ones where all those stay float), or
-    all of both. `fused`: let the linears in front absorb the factors, so that nothing is multiplied at run time.
+    `smoothing_groups`: the model's default groups (its usual ones, or its optional ones where all those stay float),
+    all of both, or every quantized layer (`every`). `fused`: let the linears in front absorb the factors, so that
+    nothing is multiplied at run time.
     """
 
     kind: ClassVar[str] = "outlier suppression"

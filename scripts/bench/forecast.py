@@ -45,8 +45,8 @@ def _forecast(row: Row, folder: Path, ranks: int) -> dict[str, int]:
         adapter,
         part,
         options,
-        quant_type=quantization.quant_type,
-        disabled=adapter.disabled_layers[quantization.quant_type],
+        quant_type=quantization.main_type,
+        disabled=adapter.disabled_layers[quantization.main_type],
         batches=row.prompts,
     )
     return {name: getattr(found, name) for name in _STAGES.values()}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from quant_core import M3ProcessorConfig, M4ProcessorConfig, M6ProcessorConfig, SessionConfig, W8A8QuantConfig
-from quant_core.errors import ConfigurationError
 from quant_core.ranges import ESTIMATORS
 from quant_core.schemes import SCHEMES
-from quant_core.schemes.option_rules import option_problems
+from quant_core.schemes.option_rules import estimator_problems, smoothing_problems
 from quant_core.smoothing.method import SmoothingConfig
 
 # With the groups inside the blocks, which SD3 has alone: its others need context_embedder, which stays float.
@@ -37,14 +36,11 @@ class Method:
     @property
     def is_allowed(self) -> bool:
         """Tell whether its parts fit each other."""
-        problems: Iterable[ConfigurationError] = option_problems(
-            self.scheme,
-            SCHEMES[self.scheme],
-            act_method=self.estimator,
-            numerics=self.numerics,
-            multiplies_input=self.smoothing != "none",
-        )
-        return not any(True for _ in problems)
+        schemes = [SCHEMES[self.scheme]]
+        return not [
+            *estimator_problems(self.scheme, schemes, act_method=self.estimator, numerics=self.numerics),
+            *smoothing_problems(self.scheme, schemes, multiplies_input=self.smoothing != "none"),
+        ]
 
     def session(self, records: list[Any], disabled: tuple[str, ...]) -> SessionConfig:
         """Say it in the quantizer's words. disabled: patterns of layers kept float."""

@@ -35,7 +35,8 @@ COUNTS = {
     "pipeline": _OF_PIPELINE,
     "quantization": {
         *("quant_type", "anti_method", "anti_alpha", "anti_beta", "anti_groups", "anti_fused"),
-        *("act_method", "numerics", "timestep_sep", "scale_sync"),
+        *("act_method", "numerics", "timestep_sep", "scale_sync", "layer_schemes"),
+        *("budget", "scheme_costs"),
     },
     "ranks": {"device"},
     "output": set[str](),
@@ -104,6 +105,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "ranks that share a copy": ({"tp_size": 2}, ALL),
     "fewer prompts": ({"pipeline": {"max_num_prompt": 1}}, ALL),
     "the scheme": ({"quantization": {"quant_type": "w8a8_dynamic"}}, {"quantization", "images"}),
+    "the scheme of some layers": ({"quantization": {"layer_schemes": {"*": "w8a16"}}}, {"quantization", "images"}),
     "smoothing": ({"quantization": {"anti_method": "m4"}}, {"quantization", "images"}),
     "layers kept float": ({"quantization": {"disable_names": ()}}, {"quantization", "images"}),
     "approximated steps": ({"pipeline": {"use_cache": True}}, {"images"}),

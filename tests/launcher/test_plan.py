@@ -110,7 +110,9 @@ def test_smoothing_groups_are_counted_by_their_pattern(folder: Path):
     assert len(plan.smoothing.smoothed) == 6 * 19
     said = "\n".join(told(plan, "npu"))
     assert "19 transformer_blocks.*.attn.to_q + transformer_blocks.*.attn.to_k + transformer_blocks.*.attn.to_v" in said
-    nothing = planned(folder, "sd3", "--anti_method", "m4", "--disable_names", "transformer_blocks.*", "context_embedder")
+    nothing = planned(
+        folder, "sd3", "--anti_method", "m4", "--disable_names", "transformer_blocks.*", "context_embedder"
+    )
     assert [problem.what for problem in nothing.problems] == [
         "no group of linears of SD3Transformer2DModel is left to smooth"
     ]

@@ -68,7 +68,6 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "unknown model type": ("w8a8", retype("model_quant_type", "W4A8"), "model_quant_type is 'W4A8'"),
     "model type in lower case": ("w8a8", retype("model_quant_type", "w8a8"), "model_quant_type is 'w8a8'"),
     "no model type": ("w8a8", lambda t, d: d.pop("model_quant_type"), "model_quant_type is None"),
-    "other known model type": ("w8a8", retype("model_quant_type", "W8A8_DYNAMIC"), "and no layer's type is"),
     "unknown type": ("w8a8", retype("first.weight", "W8A8_MIX"), "'first.weight' has the unknown type 'W8A8_MIX'"),
     "float in lower case": ("w8a8", retype("last.bias", "float"), "'last.bias' has the unknown type 'float'"),
     "type that is no string": ("w8a8", retype("last.bias", ["FLOAT"]), "'last.bias' has the unknown type ['FLOAT']"),

@@ -75,8 +75,8 @@ def test_a_scheme_that_observes_nothing_streams_to_the_same_bytes(tmp_path: Path
         save = SaveProcessorConfig(output_path=str(tmp_path / folder))
         return SessionConfig(processor_cfg_map={name: SCHEMES[name].config(), "save": save})
 
-    assert not reads_activations(config("streamed"))
     model = build(kind).to(dtype)
+    assert not reads_activations(model, config("streamed"))
     described = type(model)(**model.config).to(dtype).to("meta")
     streamed = quantize_streaming(described, model.state_dict().__getitem__, config("streamed")).files
     held = quant_model(build(kind).to(dtype), config("held")).files

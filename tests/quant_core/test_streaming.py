@@ -76,7 +76,8 @@ def test_a_rank_that_saves_nothing_reads_nothing():
 
 
 def test_only_a_dynamic_session_without_smoothing_and_attention_scales_streams():
-    assert not reads_activations(session(None))
-    assert reads_activations(session(None, m4=M4ProcessorConfig()))
-    assert reads_activations(SessionConfig(processor_cfg_map={"w8a8": W8A8ProcessorConfig()}))
-    assert reads_activations(GoldenCase("flux_w8a8_dynamic_fa3_bf16").session(None))
+    model = build("flux")
+    assert not reads_activations(model, session(None))
+    assert reads_activations(model, session(None, m4=M4ProcessorConfig()))
+    assert reads_activations(model, SessionConfig(processor_cfg_map={"w8a8": W8A8ProcessorConfig()}))
+    assert reads_activations(model, GoldenCase("flux_w8a8_dynamic_fa3_bf16").session(None))

@@ -69,8 +69,18 @@ def float_part(kind: str, pipeline: Path, dtype: torch.dtype) -> nn.Module:
     ).model
 
 
-def publish(kind: str, quant_type: str, dtype: torch.dtype, folder: Path, variant: str = "plain") -> Path:
-    """Quantize the tiny transformer on one record a step, ever wider; save it in the folder, and return that."""
+def publish(
+    kind: str,
+    quant_type: str,
+    dtype: torch.dtype,
+    folder: Path,
+    variant: str = "plain",
+    layer_schemes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Quantize the tiny transformer on one record a step, ever wider; save it in the folder, and return that.
+
+    layer_schemes: of the layers that get another scheme than `quant_type`, by pattern.
+    """
     base = example_inputs(kind, dtype)
     records = [
         {"args": [], "kwargs": base | {"hidden_states": base["hidden_states"] * (1 + step)}, "timestep_idx": step}
@@ -78,7 +88,8 @@ def publish(kind: str, quant_type: str, dtype: torch.dtype, folder: Path, varian
     ]
     scheme = SCHEMES[quant_type]()
     processors = {scheme.key: scheme, "save": SaveProcessorConfig(output_path=str(folder)), **VARIANTS[variant]}
-    quant_model(float_model(kind, dtype), SessionConfig(processor_cfg_map=processors, calib_data=records))
+    config = SessionConfig(processor_cfg_map=processors, layer_schemes=dict(layer_schemes or {}), calib_data=records)
+    quant_model(float_model(kind, dtype), config)
     return folder
 
 

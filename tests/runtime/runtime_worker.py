@@ -90,7 +90,9 @@ def compared(
         if quant_type == WEIGHT_ONLY:
             found[name] = [weight_only_agreement(case, name, module, dtype)]
         else:
-            found[name] = list(agreements(published[quant_type], name, module, dtype))
+            # A checkpoint of all types is named once, under the type that it is called after.
+            source = published[quant_type] if quant_type in published else next(iter(published.values()))
+            found[name] = list(agreements(source, name, module, dtype))
     return found
 
 
@@ -98,7 +100,8 @@ def agreements(checkpoint: Checkpoint, name: str, module: nn.Module, dtype: torc
     """Yield the agreement of one layer with the product's arithmetic, of each step if it has steps."""
     generator = torch.Generator().manual_seed(len(name))
     layer, timesteps = checkpoint.read_layer(name), checkpoint.inventory.timesteps
-    for step in [None] if timesteps is None else range(timesteps):
+    has_steps = timesteps is not None and layer.arithmetic.scheme.per_step
+    for step in range(timesteps or 0) if has_steps else [None]:
         if step is not None:
             RUNTIME.TimestepManager.set_timestep_idx(step)
         x = example_input(layer.tensors, step, generator).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ CHANGES: dict[str, tuple[str, str, Change]] = {
 # What a mixed file is made of: smoothed and other layers beside each other. W8A16 layers come from the dynamic ones,
 # which therefore are not smoothed.
 MIXED = {"W8A8": "m4", "W8A8_TIMESTEP": "m4", "W8A8_DYNAMIC": "plain"}
+# The product's own mix, in a smoothed session: a scheme for each kind of layer.
+LAYER_SCHEMES = {
+    "*.to_[qk]": "w8a8_dynamic",
+    "*.norm*.linear": "w8a16",
+    "*.to_add_out": "w8a16",
+    "single_*": "w8a8_timestep",
+    "*.net.2": "float",
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,15 @@ def mixed_cases(folder: Path) -> dict[str, Case]:
     return cases
 
 
+def product_cases(folder: Path) -> dict[str, Case]:
+    cases = {}
+    for dtype in DTYPES:
+        made = publish("flux", "W8A8", getattr(torch, dtype), folder / dtype / "layer schemes", "m4", LAYER_SCHEMES)
+        description = str(files_in(made, "W8A8").description)
+        cases[f"layer schemes {dtype}"] = Case(description, dtype, "flux", {"W8A8": str(made)}, registration=LINE)
+    return cases
+
+
 def other_cases(folder: Path) -> dict[str, Case]:
     """Load published files, as they are, in ways that the product does not ask for."""
 
@@ -97,7 +115,7 @@ def other_cases(folder: Path) -> dict[str, Case]:
 
 @pytest.fixture(scope="module")
 def cases(folder: Path) -> dict[str, Case]:
-    return changed_cases(folder) | mixed_cases(folder) | other_cases(folder)
+    return changed_cases(folder) | mixed_cases(folder) | product_cases(folder) | other_cases(folder)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +146,24 @@ def test_layers_of_every_type_stand_in_one_file_and_compute_as_if_alone(
     assert answer.classes == described_classes(Path(cases[f"mixed {dtype}"].description))
     assert set(answer.classes.values()) == {"W8A8QuantLinear", "W8A8TimeStepQuantLinear", "WeightQuantLinear"}
     assert answer.disagreeing == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_products_own_mix_is_loaded_layer_by_layer_and_computes_what_it_says(
+    dtype: str, cases: dict[str, Case], answers: dict[str, Answer]
+) -> None:
+    answer = answers[f"layer schemes {dtype}"]
+    assert answer.error == ""
+    assert answer.classes == described_classes(Path(cases[f"layer schemes {dtype}"].description))
+    # All linear layers of the tiny FLUX but the two net.2 and the last one, which stay float.
+    assert Counter(answer.classes.values()) == {
+        "W8A8QuantLinear": 20,
+        "W8A8TimeStepQuantLinear": 3,
+        "WeightQuantLinear": 4,
+    }
+    assert answer.disagreeing == []
+    assert answer.output_error is not None
+    assert answer.output_error < (0.005 if dtype == "bfloat16" else 0.03)  # as for one scheme alone
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -83,6 +83,7 @@ _AFTER = (
         example="python -m launcher report results/safetensors",
     ),
     Command("diff", "Compare two published checkpoints.", "launcher.cli.commands.diff"),
+    Command("restep", "Copy a checkpoint for another number of steps.", "launcher.cli.commands.restep"),
     Command("trace", "Show what each rank of a job did when.", "launcher.cli.commands.trace"),
 )
 

@@ -1,0 +1,38 @@
+"""`restep`: rows for another number of steps, or another shift, of a checkpoint that has a row for each step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field
+
+from launcher.config.job_config import Section
+from launcher.config.option_flags import POSITIONAL
+from launcher.devices.kinds import use_only
+from launcher.devices.launch import Launch
+
+
+class RestepOptions(Section):
+    """Write a copy of a published checkpoint that serves another number of denoising steps."""
+
+    folder: Annotated[Path, POSITIONAL] = Field(
+        description="folder of the published weights",
+        validation_alias=AliasChoices("quant_weight_save_folder", "folder"),
+    )
+    infer_steps: int = Field(ge=1, description="denoising steps that the copy is for")
+    shift: float | None = Field(default=None, gt=0, description="shift of the scheduler; left out: as calibrated")
+    to: Path | None = Field(default=None, description="folder of the copy; left out: FOLDER_<steps>steps beside it")
+
+
+def options(name: str) -> type[RestepOptions]:
+    """Return the options of the command."""
+    return RestepOptions
+
+
+def run(options: RestepOptions, launch: Launch | None) -> None:
+    """Compute the rows and publish, in this process, without a device."""
+    use_only("cpu")
+    from launcher.stages.restep import restep_files
+
+    restep_files(options.folder, options.infer_steps, shift=options.shift, to=options.to)

@@ -1,0 +1,87 @@
+"""Read which layers get another scheme: words of a command line, a map in YAML, or a file that holds one.
+
+    --layer_schemes 'transformer_blocks.0.*=w8a8_dynamic' '*.norm*.linear=w8a16' '*net.2*=float'
+    --layer_schemes @quant_decisions.yaml
+
+A value is a scheme's name or `float`; `:plain` behind a scheme keeps outlier suppression away from the layer. The order
+counts: the first pattern that matches a layer decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from launcher.config.yaml_text import parse_yaml
+from quant_core.errors import ConfigurationError, suggestion
+from quant_core.schemes import SCHEMES
+from quant_core.schemes.treatment import FLOAT, PLAIN, Treatment
+
+FLAG = "--layer_schemes"
+# In a file that holds more than the map, its key.
+KEY = "layer_schemes"
+
+
+def read_layer_schemes(given: Any) -> Any:
+    """Return the map in the order given; raises ConfigurationError for what is none, naming the word or the file."""
+    if isinstance(given, Mapping):
+        return dict(_checked(given.items(), FLAG))
+    if not isinstance(given, (list, tuple)):
+        return given
+    found: dict[str, str] = {}
+    for word in given:
+        for pattern, value in _rules(str(word)):
+            found.setdefault(pattern, value)
+    return found
+
+
+LayerSchemes = Annotated[dict[str, str], BeforeValidator(read_layer_schemes)]
+
+
+def _rules(word: str) -> Iterable[tuple[str, str]]:
+    if word.startswith("@"):
+        return _of_file(Path(word[1:]))
+    pattern, equals, value = word.rpartition("=")
+    if not (pattern and equals):
+        raise ConfigurationError(
+            f"'{word}' names no scheme",
+            where=FLAG,
+            why="a word is PATTERN=SCHEME, or @FILE",
+            advice=f"'{word.strip('=') or '*'}=w8a8_dynamic'",
+        )
+    return _checked([(pattern, value)], FLAG)
+
+
+def _of_file(path: Path) -> Iterable[tuple[str, str]]:
+    where = f"{FLAG} @{path}"
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), where=where)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"cannot read '{path}'", where=FLAG, why=str(error), advice="give an existing YAML or JSON file"
+        ) from None
+    rules = tree.get(KEY, tree)
+    if not isinstance(rules, Mapping):
+        raise ConfigurationError(
+            f"'{path}' holds no map of patterns to schemes",
+            where=where,
+            why=f"its {KEY} is a {type(rules).__name__}",
+            advice="one line for each pattern: PATTERN: SCHEME",
+        )
+    return _checked(rules.items(), where)
+
+
+def _checked(rules: Iterable[tuple[Any, Any]], where: str) -> Iterable[tuple[str, str]]:
+    names = (*SCHEMES, FLOAT)
+    for pattern, value in rules:
+        if Treatment.of(str(value)).scheme not in names or str(value) == FLOAT + PLAIN:
+            raise ConfigurationError(
+                f"no scheme is called '{value}'",
+                where=f"{where}, {pattern}",
+                why=f"a layer can be {', '.join(names)}; {PLAIN} behind a scheme leaves it without outlier suppression",
+                advice=suggestion(str(value), names),
+            )
+        yield str(pattern), str(value)

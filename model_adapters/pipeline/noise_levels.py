@@ -1,0 +1,43 @@
+"""The noise level of each denoising step, as the pipeline's own scheduler says, without the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from model_adapters.adapter import ModelAdapter
+from model_adapters.options import PipelineOptions
+from model_adapters.weights.model_folder import pipeline_folder, read_json
+
+_SETTINGS = "scheduler/scheduler_config.json"
+
+
+def scheduler_settings(path: str) -> dict[str, Any]:
+    """Return the settings of the scheduler in a pipeline's folder."""
+    return read_json(pipeline_folder(path) / _SETTINGS)
+
+
+def noise_levels(
+    adapter: ModelAdapter, settings: Mapping[str, Any], options: PipelineOptions, steps: int
+) -> list[float] | None:
+    """Return sigma of each step, falling; None for a model whose adapter sets no timesteps."""
+    if adapter.set_timesteps is None:
+        return None
+    import diffusers
+
+    scheduler = getattr(diffusers, settings["_class_name"]).from_config(dict(settings))
+    adapter.set_timesteps(scheduler, options, steps)
+    return [float(sigma) for sigma in scheduler.sigmas[:steps]]
+
+
+def set_shifted_timesteps(scheduler: Any, steps: int, tokens: int, **spacing: Any) -> None:
+    """Set a flow-matching scheduler's timesteps as the pipelines of images do, shifted by the number of tokens.
+
+    spacing: the sigmas to shift, where the pipeline gives its own.
+    """
+    config, given = scheduler.config, {"num_inference_steps": steps, **spacing}
+    if config.get("use_dynamic_shifting"):
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        given["mu"] = low + (high - low) * (tokens - few) / (many - few)
+    scheduler.set_timesteps(**given)

@@ -1,0 +1,202 @@
+"""Choose a treatment for each layer: the least error at the model's output that a budget allows.
+
+Errors of layers add up at the output, so the choice is a knapsack. It is filled greedily: every layer starts with the
+best of its cheapest treatments; then the change that takes away most error for its cost is made, again and again, as
+long as the budget holds. A layer never gets a treatment that was measured worse than a cheaper or plainer one.
+
+Worked example, two layers of equal work, costs 1 static and 1.15 dynamic, and at most 1.08 in the mean. Static errors
+4e-4 and 1e-4, dynamic ones 1e-4 and 0.9e-4: the first layer's change takes 3e-4 away and brings the mean to 1.075;
+the second's would take 1e-5 and exceed it. So one layer is dynamic and the error is 2e-4 (37 dB), not 5e-4 (33 dB).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from quant_core.quality.budget import COSTS, GROWTH, STATIC, Budget
+from quant_core.schemes.treatment import Treatment
+
+# An improvement below this part of a layer's error is no reason for a treatment that is less plain or costs more.
+_LEAST_GAIN = 0.02
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Say what a treatment of a layer costs: error, the share of the output's energy; cost; bytes."""
+
+    treatment: Treatment
+    error: float
+    cost: float
+    bytes: float
+
+    @property
+    def sqnr(self) -> float:
+        """The error in dB."""
+        return decibels(self.error)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a range from calibration quantizes the layer's input."""
+        return self.treatment.scheme in STATIC
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Hold one layer's candidates, its work (multiplications of all records) and what was chosen, with the reason."""
+
+    name: str
+    work: float
+    candidates: Sequence[Candidate]
+    chosen: Candidate
+    reason: str
+
+    @property
+    def written(self) -> str:
+        """Return what was chosen as `--layer_schemes` reads it."""
+        treatment = self.chosen.treatment
+        is_choice = any(candidate.treatment.smoothed for candidate in self.candidates)
+        return str(treatment) if is_choice else treatment.scheme
+
+
+@dataclass
+class Choice:
+    """Hold the choices for all layers and what they come to; measured: of the whole model, in dB, once it was tried."""
+
+    layers: list[LayerChoice] = field(default_factory=list)
+    measured: float | None = None
+
+    @property
+    def error(self) -> float:
+        """The error at the output, a share of its energy."""
+        return math.fsum(layer.chosen.error for layer in self.layers)
+
+    @property
+    def sqnr(self) -> float:
+        """The same in dB."""
+        return decibels(self.error)
+
+    @property
+    def static_share(self) -> float:
+        """The share of the work that static layers do."""
+        total = math.fsum(layer.work for layer in self.layers)
+        return math.fsum(layer.work for layer in self.layers if layer.chosen.is_static) / total
+
+    @property
+    def cost(self) -> float:
+        """The mean cost of the work, 1 where all of it is static."""
+        return math.fsum(c.chosen.cost for c in self.layers) / math.fsum(c.work for c in self.layers)
+
+    @property
+    def bytes(self) -> float:
+        """The bytes of all layers."""
+        return math.fsum(layer.chosen.bytes for layer in self.layers)
+
+    @property
+    def layer_schemes(self) -> dict[str, str]:
+        """Return the map that `--layer_schemes` reads."""
+        return {layer.name: layer.written for layer in self.layers}
+
+
+def choose(
+    found: Mapping[str, tuple[float, Sequence[Candidate]]], budget: Budget, costs: Mapping[str, float] = COSTS
+) -> Choice:
+    """Choose for each layer among its candidates. found: work and candidates by layer, plain ones first."""
+    work = {name: of_layer for name, (of_layer, _) in found.items()}
+    total = math.fsum(work.values())
+    useful = {name: _useful(candidates) for name, (_, candidates) in found.items()}
+    chosen = {name: candidates[0] for name, candidates in useful.items()}
+    if budget.bytes is not None and math.fsum(c.bytes for c in chosen.values()) > budget.bytes:
+        chosen = {name: min(candidates, key=lambda c: (c.cost, c.bytes)) for name, candidates in useful.items()}
+    most_bytes = budget.bytes or GROWTH * math.fsum(c.bytes for c in chosen.values())
+    spend = _Spending(budget, budget.most_cost(costs), most_bytes, total, chosen, work)
+    while not spend.is_enough():
+        moves = [
+            (_worth(chosen[name], other), name, other)
+            for name, candidates in useful.items()
+            for other in candidates
+            if other.error < chosen[name].error and spend.allows(name, other)
+        ]
+        if not moves:
+            break
+        _, name, other = max(moves, key=lambda move: move[0])
+        chosen[name] = other
+    layers = [
+        LayerChoice(name, of_layer, candidates, chosen[name], _reason(chosen[name], candidates, useful[name]))
+        for name, (of_layer, candidates) in found.items()
+    ]
+    return Choice(layers)
+
+
+@dataclass(frozen=True)
+class _Spending:
+    """Tell what the budget allows on top of what is chosen; `chosen` changes while it is asked."""
+
+    budget: Budget
+    most_cost: float
+    most_bytes: float
+    total: float
+    chosen: Mapping[str, Candidate]
+    work: Mapping[str, float]
+
+    def is_enough(self) -> bool:
+        least = self.budget.sqnr
+        return least is not None and math.fsum(c.error for c in self.chosen.values()) <= 10 ** (-least / 10)
+
+    def allows(self, name: str, other: Candidate) -> bool:
+        now = {**self.chosen, name: other}
+        cost = math.fsum(c.cost for c in now.values()) / self.total
+        moving = math.fsum(self.work[n] for n, c in now.items() if not c.is_static) / self.total
+        size = math.fsum(c.bytes for c in now.values())
+        limits = ((cost, self.most_cost), (moving, self.budget.dynamic), (size, self.most_bytes))
+        # What is already beyond a limit may not grow, and an improvement that costs nothing is always allowed.
+        old = self.chosen[name]
+        grows = (other.cost > old.cost, old.is_static and not other.is_static, other.bytes > old.bytes)
+        return all(value <= most * (1 + 1e-9) or not more for (value, most), more in zip(limits, grows))
+
+
+def decibels(error: float) -> float:
+    """Return an error, a share of the signal's energy, as signal over noise in dB."""
+    return -10 * math.log10(max(error, 1e-15))
+
+
+def _useful(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that no other one beats: at most as dear, at most as large, and as good or better.
+
+    Of two that are nearly as good, the one in front, which is plainer, beats the other. The best of the cheapest comes
+    first.
+    """
+    kept = [
+        each
+        for index, each in enumerate(candidates)
+        if not any(_beats(other, each, in_front=place < index) for place, other in enumerate(candidates))
+    ]
+    return sorted(kept, key=lambda candidate: (candidate.cost, candidate.error))
+
+
+def _beats(other: Candidate, each: Candidate, *, in_front: bool) -> bool:
+    if other is each or other.cost > each.cost or other.bytes > each.bytes:
+        return False
+    return other.error * (1 - _LEAST_GAIN) <= each.error if in_front else other.error < each.error
+
+
+def _worth(old: Candidate, new: Candidate) -> float:
+    more = new.cost - old.cost
+    return math.inf if more <= 0 else (old.error - new.error) / more
+
+
+def _reason(chosen: Candidate, candidates: Sequence[Candidate], useful: Sequence[Candidate]) -> str:
+    best = min(candidates, key=lambda candidate: candidate.error)
+    smoothed = [c for c in candidates if c.treatment == Treatment(chosen.treatment.scheme, smoothed=True)]
+    plain = [c for c in candidates if c.treatment == Treatment(chosen.treatment.scheme)]
+    said = []
+    if chosen is useful[0]:
+        said.append("the best of the cheapest" if len(useful) > 1 else "nothing dearer is better")
+    else:
+        said.append(f"takes away {1 - chosen.error / useful[0].error:.0%} of the error of {useful[0].treatment}")
+    if chosen is not best and best in useful:
+        said.append(f"{best.treatment} is better and beyond the budget or not worth its cost")
+    if smoothed and plain and not chosen.treatment.smoothed:
+        said.append(f"outlier suppression does not help it ({smoothed[0].error:.1e}, plain {plain[0].error:.1e})")
+    return "; ".join(said)

@@ -1,0 +1,91 @@
+"""A job that chooses a scheme for each layer, on two ranks: one choice, mixed shards, and a table that can be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.config.layer_schemes import read_layer_schemes
+from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
+from scripts.make_tiny_pipeline import write_prompts
+from tests.support.torchrun import STEPS, run_job
+
+pytestmark = pytest.mark.distributed
+RANKS = (0, 1)
+CHOOSES = ("--quant_type", "auto", "--budget", "balanced", "dynamic=0.5", "--timestep_sep", "auto")
+FLAGS = ("--device_type", "A2-32g-dual", *CHOOSES)
+
+
+@pytest.fixture(scope="module")
+def job(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run the job, with the images of both models, and return its folder and what it said."""
+    out = tmp_path_factory.mktemp("auto")
+    info = ("--info_file_save_path", out / "image_info.json", "--max_num_prompt", "1")
+    images = ("--do_save_img", "--save_path", out / "images", *info)
+    finished = run_job(2, "flux", tiny_flux_folder, write_prompts(out / "prompts.txt"), out, *FLAGS, *images)
+    return out, finished.stdout
+
+
+def table(job: tuple[Path, str]) -> dict[str, Any]:
+    return yaml.safe_load((job[0] / "weights" / "quant_decisions.yaml").read_text())
+
+
+def opened(job: tuple[Path, str], rank: int) -> Checkpoint:
+    """Open a published shard with our reader and read every tensor."""
+    folder = job[0] / "weights"
+    names = (f"quant_model_weight_w8a8_{rank}.safetensors", f"quant_model_description_w8a8_{rank}.json")
+    checkpoint = open_checkpoint(CheckpointFiles(*(folder / name for name in names)))
+    checkpoint.verify()
+    return checkpoint
+
+
+def types(job: tuple[Path, str], rank: int) -> dict[str, str]:
+    checkpoint = opened(job, rank)
+    return {name: group.type.lower() for name, group in checkpoint.inventory.layers.items()}
+
+
+def test_all_ranks_quantize_each_layer_as_the_one_table_says(job: tuple[Path, str]):
+    chosen = {name: scheme.removesuffix(":plain") for name, scheme in table(job)["layer_schemes"].items()}
+    quantized = {name: scheme for name, scheme in chosen.items() if scheme != "float"}
+    assert [types(job, rank) for rank in RANKS] == [quantized, quantized]
+    assert len(set(quantized.values())) > 1
+    assert "choose: " in job[1]
+
+
+def test_the_table_has_a_reason_and_the_error_of_each_candidate_for_every_layer(job: tuple[Path, str]):
+    found = table(job)
+    assert [row["layer"] for row in found["decisions"]] == list(found["layer_schemes"])
+    for row in found["decisions"]:
+        assert {"w8a8_dynamic:plain", "w8a16:plain"} <= set(row["error_db"])
+        assert row["reason"]
+    assert sum(row["work"] for row in found["decisions"]) == pytest.approx(1, abs=1e-3)
+    assert any("w8a8_timestep:plain" in row["error_db"] for row in found["decisions"])
+    assert found["expected"]["static_share"] >= 0.5
+
+
+def test_the_first_static_step_is_the_advised_one_on_every_rank(job: tuple[Path, str]):
+    found = table(job)
+    assert "w8a8_timestep" in types(job, 0).values()
+    assert [opened(job, rank).timestep_sep for rank in RANKS] == [found["timestep_sep"]] * 2
+    assert [row["step"] for row in found["steps"]] == list(range(STEPS))
+    assert f"--timestep_sep {found['timestep_sep']}" in job[1]
+
+
+def test_the_table_is_a_file_of_layer_schemes(job: tuple[Path, str]):
+    path = job[0] / "weights" / "quant_decisions.yaml"
+    assert read_layer_schemes([f"@{path}"]) == table(job)["layer_schemes"]
+
+
+def test_the_images_of_the_mix_are_made_from_the_published_shards(job: tuple[Path, str]):
+    assert len(list((job[0] / "images" / "calib_quant").glob("*.png"))) == 1
+
+
+def test_the_manifest_names_the_files_after_one_type_and_the_job_after_auto(job: tuple[Path, str]):
+    manifest = json.loads((job[0] / "weights" / "quant_manifest.json").read_text())
+    assert manifest["quant_type"] == "W8A8"
+    assert manifest["fields"]["quantization.quant_type"] == "auto"

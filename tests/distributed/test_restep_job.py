@@ -1,0 +1,72 @@
+"""A published checkpoint of two ranks, made to serve another number of steps without running anything again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.command_line import parse
+from launcher.files.manifest import read_manifest
+from quant_core.calibration.records import load_dump
+from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
+from quant_core.errors import InputError
+from tests.distributed.conftest import PublishedJob
+from tests.support.torchrun import STEPS
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def published(dual_timestep_job: PublishedJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy what the job published, whose folder others read too."""
+    return shutil.copytree(dual_timestep_job.folder / "weights", tmp_path_factory.mktemp("restep") / "weights")
+
+
+def run(*words: str) -> None:
+    parse(["restep", *words]).run(None)
+
+
+def shard(folder: Path, rank: int) -> Checkpoint:
+    stem = f"w8a8_timestep_{rank}"
+    weights, description = f"quant_model_weight_{stem}.safetensors", f"quant_model_description_{stem}.json"
+    return open_checkpoint(CheckpointFiles(folder / weights, folder / description))
+
+
+def test_the_header_says_the_noise_levels_that_the_pipeline_ran(published: Path, dual_timestep_job: PublishedJob):
+    """The transformer of FLUX is called with sigma."""
+    records = load_dump(dual_timestep_job.folder / "dumps" / "calib_data_rank0.pth")["records"]
+    seen = {record["timestep_idx"]: record["kwargs"]["timestep"].float().mean().item() for record in records}
+    levels = json.loads(shard(published, 0).metadata["sigmas"])
+    assert levels == pytest.approx([seen[step] for step in range(STEPS)], rel=0.01)
+
+
+def test_both_shards_get_the_rows_of_the_new_steps_and_the_manifest_says_so(published: Path):
+    run(str(published), "--infer_steps", "2")
+    copy = published.with_name("weights_2steps")
+    manifest = read_manifest(copy / "quant_manifest.json")
+    assert manifest is not None
+    assert manifest.timestep_policy is not None
+    assert manifest.timestep_policy.timesteps == 2
+    assert manifest.fields["pipeline.infer_steps"] == 2
+    assert manifest.changed_files(copy) == []
+    for rank in (0, 1):
+        before, after = shard(published, rank), shard(copy, rank)
+        after.verify()
+        assert (before.inventory.timesteps, after.inventory.timesteps) == (STEPS, 2)
+        assert after.timestep_sep == manifest.timestep_policy.timestep_sep
+        assert before.metadata["tp_rank"] == after.metadata["tp_rank"] == str(rank)
+
+
+def test_steps_beyond_the_calibrated_noise_are_refused_and_nothing_is_published(published: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="leave the calibrated noise levels"):
+        run(str(published), "--infer_steps", "50", "--to", str(tmp_path / "copy"))
+    assert not (tmp_path / "copy" / "quant_manifest.json").exists()
+
+
+def test_a_folder_without_rows_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="nothing is published there"):
+        run(str(tmp_path), "--infer_steps", "2")
