@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,21 +27,27 @@ _BETWEEN_INTERRUPTS_S = 0.5
 
 @dataclass(frozen=True)
 class Bench:
-    """A tiny pipeline and its prompts, and the folder below which everything is written."""
+    """A tiny pipeline and its prompts, the folder below which everything is written, and whose jobs they are.
+
+    user: who runs the jobs; this process must be root's then. It may read everything, for Python may lie where only
+    root can read; what it writes is its own.
+    """
 
     work: Path
     model: Path
     prompts: Path
+    user: str | None = None
 
     @classmethod
-    def make(cls, work: Path) -> Bench:
+    def make(cls, work: Path, user: str | None = None) -> Bench:
         """Make the inputs below `work`."""
-        return cls(work, make_tiny_pipeline("flux", work / "tiny-flux"), write_prompts(work / "prompts.txt"))
+        return cls(work, make_tiny_pipeline("flux", work / "tiny-flux"), write_prompts(work / "prompts.txt"), user)
 
     def words(self, out: Path, job: str = "one copy", flags: Sequence[str] = ()) -> list[str]:
         """Return the command of a job; flags: further ones of torchrun."""
         words = [
-            sys.executable, ROOT / "scripts" / "fault_worker.py", "--nproc_per_node", len(RANKS), *flags,
+            *self._become_the_user(), sys.executable, ROOT / "scripts" / "fault_worker.py",
+            "--nproc_per_node", len(RANKS), *flags,
             "flux", "--path", self.model, "--device", "cpu", *JOBS[job],
             "--prompt_path", self.prompts, "--width", "64", "--height", "64",
             "--infer_steps", "2", "--do_quant", "--quant_type", "w8a8_timestep",
@@ -54,6 +62,10 @@ class Bench:
         """Run a job once; returns its exit status, what it printed, and when it had ended (epoch seconds)."""
         told = fault and {"kind": fault.strikes, "stage": fault.stage, "rank": fault.rank, "mark": str(out / MARK)}
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(told)}
+        if self.user:
+            out.mkdir(exist_ok=True)
+            shutil.chown(out, self.user)
+            environ["HOME"] = "/nonexistent"
         with subprocess.Popen(
             self.words(out, job, flags), env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
@@ -66,6 +78,13 @@ class Bench:
                 running.kill()
                 raise
         return running.returncode, text, time.time()
+
+    def _become_the_user(self) -> list[str]:
+        if self.user is None:
+            return []
+        group, reads = pwd.getpwnam(self.user).pw_gid, "+dac_read_search"
+        who = [f"--reuid={self.user}", f"--regid={group}", "--clear-groups"]
+        return ["setpriv", *who, f"--inh-caps={reads}", f"--ambient-caps={reads}"]
 
     def _act(self, fault: Fault, out: Path, running: subprocess.Popen[str]) -> None:
         """Do somebody else's part as soon as the job has come to the place."""
