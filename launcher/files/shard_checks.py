@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.files.shard_note import ShardNote, layer_of
-from quant_core.checkpoint.entries import FA_QUANT_TYPE_KEY, MODEL_TYPE_KEY
+from quant_core.checkpoint.entries import FA_QUANT_TYPE_KEY, MODEL_TYPE_KEY, CheckpointFiles
 from quant_core.checkpoint.json_file import read_object
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.checkpoint.tensor_parts import TensorFiles
@@ -55,10 +55,10 @@ def check_shards(shards: Sequence[OpenedShard]) -> None:
         )
 
 
-def check_contract(note: ShardNote, folder: Path) -> None:
-    """Read a whole shard by the consumer's rules; raises VerificationError naming the file and the tensor."""
+def check_contract(files: CheckpointFiles) -> None:
+    """Read a whole staged shard by the consumer's rules; raises VerificationError naming the file and the tensor."""
     try:
-        open_checkpoint(note.files(folder)).verify()
+        open_checkpoint(files).verify()
     except VerificationError as error:
         raise VerificationError(
             error.what,

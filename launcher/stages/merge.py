@@ -78,15 +78,15 @@ def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = Fals
     """Check the noted shards and publish them in the folder, in the place of what was published there.
 
     Returns the manifest. Shards of other types that are staged beside them stay. trusted: each rank of this run has
-    just written or read its shard, so their digests are not computed again.
+    just checked its shard, so nobody reads them all again.
 
     Raises InputError for shards that are missing or damaged, VerificationError for shards that break a rule or do not
     fit together.
     """
     notes = [_require(path, folder, trusted) for path in note_paths]
     check_shards([OpenedShard.of(note, folder) for note in notes])
-    for note in notes:
-        check_contract(note, folder)
+    for note in notes if not trusted else ():
+        check_contract(note.files(folder))
     manifest = Manifest.of(notes)
     _withdraw(folder, keep={file.name for file in manifest.files})
     for note in notes:

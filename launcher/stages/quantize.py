@@ -16,6 +16,7 @@ from torch import Tensor
 
 from launcher.config.job_config import AUTO, Quantization
 from launcher.failure.phases import run_together
+from launcher.files.shard_checks import check_contract
 from launcher.files.shard_note import equal_on_all_ranks, read_note, write_note
 from launcher.ranks.agreement import all_agree
 from launcher.stages.choose import choose
@@ -47,7 +48,15 @@ def quantize(job: Job, results: Results, dump: Path | None) -> None:
     mine = run_together(job.ranks, "looking at the shards", lambda: _is_staged(job, results))
     if all_agree(job.ranks, mine, what="whether to quantize"):
         job.console.say(f"quantize: reusing {results.folder.staged().weights}")
-        return
+    else:
+        _stage(job, results, dump)
+    # Each rank reads its own, all at the same time; merging then publishes without reading anything.
+    run_together(
+        job.ranks, "checking what was staged", lambda: _writes(job) and check_contract(results.folder.staged())
+    )
+
+
+def _stage(job: Job, results: Results, dump: Path | None) -> None:
     digests = WrittenDigests()
     if dump is not None and job.model.reads_activations:
         result, part = _in_memory(job, results, dump, digests)

@@ -33,6 +33,8 @@ GB = 10**9
 CODES = torch.int8
 
 
+# An open file keeps in memory what was read of it, so after so much it is opened anew.
+_MAPPED_BYTES = 2**28
 _ADVICE = "quantize again, or copy it again"
 
 
@@ -99,6 +101,7 @@ class TensorFiles:
             read_index(path) if path.name.endswith(".index.json") else {path: None}
         )
         self._open = {file: open_safetensors(file) for file in self._parts}
+        self._mapped = 0
         self._home = self._one_home()
 
     @property
@@ -117,9 +120,13 @@ class TensorFiles:
         """Return one tensor, on the host, owning its memory: a mapped one would change when the file does."""
         file = self._home[name]
         try:
-            return self._open[file].get_tensor(name).clone()
+            tensor = self._open[file].get_tensor(name).clone()
         except (SafetensorError, OSError, RuntimeError) as error:
             raise damaged(file, f"tensor {name}: {error}") from None
+        self._mapped += tensor.nbytes
+        if self._mapped > _MAPPED_BYTES:
+            self._open, self._mapped = {path: open_safetensors(path) for path in self._open}, 0
+        return tensor
 
     def _info(self, name: str) -> TensorInfo:
         view = self._open[self._home[name]].get_slice(name)
