@@ -114,8 +114,9 @@ class Monitor:
 
     def finish(self) -> None:
         """Stop watching after success; rank 0 says that the job is done."""
-        self.enter("finished")
-        self._heartbeat = replace(self._heartbeat, finished=True)
+        if line := self._clock.turn("", held_memory(self.launch.local_rank)):
+            self.console.say(line)
+        self._heartbeat = replace(self._heartbeat, finished=True, stage="finished")
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -30,16 +30,17 @@ class StageClock:
         self._peaks[rank] = max(memory, self._peaks.get(rank, 0))
 
     def turn(self, stage: str, memory: int) -> str | None:
-        """End the running stage and begin another, this rank holding so many bytes now; return what there is to say."""
+        """End the running stage and begin another ("": none), this rank holding so many bytes; return what to say."""
         self.see(self.rank, memory)
         line = self._end() if self.stage else None
         self.stage, self._began, self._peaks = stage, time.monotonic(), {self.rank: memory}
-        log(f"begins: {stage}", stage=stage)
+        if stage:
+            log(f"begins: {stage}", stage=stage)
         return line
 
     def _end(self) -> str | None:
         seconds, peaks = time.monotonic() - self._began, dict(self._peaks)  # another thread may see meanwhile
-        log(f"ends: {self.stage}", stage=self.stage, seconds=round(seconds, 3), memory=peaks[self.rank])
+        log(f"ends: {self.stage}", ended=self.stage, seconds=round(seconds, 3), memory=peaks[self.rank])
         if seconds < _MOMENT_S:
             return None
         most = max(peaks, key=lambda rank: peaks[rank])

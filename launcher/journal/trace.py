@@ -39,7 +39,7 @@ def last_run(folder: Path, stage: str = FIRST_STAGE) -> dict[int, list[Line]]:
 
 def _runs(lines: list[Line]) -> list[list[Line]]:
     """Divide the lines of a log, to which every run appends, at the beginnings of its first stage."""
-    begins = [i for i, line in enumerate(lines) if line.get("stage") == FIRST_STAGE and "seconds" not in line]
+    begins = [i for i, line in enumerate(lines) if line.get("stage") == FIRST_STAGE]
     return [lines[begin:end] for begin, end in zip(begins, [*begins[1:], len(lines)])]
 
 
@@ -69,7 +69,7 @@ def _events_of(line: Line, rank: int, start: float) -> Iterator[dict[str, Any]]:
     at = (moment(line) - start) * 1e6
     common = {"pid": rank, "tid": 0}
     if "seconds" in line:
-        name = line["stage"] if "stage" in line else f"waits: {line['wait']}"
+        name = line["ended"] if "ended" in line else f"waits: {line['wait']}"
         length = line["seconds"] * 1e6
         yield {**common, "name": name, "ph": "X", "ts": round(at - length), "dur": round(length)}
     elif line["level"] in ("warning", "error", "critical") or line["from"] == "launcher":

@@ -46,14 +46,14 @@ def stage_rows(folder: Path) -> list[StageRow]:
     return [
         StageRow(
             rank=rank,
-            stage=line["stage"],
+            stage=line["ended"],
             begin=round(max(0.0, moment(line) - line["seconds"] - start), 3),
             seconds=line["seconds"],
             memory=line["memory"],
         )
         for rank, lines in ranks.items()
         for line in lines
-        if "seconds" in line and "stage" in line
+        if "ended" in line
     ]
 
 

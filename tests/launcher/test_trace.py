@@ -34,7 +34,7 @@ def test_the_end_of_a_stage_is_told_with_its_time_and_the_rank_that_held_most(cl
     clock[0] += 0.5
     assert stage.turn("merge", memory=200 * MB) is None  # a moment
     clock[0] += 60
-    assert stage.turn("finished", memory=1024 * MB) == "merge took 60 s, at most 1.0 GB"
+    assert stage.turn("", memory=1024 * MB) == "merge took 60 s, at most 1.0 GB"
 
 
 def line(second: float, rank: int, **fields: object) -> str:
@@ -48,12 +48,12 @@ def write_logs(folder: Path) -> Path:
     for rank, working in ((0, 1.0), (1, 4.0)):
         lines = [
             line(0, rank, stage="prepare"),
-            line(0.5, rank, stage="prepare", seconds=0.5, memory=MB),
+            line(0.5, rank, ended="prepare", seconds=0.5, memory=MB),
             line(10, rank, stage="prepare"),
-            line(11, rank, stage="prepare", seconds=1.0, memory=MB),
+            line(11, rank, ended="prepare", seconds=1.0, memory=MB),
             line(11, rank, stage="quantize"),
             line(15, rank, wait="whether to merge", seconds=4.0 - working),
-            line(15, rank, stage="quantize", seconds=4.0, memory=2048 * MB),
+            line(15, rank, ended="quantize", seconds=4.0, memory=2048 * MB),
             '{"time": "2026-01-01T10:0',  # the disk was full
         ]
         (folder / "logs" / f"rank{rank}.jsonl").write_text("\n".join(lines))
@@ -99,6 +99,6 @@ def own_log(tmp_path: Path) -> Iterator[Path]:
 
 def test_what_a_clock_logs_is_what_a_trace_reads(own_log: Path, tmp_path: Path):
     stage = StageClock(rank=0)
-    for name in ("prepare", "merge", "finished"):
+    for name in ("prepare", "merge", ""):
         stage.turn(name, memory=MB)
     assert [e["name"] for e in trace_events(last_run(tmp_path)) if e["ph"] == "X"] == ["prepare", "merge"]
