@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from launcher.config.job_config import AUTO
 from launcher.files.digests import digest_of_file
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.manifest import Manifest, TimestepPolicy
@@ -91,7 +92,7 @@ def _options(published: Published) -> Iterator[Broken]:
     first = published.ranks[0]
     for option, found in _consequences(published):
         asked = manifest.fields.get(option)
-        if asked is not None and asked != found:
+        if asked not in (None, AUTO, found):
             yield Broken("", f"{option} was {asked}, and the files say {found}", first.files.weights)
 
 

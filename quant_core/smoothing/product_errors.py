@@ -23,7 +23,7 @@ from quant_core.arithmetic.blocks import row_blocks
 from quant_core.arithmetic.weight_codec import Int8Rows
 
 # So many mixtures stand for all tokens.
-SKETCH_ROWS = 64
+SKETCH_ROWS = 128
 
 
 class ProductErrors(NamedTuple):

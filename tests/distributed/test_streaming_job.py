@@ -26,7 +26,7 @@ def test_two_ranks_stream_the_shards_that_a_held_model_gives_and_calibrate_only_
     flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_dynamic", "--calibrate", "needed")
     finished = run_job(2, "flux", tiny_flux_folder, write_prompts(tmp_path / "prompts.txt"), tmp_path, *flags)
     assert "w8a8_dynamic reads no activations" in finished.stdout
-    assert list((tmp_path / "dumps").iterdir()) == []
+    assert list((tmp_path / "dumps").glob("calib_data*")) == []
     for rank in (0, 1):
         held = _quantize_held(tiny_flux_folder, rank, tmp_path / f"held{rank}")
         streamed = Written.read(tmp_path / "weights", "w8a8_dynamic", suffix=f"_{rank}")
