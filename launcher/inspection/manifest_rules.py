@@ -114,6 +114,9 @@ def _smoothing(published: Published) -> Iterator[Broken]:
         return
     method = published.option("quantization.anti_method")
     structure, multiplies = published.adapter.structure, not published.option("quantization.anti_fused")
+    # Where each layer has a treatment of its own, some of a group are smoothed and others are not.
+    is_auto = published.option("quantization.quant_type") == AUTO
+    is_mixed = is_auto or bool(published.option("quantization.layer_schemes"))
     declared = structure.smoothing_groups
     if published.option("quantization.anti_groups") == "all":
         declared += structure.optional_smoothing_groups
@@ -124,7 +127,7 @@ def _smoothing(published: Published) -> Iterator[Broken]:
         for members in _groups(declared, list(linears)) if method and multiplies else ():
             for name in members:
                 group = layers[linears[name]]
-                if "mul_scale" not in group.members:
+                if "mul_scale" not in group.members and not is_mixed:
                     what = f"'{name}.div.mul_scale' is gone: the layer was smoothed by {method}"
                     yield Broken(f"{name}.div.mul_scale", what, rank.files.weights)
             factors = {
@@ -136,7 +139,8 @@ def _smoothing(published: Published) -> Iterator[Broken]:
                 if not torch.equal(factor, next(iter(factors.values()))):
                     what = f"'{name}.div.mul_scale' is not that of '{members[0]}', which has the same input"
                     yield Broken(f"{name}.div.mul_scale", what, rank.files.weights)
-        for name in [name for name, group in layers.items() if not method and "mul_scale" in group.members]:
+        unasked = not method and not is_auto
+        for name in [name for name, group in layers.items() if unasked and "mul_scale" in group.members]:
             yield Broken(f"{name}.div.mul_scale", f"'{name}' is smoothed, and no job asked for it", rank.files.weights)
 
 

@@ -51,9 +51,7 @@ def quantize(job: Job, results: Results, dump: Path | None) -> None:
     else:
         _stage(job, results, dump)
     # Each rank reads its own, all at the same time; merging then publishes without reading anything.
-    run_together(
-        job.ranks, "checking what was staged", lambda: _writes(job) and check_contract(results.folder.staged())
-    )
+    run_together(job.ranks, "checking what was staged", lambda: _check(job, results))
 
 
 def _stage(job: Job, results: Results, dump: Path | None) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from model_adapters.quality.card import ENTRY_DB, QualityCard
 
-# A scale that is wrong by a half leaves 6 dB, by a factor of two 0 dB. Static ranges on outliers were seen at 4.
+# A scale that is wrong by a factor of two leaves 0 dB, 3 if one rank of two has it. Static ranges on outliers were seen
+# at 4.
 BROKEN_DB = 3.5
 # Of one seed: the least PSNR that anyone accepts, and what is recommended (spec: evaluation).
 _ACCEPTED_DB, _RECOMMENDED_DB = 20.0, 30.0

@@ -472,7 +472,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "weight scale lost": Corruption("smoothed", drop(f"{REPLICATED}.weight_scale", ranks=[1]), "complete layers", D1,
                                     REPLICATED),
     "model type in lower case": Corruption("steps", retype("model_quant_type", "w8a8_timestep"), "model type", D0),
-    "model type of no layer": Corruption("steps", retype("model_quant_type", "W8A8"), "manifest and files", D0),
+    "model type of no layer": Corruption("steps", retype("model_quant_type", "W8A8"), "manifest and files", W0),
     "attention type lost": Corruption("smoothed", lambda f: f.rewrite(0, lambda _, d, __: d.pop("fa_quant_type")),
                                       "attention type", D0),
     "attention type of none": Corruption("steps", retype("fa_quant_type", "FAQuant"), "attention type", D0),

@@ -58,7 +58,6 @@ def test_an_undisturbed_run_says_so_in_its_status_and_keeps_its_files_private(be
     [
         Fault("kill -9", "merge", 0),  # between the renaming of the shards and the manifest
         Fault("frozen", "calibrate", 1),  # nobody notices but the heartbeat
-        Fault("other numbers", "batch", 1),  # nobody notices but the ranks' comparison
     ],
     ids=lambda fault: f"{fault.kind} in {fault.stage} on rank {fault.rank}",
 )

@@ -17,7 +17,6 @@ from model_adapters.weights.transformer_part import build_empty
 from quant_core.calibration.records import load_dump
 from quant_core.calibration.safe_load import safe_torch_load
 from quant_core.parallel.sharding import join
-from quant_core.schemes import SCHEMES
 from tests.distributed.conftest import PublishedJob
 from tests.support import consumer
 from tests.support.torchrun import STEPS, run_job
@@ -82,14 +81,17 @@ def test_another_job_does_not_silently_use_the_dumps_and_every_rank_ends(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if not scheme.observes_input])
-def test_joined_global_shards_are_the_tensors_of_the_undivided_model(tiny_flux_folder, prompts, tmp_path, scheme):
+def test_joined_global_shards_are_the_tensors_of_the_undivided_model(tiny_flux_folder, prompts, tmp_path):
+    scheme, rules = "w8a8_dynamic", {"transformer_blocks.0.*": "w8a16"}  # both kinds that are streamed, in one job
     flags = ("--quant_type", scheme, "--disable_names")  # no value: the row-split net.2 is quantized too
+    flags += ("--layer_schemes", *(f"{pattern}={name}" for pattern, name in rules.items()))
     run_job(
         2, "flux", tiny_flux_folder, prompts, tmp_path / "tp2", *flags, "--device_type", "A2-32g-dual",
         "--scale_sync", "global",
     )  # fmt: skip
-    quantize_alone("flux", tiny_flux_folder, prompts, tmp_path / "tp1", quant_type=scheme, disable_names=())
+    quantize_alone(
+        "flux", tiny_flux_folder, prompts, tmp_path / "tp1", quant_type=scheme, disable_names=(), layer_schemes=rules
+    )
     whole = consumer.load(tmp_path / "tp1" / "weights", None, scheme)
     parts = [consumer.load(tmp_path / "tp2" / "weights", rank, scheme) for rank in (0, 1)]
     consumer.check(whole, torch.bfloat16)

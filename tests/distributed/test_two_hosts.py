@@ -104,18 +104,6 @@ def test_hosts_that_do_not_share_the_weights_folder_are_told_before_anything_is_
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_hosts_that_were_started_with_different_options_are_told(
-    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
-):
-    words = job(tiny_flux_folder, prompt_file, tmp_path)
-    with two_hosts(*words, differently=("--do_save_img", "--seed", 7)) as hosts:
-        printed = "".join(host.communicate(timeout=120)[0] for host in hosts)
-    assert [host.returncode for host in hosts] == [2, 2], printed
-    assert "rank 0 and rank 1 differ in the options" in printed
-    assert "output.do_save_img: False, True; pipeline.seed: 42, 7" in printed
-    assert not (tmp_path / "dumps").exists()
-
-
 def test_a_host_that_goes_down_ends_the_job_and_a_second_run_finishes_it(
     tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
 ):

@@ -176,7 +176,7 @@ def test_a_layer_that_computes_something_else_breaks_the_verdict():
     broken = card_of([measured(0, layers={"a": 1e-4, "b": 1.0})], ORIGIN)
     assert is_broken(broken)
     assert not is_broken(card())
-    assert any(sentence.startswith("BROKEN: 1 layer below 3 dB") for sentence in verdict(broken))
+    assert any(sentence.startswith("BROKEN: 1 layer below 3.5 dB") for sentence in verdict(broken))
 
 
 def test_a_verdict_without_pictures_says_so():

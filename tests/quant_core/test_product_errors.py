@@ -41,7 +41,9 @@ def test_many_tokens_are_ranked_as_by_whole_products():
     x_NI, w_OI, factors = example(512)
     [found, _] = product_errors(x_NI, [w_OI, w_OI[:7]], factors, INT8_ROWS, fake_quantize_tokens)
     expected = exhaustive(x_NI, w_OI, factors)
-    assert found.errors.argsort().tolist() == expected.argsort().tolist()
+    assert expected[found.errors.argmin()] <= 1.02 * expected.min()
+    clear = expected[:, None] > 1.1 * expected  # candidates that differ by less may change places
+    assert (found.errors[:, None] > found.errors)[clear].all()
     torch.testing.assert_close(found.errors, expected, rtol=0.2, atol=0)
 
 
