@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from launcher.config.resolve import job_from_yaml
+from launcher.files.run_folder import CONFIG
 from launcher.inspection.manifest_rules import is_fused
 from launcher.inspection.published import Published, RankCheckpoint
+from model_adapters.weights.brought import NOTHING, Brought
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
 from quant_core.checkpoint.findings import Finding
 from quant_core.checkpoint.loading import misfits
@@ -40,7 +44,7 @@ def compare_with_model(published: Published, path: str) -> Comparison:
             why="the manifest names the model and its layout, and it is missing or names one that is not installed",
             advice="leave out --path, or give the folder as the job published it",
         )
-    found = Comparison()
+    found, brought = Comparison(), _brought(published.folder / CONFIG)
     for rank in published.ranks:
         part = describe_transformer(
             adapter,
@@ -49,6 +53,7 @@ def compare_with_model(published: Published, path: str) -> Comparison:
             tp_size=len(published.ranks),
             layout=manifest.layout,
             dtype=rank.inventory.dtype,
+            brought=brought,
         )
         misfit = list(misfits(part.model, rank.checkpoint))
         found.findings += misfit
@@ -67,6 +72,11 @@ def _layers(rank: RankCheckpoint, part: TransformerPart, without: set[str]) -> M
     names = [name for name in rank.inventory.layers if name not in without]
     dtype = rank.inventory.dtype
     return {name: compare(part.read(f"{name}.weight").to(dtype), rank.checkpoint.read_weight(name)) for name in names}
+
+
+def _brought(job: Path) -> Brought:
+    """Return the files that the job read beside the pipeline folder: the checkpoint was made of them too."""
+    return Brought.of(job_from_yaml(job.read_text(encoding="utf-8")).pipeline) if job.exists() else NOTHING
 
 
 def _changed(rank: RankCheckpoint, part: TransformerPart, fused: bool) -> Iterator[Finding]:
