@@ -139,7 +139,7 @@ def in_publish(strike: Callable[[], object]) -> None:
     """Strike rank 0 when all shards are staged and none is published."""
     from launcher.stages import merge
 
-    _before(merge, "publish_shards", lambda *_: True, strike)
+    _before(merge, "publish_shards", lambda *_, **__: True, strike)
 
 
 def in_merge(strike: Callable[[], object]) -> None:
