@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from launcher.config.job_config import JobConfig, RankOptions
 from launcher.devices.launch import read_launch
@@ -22,7 +23,9 @@ def main() -> None:
     config = JobConfig(model="flux", pipeline=options, ranks=RankOptions(device="cpu", timeout_s=TIMEOUT_S))
     watch = Monitor(config)
     ranks = join(config, read_launch(os.environ), watch.rendezvous.groups)
-    print(f"rank {ranks.rank} reads {fetch(config, ranks, watch).pipeline.path}", flush=True)
+    # One write, so that the lines of two ranks cannot run into each other in the pipe they share.
+    sys.stdout.write(f"rank {ranks.rank} reads {fetch(config, ranks, watch).pipeline.path}\n")
+    sys.stdout.flush()
     leave(ranks)
 
 
