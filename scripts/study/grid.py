@@ -42,11 +42,12 @@ class Method:
             *smoothing_problems(self.scheme, schemes, multiplies_input=self.smoothing != "none"),
         ]
 
-    def session(self, records: list[Any], disabled: tuple[str, ...]) -> SessionConfig:
-        """Say it in the quantizer's words. disabled: patterns of layers kept float."""
+    def session(self, records: list[Any], disabled: tuple[str, ...], **options: Any) -> SessionConfig:
+        """Say it in the quantizer's words. disabled: patterns of layers kept float; options: others of the scheme."""
         scheme = SCHEMES[self.scheme].config(
             cfg=W8A8QuantConfig(act_method=self.estimator),  # pyright: ignore[reportArgumentType]
             disable_names=disabled,
+            **options,
         )
         processors: dict[str, Any] = {each.key: each for each in (scheme, SMOOTHINGS[self.smoothing]) if each}
         return SessionConfig(processor_cfg_map=processors, calib_data=records, numerics=self.numerics)
