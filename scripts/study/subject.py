@@ -35,6 +35,8 @@ MODELS = Path(__file__).resolve().parents[1] / "tiny_models"
 SIDE, STEPS, AT_ONCE = 64, 8, 8
 # Each seed calibrates on prompts of its own, and paints with noise of its own.
 CALIBRATED = 8
+# So many prompts are there to paint.
+PAINTED = 16
 # Layers and outputs are compared in so many steps.
 COMPARED_STEPS = 4
 OPTIONS: Mapping[str, dict[str, Any]] = {"flux": {}, "sd3": {"guidance_scale": 3.0}}

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from quant_core.schemes import SCHEMES
-from scripts.compare_estimators import golden
-from scripts.study.grid import SMOOTHINGS, Method
+from scripts.compare_estimators import SMOOTHINGS, golden
+from scripts.study.grid import Method
 
 
 @pytest.mark.parametrize("case", ["sd3_w8a8_fp32", "flux_w8a8_timestep_fp32"])
@@ -17,7 +17,7 @@ def test_each_method_of_the_table_of_numerics_makes_a_session(case: str):
     methods = list(subject.methods)
     for method in methods:
         for numerics in ("reference", "float32"):
-            replace(method, numerics=numerics).session(list(subject.records), ())
+            replace(method, numerics=numerics).session(list(subject.records), (), SMOOTHINGS)
     multiplying = [name for name, scheme in SCHEMES.items() if scheme.multiplies_input]
     if "timestep" not in case:
         multiplying.remove("w8a8_timestep")
