@@ -57,7 +57,7 @@ def read_tensors(path: Path) -> None:
             file.get_tensor(name)
 
 
-def reads_or_explains(reader: Callable[[Path], Any], path: Path, content: bytes) -> None:
+def assert_read_or_explained(reader: Callable[[Path], Any], path: Path, content: bytes) -> None:
     path.write_bytes(content)
     path.chmod(0o640)
     error: ExplainedError | None = None
@@ -89,7 +89,7 @@ TEXT: dict[str, Callable[[Path], Any]] = {
 @given(data=st.data())
 def test_a_damaged_binary_file_is_read_or_explained(name: str, data: st.DataObject, tmp_path: Path) -> None:
     reader, sound = BINARY[name]
-    reads_or_explains(reader, tmp_path / "file", data.draw(damaged(sound) | st.binary(max_size=200)))
+    assert_read_or_explained(reader, tmp_path / "file", data.draw(damaged(sound) | st.binary(max_size=200)))
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -97,7 +97,7 @@ def test_a_damaged_binary_file_is_read_or_explained(name: str, data: st.DataObje
 @given(data=st.data())
 def test_any_text_is_read_or_explained(name: str, data: st.DataObject, tmp_path: Path) -> None:
     content = data.draw(st.binary(max_size=200) | JSON.map(lambda tree: json.dumps(tree).encode()))
-    reads_or_explains(TEXT[name], tmp_path / "file", content)
+    assert_read_or_explained(TEXT[name], tmp_path / "file", content)
 
 
 @FAST
@@ -105,4 +105,4 @@ def test_any_text_is_read_or_explained(name: str, data: st.DataObject, tmp_path:
 def test_a_dump_with_other_content_is_read_or_explained(changes: dict[str, Any], tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({**torch.load(io.BytesIO(DUMP)), **changes}, buffer)
-    reads_or_explains(load_dump, tmp_path / "file", buffer.getvalue())
+    assert_read_or_explained(load_dump, tmp_path / "file", buffer.getvalue())
