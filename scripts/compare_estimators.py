@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import sys
 import tempfile
@@ -30,33 +31,19 @@ import transformers
 from torch import nn
 
 from model_adapters import load_adapter, load_options
-from quant_core import (
-    DumperManager,
-    M3ProcessorConfig,
-    M4ProcessorConfig,
-    M6Config,
-    M6ProcessorConfig,
-    SessionConfig,
-    W8A8QuantConfig,
-    quant_model,
-)
+from quant_core import DumperManager, M6Config, M6ProcessorConfig, quant_model
 from quant_core.calibration.records import Record, as_records
 from quant_core.ranges import ESTIMATORS
 from quant_core.schemes import SCHEMES
-from quant_core.smoothing.method import SmoothingConfig
 from scripts.make_tiny_pipeline import PROMPTS, make_tiny_pipeline
 from scripts.sqnr import Quality, measure
+from scripts.study import grid
+from scripts.study.grid import STATIC, Method
 from tests.support.golden_cases import GoldenCase
 
-SMOOTHINGS: dict[str, SmoothingConfig | None] = {
-    "none": None,
-    "m3": M3ProcessorConfig(smoothing_groups="all"),
-    "m4": M4ProcessorConfig(smoothing_groups="all"),
-    "m6": M6ProcessorConfig(cfg=M6Config(alpha=0.8, beta=0.2), smoothing_groups="all"),
-}
+# Those of the study, but for m6's exponents: what the numerics differ by is not to be which ones a search finds.
+SMOOTHINGS = grid.SMOOTHINGS | {"m6": M6ProcessorConfig(cfg=M6Config(alpha=0.8, beta=0.2), smoothing_groups="all")}
 GOLDEN_CASES = ("sd3_w8a8_fp32", "flux_w8a8_timestep_fp32", "sd3_w8a8_bf16", "flux_w8a8_timestep_bf16")
-# The static scheme of each model's recipe.
-STATIC_SCHEMES = {"sd3": "w8a8", "flux": "w8a8_timestep"}
 SHUFFLES = 48
 TINY_STEPS, TINY_SIDE, TINY_PROMPTS = 6, 128, 2
 
@@ -71,34 +58,30 @@ class Subject:
     records: Sequence[Record]
     scheme: str
 
-    def quality(
-        self, scheme: str, *, act_method: Any = "minmax", numerics: Any = "float32", smoothing: str = "none"
-    ) -> Quality:
+    def quality(self, method: Method) -> Quality:
         """Quantize a copy of the model and measure it."""
-        all_static: dict[str, Any] = {"timestep_sep": 0} if SCHEMES[scheme].per_step else {}
-        disabled = self.adapter.disabled_layers[scheme]
-        processor = SCHEMES[scheme].config(
-            cfg=W8A8QuantConfig(act_method=act_method), disable_names=disabled, **all_static
-        )
-        suppression = SMOOTHINGS[smoothing]
-        processors: dict[str, Any] = {each.key: each for each in (processor, suppression) if each}
-        config = SessionConfig(processor_cfg_map=processors, calib_data=list(self.records), numerics=numerics)
+        all_static = {"timestep_sep": 0} if SCHEMES[method.scheme].per_step else {}
+        disabled = self.adapter.disabled_layers[method.scheme]
+        config = method.session(list(self.records), disabled, SMOOTHINGS, **all_static)
         deployed = copy.deepcopy(self.model)
         quant_model(deployed, config, structure=self.adapter.structure)
         return measure(self.model, deployed, self.records)
 
     @property
-    def schemes(self) -> list[str]:
-        """Return the schemes that the records can calibrate: per-step ones need to know the step."""
+    def methods(self) -> Iterator[Method]:
+        """Yield each allowed scheme and smoothing that the records can calibrate: per-step ones need the step."""
         has_steps = all(record.step is not None for record in self.records)
-        return [scheme for scheme in SCHEMES if has_steps or not SCHEMES[scheme].per_step]
+        for scheme, smoothing in itertools.product(SCHEMES, SMOOTHINGS):
+            method = Method(scheme, smoothing)
+            if method.is_allowed and (has_steps or not SCHEMES[scheme].per_step):
+                yield method
 
 
 def golden(name: str) -> Subject:
     """Return a golden case."""
     case, kind, dtype = GoldenCase(name), name.split("_")[0], name.split("_")[-1]
     adapter = load_adapter(kind)
-    return Subject(f"golden {kind} {dtype}", adapter, case.model(), as_records(case.records), STATIC_SCHEMES[kind])
+    return Subject(f"golden {kind} {dtype}", adapter, case.model(), as_records(case.records), STATIC[kind])
 
 
 def tiny(kind: str, folder: Path) -> Subject:
@@ -114,25 +97,24 @@ def tiny(kind: str, folder: Path) -> Subject:
     generator, prompts = torch.Generator().manual_seed(0), [str(prompt) for prompt in PROMPTS[:TINY_PROMPTS]]
     adapter.generate(pipeline, adapter.encode(pipeline, prompts, options), options, generator, decodes=False)
     dumper.close()
-    return Subject(f"tiny {kind}", adapter, pipeline.transformer, as_records(dumper.records), STATIC_SCHEMES[kind])
+    return Subject(f"tiny {kind}", adapter, pipeline.transformer, as_records(dumper.records), STATIC[kind])
 
 
 def estimators(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the estimators' table, the heading first."""
+    methods = {"reference": {"numerics": "reference"}, **{name: {"estimator": name} for name in ESTIMATORS["float32"]}}
     yield ("act_method", *(subject.name for subject in subjects))
-    yield ("reference", *(cell(subject.quality(subject.scheme, numerics="reference")) for subject in subjects))
-    for name in ESTIMATORS["float32"]:
-        yield (name, *(cell(subject.quality(subject.scheme, act_method=name)) for subject in subjects))
+    for name, parts in methods.items():
+        yield (name, *(cell(subject.quality(Method(subject.scheme, **parts))) for subject in subjects))
 
 
 def numerics(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the table of numerics, the heading first."""
     yield ("model", "scheme", "smoothing", "reference", "float32", "gain")
     for subject in subjects:
-        for scheme in subject.schemes:
-            for smoothing in SMOOTHINGS:
-                found = [subject.quality(scheme, numerics=n, smoothing=smoothing) for n in ("reference", "float32")]
-                yield (subject.name, scheme, smoothing, *map(cell, found), _gain(*found))
+        for method in subject.methods:
+            found = _with_both_numerics(subject, method)
+            yield (subject.name, method.scheme, method.smoothing, *map(cell, found), _gain(*found))
 
 
 def spread(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
@@ -147,15 +129,15 @@ def spread(subjects: Sequence[Subject]) -> Iterator[tuple[str, ...]]:
             continue
         others = [replace(subject, model=_shuffled(subject.model, seed)) for seed in range(SHUFFLES)]
         for smoothing in SMOOTHINGS:
-            gains = [_output_gain(other, "w8a8_dynamic", smoothing) for other in others]
+            found = [_with_both_numerics(other, Method("w8a8_dynamic", smoothing)) for other in others]
+            gains = [after.output - before.output for before, after in found]
             error = stdev(gains) / math.sqrt(SHUFFLES)
             figures = (f"{mean(gains):+.2f}", f"{error:.2f}", f"{stdev(gains):.2f}")
             yield (subject.name, "w8a8_dynamic", smoothing, str(SHUFFLES), *figures)
 
 
-def _output_gain(subject: Subject, scheme: str, smoothing: str) -> float:
-    before, after = (subject.quality(scheme, numerics=n, smoothing=smoothing) for n in ("reference", "float32"))
-    return after.output - before.output
+def _with_both_numerics(subject: Subject, method: Method) -> tuple[Quality, Quality]:
+    return subject.quality(replace(method, numerics="reference")), subject.quality(replace(method, numerics="float32"))
 
 
 @torch.no_grad()
@@ -202,7 +184,7 @@ def main() -> int:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        subjects = [golden(name) for name in GOLDEN_CASES] + [tiny(kind, Path(folder)) for kind in STATIC_SCHEMES]
+        subjects = [golden(name) for name in GOLDEN_CASES] + [tiny(kind, Path(folder)) for kind in STATIC]
     for name in wanted:
         print_table(TABLES[name](subjects))
     return 0

@@ -23,26 +23,26 @@ class Row:
 
     status        what the job must end with; 0 where it goes on
     stages, ranks where it strikes
-    culprit       what the terminal and status.json must say; {rank} is the rank that was struck
+    culprit       a pattern of where it must have been, on the terminal and in status.json; {rank} is the struck one
     limit_s       seconds after the strike within which all processes are gone, if the job does not go on
     strikes       what the worker does, by its name in `fault_worker.KINDS`; the row's own name if left out
-    outside       what somebody else does at that moment, by its name in `fault_matrix.OUTSIDE`
+    outside       what somebody else does at that moment, by its name in `fault_bench.OUTSIDE`
     spoils        a file, by pattern, in which a byte is flipped before the next run; that run must end with
                   `then`, and name the file if it refuses it, which is removed then, as it says
-    mounts        whether it takes a file system of its own, hence root or a name space
+    mounts        who mounts a file system, and so has to be root, be it in a name space: "matrix", "rank" or nobody
     """
 
     status: int
     stages: tuple[str, ...] = STAGES
     ranks: tuple[int, ...] = RANKS
-    culprit: str = "rank {rank}"
+    culprit: str = r"rank {rank}\b"
     limit_s: float = LIMIT_S
     strikes: str = ""
     outside: str = ""
     job: str = "one copy"
     spoils: str = ""
     then: int = 0
-    mounts: bool = False
+    mounts: str = ""
 
 
 ROWS: Mapping[str, Row] = {
@@ -50,9 +50,9 @@ ROWS: Mapping[str, Row] = {
     "SIGTERM": Row(75, (*STAGES, "observe", "write"), culprit=""),
     "exception": Row(1),
     "OOM error": Row(5),
-    "full disk": Row(3, culprit="rank", mounts=True),  # whoever writes next finds it full
+    "full disk": Row(3, culprit=r"rank \d", mounts="matrix"),  # whoever writes next finds it full
     "frozen": Row(6, limit_s=HANG_S + LIMIT_S),
-    "other numbers": Row(7, ("batch",)),
+    "other numbers": Row(7, ("batch",), culprit=r"rank \d, calibrate"),  # whoever is first
     "SIGTERM in one copy of two": Row(75, ("calibrate", "observe"), culprit="", strikes="SIGTERM", job="two copies"),
     "broken pipe": Row(0, ("calibrate",), (0,), culprit="", strikes="wait", outside="lose the reader"),
     "broken pipe, two interrupts": Row(
@@ -60,7 +60,7 @@ ROWS: Mapping[str, Row] = {
     ),
     "second job": Row(0, ("calibrate",), (0,), culprit="", strikes="wait", outside="start a second job"),
     # It strikes before Python has imported anything, and a network file system gets seconds to show a file.
-    "own disk": Row(3, ("start",), (1,), limit_s=2 * LIMIT_S, mounts=True),
+    "own disk": Row(3, ("start",), (1,), culprit=r"ranks 0, {rank}\b", limit_s=2 * LIMIT_S, mounts="rank"),
     "flipped byte in a dump": Row(
         6, ("quantize",), (0,), strikes="kill -9", spoils="dumps/calib_data_rank1.pth", then=4
     ),
@@ -96,7 +96,7 @@ class Fault:
 
     @property
     def culprit(self) -> str:
-        """What the terminal and status.json must say."""
+        """A pattern of where the terminal and status.json must say it was; empty where nobody is to blame."""
         return self.row.culprit.format(rank=self.rank)
 
     @property

@@ -84,9 +84,6 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "nothing": lambda _: None,
 }
 
-# Those that mount a file system in the rank, and so need it to be root, be it in a name space.
-MOUNTING = {"own disk"}
-
 
 def in_start(strike: Callable[[], object]) -> None:
     """Strike before anything is imported."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,12 +30,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
 from launcher.failure.exit_codes import exit_code
+from launcher.inspection.plan import require_room
 from model_adapters import load_adapter
 from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME
 from model_adapters.weights.transformer_part import build_empty
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
 from quant_core.checkpoint.tensor_file import TensorFile
-from quant_core.errors import EnvironmentFailure, ExplainedError
+from quant_core.errors import ExplainedError
 from scripts.make_tiny_pipeline import DTYPES, RECIPES, write_components
 
 # The published configurations of the transformers.
@@ -114,7 +114,7 @@ def make_full_size(
     write_text_atomically(transformer / "config.json", json.dumps(dict(config), indent=2) + "\n")
     model = build_empty(load_adapter(kind), transformer)
     tensors = {name: _described(tensor, DTYPES[recipe.dtype]) for name, tensor in model.state_dict().items()}
-    _check_room(folder, tensors)
+    require_room(folder, _size(tensors))
     _write_files(transformer, _share_out(tensors, file_size), torch.Generator().manual_seed(seed))
     return folder
 
@@ -163,17 +163,6 @@ def _share_out(tensors: Mapping[str, Tensor], file_size: int) -> list[dict[str, 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _check_room(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    needed, free = _size(tensors), shutil.disk_usage(folder).free
-    if needed > free:
-        raise EnvironmentFailure(
-            "the disk is too small for the model",
-            where=str(folder),
-            why=f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            advice="use another disk, or fewer --blocks",
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

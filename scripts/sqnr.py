@@ -32,6 +32,11 @@ class Quality:
         """Return the ratio that half of the layers reach."""
         return median(self.layers.values())
 
+    @property
+    def worst_layer(self) -> float:
+        """Return the ratio that all layers reach."""
+        return min(self.layers.values())
+
 
 @torch.no_grad()
 def measure(floating: nn.Module, deployed: nn.Module, records: Sequence[Record]) -> Quality:

@@ -57,7 +57,12 @@ def _leave_within(seconds: float, status: int) -> None:
     clock.start()
 
 
+def tell(text: object) -> None:
+    """Print on stderr with the newline in the same write: other ranks have the same terminal."""
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
 def _print(failure: Failure, error: BaseException | None, text: str | None) -> None:
     if failure.is_bug and error is not None:
         traceback.print_exception(error)
-    print(failure.error() if text is None else text, file=sys.stderr)
+    tell(failure.error() if text is None else text)

@@ -240,7 +240,7 @@ def _look_at_disk(plan: Plan, config: JobConfig) -> None:
             else:
                 needed[place] = needed.get(place, 0) + size
     for place, size in needed.items():
-        plan.attempt(lambda place=place, size=size: _require_room(place, size))
+        plan.attempt(lambda place=place, size=size: require_room(place, size))
     folder = output.quant_weight_save_folder
     if folder is not None and (folder / MANIFEST).exists():
         what = "replaced (--overwrite)" if output.overwrite else "kept if it is this job's, and refused if it is not"
@@ -251,11 +251,12 @@ def _refuse_a_file(path: Path, flag: str) -> None:
     raise ConfigurationError(f"'{path}' is a file", where=flag, why="a folder goes there", advice="give another folder")
 
 
-def _require_room(place: Path, size: int) -> None:
+def require_room(place: Path, size: int) -> None:
+    """Check that so many bytes are free on the disk of a folder; raises EnvironmentFailure."""
     free = shutil.disk_usage(place).free
     if size > free:
         raise EnvironmentFailure(
-            "the disk is too small for what the job writes",
+            "the disk is too small for what is to be written",
             where=str(place),
             why=f"it takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
             advice="free space, or give folders on another disk",

@@ -49,7 +49,7 @@ class Console:
         elif done == total or now - self._last >= self.interval_s:
             self._last = now
             remarks = ", ".join(filter(None, [self._eta(done + part, total, now), self.note()]))
-            print(f"{stage}: {done}/{total}" + (f" ({remarks})" if remarks else ""), flush=True)
+            self._printer()(f"{stage}: {done}/{total}" + (f" ({remarks})" if remarks else ""))
 
     def close(self) -> None:
         """Take the live display down, so that what follows stands below it."""
@@ -66,7 +66,7 @@ class Console:
 
     def _printer(self) -> Callable[[str], None]:
         if self._bar is None:
-            return lambda text: print(text, flush=True)
+            return lambda text: print(f"{text}\n", end="", flush=True)  # one write: ranks share the terminal
         return lambda text: self._bar.console.print(text, markup=False, highlight=False)
 
     def _show_bar(self, stage: str, done: float, total: int) -> None:

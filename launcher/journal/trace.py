@@ -8,15 +8,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from launcher.journal.logs import LOGS
 from quant_core.errors import InputError
 
 FIRST_STAGE = "prepare"
-Line = Mapping[str, Any]
+
+
+class Line(BaseModel):
+    """One line of a log; what of it other modules do not read is left out.
+
+    stage: which begins; ended: which does, after `seconds` and with `memory` bytes at most; wait: what was waited for,
+    `seconds`; words: of the command line.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    time: datetime
+    rank: int
+    level: str
+    source: str = Field(alias="from")
+    text: str
+    stage: str | None = None
+    ended: str | None = None
+    wait: str | None = None
+    seconds: FiniteFloat = 0.0
+    memory: int = 0
+    words: tuple[str, ...] = ()
 
 
 def last_run(folder: Path, stage: str = FIRST_STAGE) -> dict[int, list[Line]]:
@@ -25,7 +49,7 @@ def last_run(folder: Path, stage: str = FIRST_STAGE) -> dict[int, list[Line]]:
     Raises InputError where no run that did has logged.
     """
     logs = [list(_lines(path)) for path in (folder / LOGS).glob("rank*.jsonl")]
-    found = [[run for run in _runs(lines) if any(line.get("stage") == stage for line in run)] for lines in logs]
+    found = [[run for run in _runs(lines) if any(line.stage == stage for line in run)] for lines in logs]
     last = [runs[-1] for runs in found if runs]
     if not last:
         raise InputError(
@@ -34,12 +58,12 @@ def last_run(folder: Path, stage: str = FIRST_STAGE) -> dict[int, list[Line]]:
             why="a job logs beside its weights, or beside its images if it makes no weights",
             advice="give the --quant_weight_save_folder of the job",
         )
-    return {int(run[0]["rank"]): run for run in sorted(last, key=lambda run: run[0]["rank"])}
+    return {run[0].rank: run for run in sorted(last, key=lambda run: run[0].rank)}
 
 
 def _runs(lines: list[Line]) -> list[list[Line]]:
     """Divide the lines of a log, to which every run appends, at the beginnings of its first stage."""
-    begins = [i for i, line in enumerate(lines) if line.get("stage") == FIRST_STAGE]
+    begins = [i for i, line in enumerate(lines) if line.stage == FIRST_STAGE]
     return [lines[begin:end] for begin, end in zip(begins, [*begins[1:], len(lines)])]
 
 
@@ -62,26 +86,24 @@ def trace(folder: Path) -> str:
 
 def moment(line: Line) -> float:
     """Return when a line was logged, in seconds of the epoch."""
-    return datetime.fromisoformat(line["time"]).timestamp()
+    return line.time.timestamp()
 
 
 def _events_of(line: Line, rank: int, start: float) -> Iterator[dict[str, Any]]:
     at = (moment(line) - start) * 1e6
     common = {"pid": rank, "tid": 0}
-    if "seconds" in line:
-        name = line["ended"] if "ended" in line else f"waits: {line['wait']}"
-        length = line["seconds"] * 1e6
+    if line.ended is not None or line.wait is not None:
+        name = f"waits: {line.wait}" if line.ended is None else line.ended
+        length = line.seconds * 1e6
         yield {**common, "name": name, "ph": "X", "ts": round(at - length), "dur": round(length)}
-    elif line["level"] in ("warning", "error", "critical") or line["from"] == "launcher":
-        yield {**common, "name": line["text"][:200], "ph": "i", "ts": round(at), "s": "t"}
-    if "memory" in line:
-        yield {"pid": rank, "name": "memory in GB", "ph": "C", "ts": round(at), "args": {"GB": line["memory"] / 2**30}}
+    elif line.level in ("warning", "error", "critical") or line.source == "launcher":
+        yield {**common, "name": line.text[:200], "ph": "i", "ts": round(at), "s": "t"}
+    if line.memory:
+        yield {"pid": rank, "name": "memory in GiB", "ph": "C", "ts": round(at), "args": {"GiB": line.memory / 2**30}}
 
 
 def _lines(path: Path) -> Iterator[Line]:
-    """Return the lines of a log; a rank that was killed may have left half of one."""
+    """Return the sound lines of a log; a rank that was killed may have left half of one."""
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield json.loads(text)
-        except ValueError:
-            continue
+        with suppress(ValidationError):
+            yield Line.model_validate_json(text)

@@ -46,14 +46,14 @@ def stage_rows(folder: Path) -> list[StageRow]:
     return [
         StageRow(
             rank=rank,
-            stage=line["ended"],
-            begin=round(max(0.0, moment(line) - line["seconds"] - start), 3),
-            seconds=line["seconds"],
-            memory=line["memory"],
+            stage=line.ended,
+            begin=round(max(0.0, moment(line) - line.seconds - start), 3),
+            seconds=line.seconds,
+            memory=line.memory,
         )
         for rank, lines in ranks.items()
         for line in lines
-        if "ended" in line
+        if line.ended is not None
     ]
 
 
@@ -109,7 +109,7 @@ def _shown(value: Any) -> str:
 def _words(folder: Path) -> list[str]:
     """Return what was typed behind `launcher`, as the first rank logged it."""
     lines = next(iter(_run(folder).values()), [])
-    return next((list(line["words"]) for line in lines if "words" in line), [])
+    return next((list(line.words) for line in lines if line.words), [])
 
 
 def _run(folder: Path) -> dict[int, list[Line]]:

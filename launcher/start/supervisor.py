@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from launcher.failure.error_file import read_error_files, write_error_file
 from launcher.failure.exit_codes import EXIT_CODES, ExitCode
 from launcher.failure.record import STARTING, Failure, write_end
 from launcher.failure.signals import GRACEFUL, Stopped, stopped_on
-from launcher.failure.way_out import leave
+from launcher.failure.way_out import leave, tell
 from launcher.journal.status import account_folder, format_time, read_status
 from launcher.start.agent import agent_arguments, end_children, run_agent, signals_heard
 from launcher.start.supervisor_flags import job_on_ranks, split_at_command
@@ -136,5 +135,5 @@ def _ended_silently(rank: int, exitcode: int) -> Failure:
 
 def _said(failure: Failure) -> Failure:
     """Print what no rank has said, and return it."""
-    print(failure.error(), file=sys.stderr, flush=True)
+    tell(failure.error())
     return failure

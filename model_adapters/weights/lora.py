@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model_adapters.weights.brought import LoraFile
@@ -144,10 +145,18 @@ def _read(pipeline_type: Any, file: LoraFile) -> dict[str, LowRank]:
     left = {*state} ^ {f"{name}{end}" for name in pairs for end in (_UP, _DOWN)}
     if left or not pairs:
         raise _unreadable(file, f"{min(left)} has no partner" if left else "it holds no factors")
+    if odd := [key for key, alpha in alphas.items() if torch.as_tensor(alpha).numel() != 1]:
+        raise _unreadable(file, f"{odd[0]} is no number")
+    if odd := [name for name in pairs if not _multiply(state[name + _UP], state[name + _DOWN])]:
+        raise _unreadable(file, f"the factors of {odd[0]} are no matrices that can be multiplied")
     return {
         name: LowRank(up := state[name + _UP], state[name + _DOWN], file.scale * _scale(name, up, alphas, metadata))
         for name in pairs
     }
+
+
+def _multiply(up: Tensor, down: Tensor) -> bool:
+    return up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0] > 0
 
 
 def _peft_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -4,9 +4,12 @@
     python scripts/study --models sd3 --seeds 1        a look
     python scripts/study --full                        every combination that is allowed, hours
 
+`scripts/study.md` holds less than the default's three seeds: two of the models and one of those with outlier
+channels, as `--seeds 1` and then `--models flux sd3 --seeds 2` measure them.
+
 Each figure is the mean over seeds with its standard deviation; a seed has its own prompts and noise to calibrate, and
 its own noise to paint. Everything is done in this process. A cell that is done stands in `results.jsonl` of the work
-folder and is not done again; `--table` only writes the table of what is there.
+folder and is not done again; `--table` only writes the table of what is there. A table is of one number of pictures.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ import diffusers
 import torch
 import transformers
 
+from quant_core.atomic_file import write_text_atomically
 from scripts.add_outlier_channels import add_outlier_channels
 from scripts.study.grid import Method, chosen, full
-from scripts.study.subject import AT_ONCE, CALIBRATED, MODELS, STEPS, Subject
+from scripts.study.subject import AT_ONCE, CALIBRATED, MODELS, PAINTED, STEPS, Subject
 from scripts.study.table import Cell, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,9 +49,14 @@ class Study:
         work.mkdir(parents=True, exist_ok=True)
 
     def cells(self) -> list[Cell]:
-        """Return what has been measured; a last line that was cut short is measured again."""
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """Return what has been measured with so many pictures."""
+        cells = map(json.loads, self._lines().splitlines())
+        return [cell for cell in cells if cell.get("pictures") == self.pictures]
+
+    def _lines(self) -> str:
+        """Return the file's lines but a last one that was cut short."""
+        content = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        return content[: content.rfind("\n") + 1]
 
     def measure(self, model: str, seed: int, methods: Iterable[Method]) -> None:
         """Measure one model and seed, but what is there."""
@@ -60,10 +69,10 @@ class Study:
         subject = Subject(kind, self._path(kind, model), seed, self.pictures, folder)
         figures = subject.float_figures()
         if FLOAT not in done:
-            self._keep({"model": model, "seed": seed, **FLOAT, **figures})
+            self._keep(model, seed, {**FLOAT, **figures})
         for number, method in enumerate(missing, start=1):
             began = time.monotonic()
-            self._keep({"model": model, "seed": seed, **asdict(method), **subject.figures(method)})
+            self._keep(model, seed, {**asdict(method), **subject.figures(method)})
             print(f"{model}, seed {seed}: {number}/{len(missing)} ({time.monotonic() - began:.0f} s)", flush=True)
 
     def _is_of(self, cell: Cell, model: str, seed: int) -> bool:
@@ -75,9 +84,9 @@ class Study:
         path = self.work / f"{kind}_with_outliers"
         return path if path.exists() else add_outlier_channels(MODELS / kind, path)
 
-    def _keep(self, cell: Cell) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(cell) + "\n")
+    def _keep(self, model: str, seed: int, found: Cell) -> None:
+        cell = {"model": model, "seed": seed, "pictures": self.pictures, **found}
+        write_text_atomically(self.file, self._lines() + json.dumps(cell) + "\n")
 
 
 def text(cells: Iterable[Cell], pictures: int) -> Iterator[str]:
@@ -101,7 +110,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "study.md", help="file of the table")
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="MODEL")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="each has prompts of its own")
-    parser.add_argument("--pictures", type=int, default=AT_ONCE, help="at most 16")
+    parser.add_argument("--pictures", type=int, default=AT_ONCE, choices=range(1, PAINTED + 1), metavar="N")
     parser.add_argument("--full", action="store_true", help="every combination")
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,20 @@ class Method:
             *smoothing_problems(self.scheme, schemes, multiplies_input=self.smoothing != "none"),
         ]
 
-    def session(self, records: list[Any], disabled: tuple[str, ...]) -> SessionConfig:
-        """Say it in the quantizer's words. disabled: patterns of layers kept float."""
+    def session(
+        self,
+        records: list[Any],
+        disabled: tuple[str, ...],
+        smoothings: Mapping[str, SmoothingConfig | None] = SMOOTHINGS,
+        **options: Any,
+    ) -> SessionConfig:
+        """Say it in the quantizer's words. disabled: patterns of layers kept float; options: others of the scheme."""
         scheme = SCHEMES[self.scheme].config(
             cfg=W8A8QuantConfig(act_method=self.estimator),  # pyright: ignore[reportArgumentType]
             disable_names=disabled,
+            **options,
         )
-        processors: dict[str, Any] = {each.key: each for each in (scheme, SMOOTHINGS[self.smoothing]) if each}
+        processors: dict[str, Any] = {each.key: each for each in (scheme, smoothings[self.smoothing]) if each}
         return SessionConfig(processor_cfg_map=processors, calib_data=records, numerics=self.numerics)
 
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,8 @@ from model_adapters.quality.store import FLOAT, FLOOR, QUANTIZED, PictureStore
 from model_adapters.weights.loading import load_pipeline, load_transformer
 from quant_core import DumperManager, quant_model
 from quant_core.calibration.records import Record
-from quant_core.calibration.replay import replay
-from quant_core.layers.deployed import DeployedLinear
-from quant_core.quality.replayed import compare_layers, compare_outputs, kept_outputs, sampled
+from quant_core.quality.replayed import sampled
+from scripts.sqnr import measure
 from scripts.study.grid import Method
 from scripts.tiny_training.checking import look
 from scripts.tiny_training.drawing import SCENE_OF_CAPTION
@@ -35,6 +34,8 @@ MODELS = Path(__file__).resolve().parents[1] / "tiny_models"
 SIDE, STEPS, AT_ONCE = 64, 8, 8
 # Each seed calibrates on prompts of its own, and paints with noise of its own.
 CALIBRATED = 8
+# So many prompts are there to paint.
+PAINTED = 16
 # Layers and outputs are compared in so many steps.
 COMPARED_STEPS = 4
 OPTIONS: Mapping[str, dict[str, Any]] = {"flux": {}, "sd3": {"guidance_scale": 3.0}}
@@ -66,13 +67,12 @@ class Subject:
         deployed = copy.deepcopy(self.transformer)
         config = method.session(self.calibration, self.adapter.disabled_layers[method.scheme])
         quant_model(deployed, config, structure=self.adapter.structure)
-        layers = self._layers(deployed)
-        output = compare_outputs(deployed, self.records, self.exact).overall.decibels
+        quality = measure(self.transformer, deployed, self.records)
         self._paint(QUANTIZED, deployed, fingerprint=str(method))
         return {
-            "median_layer": median(layers),
-            "worst_layer": min(layers),
-            "output": output,
+            "median_layer": quality.median_layer,
+            "worst_layer": quality.worst_layer,
+            "output": quality.output,
             **self._likeness(QUANTIZED),
             "right": self._right(QUANTIZED),
         }
@@ -103,21 +103,6 @@ class Subject:
     @cached_property
     def records(self) -> list[Record]:
         return sampled(self._store("").records(self.painted), COMPARED_STEPS)
-
-    @cached_property
-    def exact(self) -> list[torch.Tensor]:
-        with kept_outputs(self.transformer) as outputs:
-            replay(self.transformer, self.records, stage="float outputs")
-        return outputs
-
-    def _layers(self, deployed: nn.Module) -> list[float]:
-        targets = {
-            name: copy.deepcopy(module).float()
-            for name, module in deployed.named_modules()
-            if isinstance(module, DeployedLinear)
-        }
-        found = compare_layers(self.transformer, targets, lambda name: lambda x, step: targets[name](x), self.records)
-        return [ratios.overall.decibels for ratios in found.values()]
 
     def _store(self, fingerprint: str) -> PictureStore:
         return PictureStore(self.work, {FLOAT: "", FLOOR: "", QUANTIZED: fingerprint}, self.options.seed)

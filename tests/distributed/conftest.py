@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ def made_once(
         with FileLock(f"{folder}.lock"):
             if not whole.exists():
                 unfinished = folder / worker_id
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a filling that failed
                 unfinished.mkdir(parents=True)
                 fill(unfinished)
                 unfinished.rename(whole)

@@ -17,6 +17,9 @@ from scripts.fault_table import Fault
 
 pytestmark = pytest.mark.distributed
 
+# The script holds a quiet machine to the limit; here other tests run at the same time.
+ALLOWANCE = 4
+
 
 @pytest.fixture(scope="module")
 def bench(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
@@ -64,13 +67,13 @@ def test_an_undisturbed_run_says_so_in_its_status_and_keeps_its_files_private(be
 def test_a_broken_job_ends_names_the_culprit_and_resumes_to_the_same_bytes(
     fault: Fault, bench: Bench, undisturbed: dict[str, bytes]
 ) -> None:
-    assert try_fault(bench, fault, undisturbed).problems == []
+    assert try_fault(bench, fault, undisturbed, ALLOWANCE).problems == []
 
 
 def test_a_full_disk_is_called_full_and_nothing_is_lost(bench: Bench, undisturbed: dict[str, bytes]) -> None:
     if not can_mount():
         pytest.skip("a small file system cannot be mounted here")
-    assert try_fault(bench, Fault("full disk", "calibrate", 1), undisturbed).problems == []
+    assert try_fault(bench, Fault("full disk", "calibrate", 1), undisturbed, ALLOWANCE).problems == []
 
 
 def test_torchrun_restarts_the_ranks_and_they_go_on_where_they_were(bench: Bench, undisturbed) -> None:

@@ -98,14 +98,13 @@ def test_a_job_runs_with_its_outputs_closed_and_prints_into_none_of_its_files(
     assert status_of(tmp_path)["state"] == "published"
 
 
-def test_a_second_interrupt_ends_a_job_whose_reader_is_gone(
+def test_a_second_interrupt_ends_a_job_whose_reader_stopped_reading(
     tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    reader, writer = os.pipe()
+    _reader, writer = full_pipe()
     job = start(words(tiny_flux_folder, prompt_file, tmp_path, ranks=2, steps=LONG), writer)
     os.close(writer)
     wait_for(lambda: calibrates(tmp_path), job)
-    os.close(reader)
     ranks = ranks_of(job)
     job.send_signal(signal.SIGINT)
     time.sleep(0.5)  # two interrupts that a person types are this far apart
@@ -115,13 +114,14 @@ def test_a_second_interrupt_ends_a_job_whose_reader_is_gone(
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
-def test_a_killed_rank_ends_a_job_whose_reader_stopped_reading(
+def test_a_killed_rank_ends_a_job_whose_reader_is_gone(
     tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    _reader, writer = full_pipe()
+    reader, writer = os.pipe()
     job = start(words(tiny_flux_folder, prompt_file, tmp_path, ranks=2, steps=LONG), writer)
     os.close(writer)
     wait_for(lambda: calibrates(tmp_path), job)
+    os.close(reader)
     ranks = ranks_of(job)
     ranks[1].kill()
     assert job.wait(timeout=SOON_S) == 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -104,26 +103,6 @@ def test_joined_global_shards_are_the_tensors_of_the_undivided_model(tiny_flux_f
         assert joined is not None, name
         assert joined.dtype == tensor.dtype
         assert torch.equal(joined, tensor), name
-
-
-def test_four_ranks_are_two_copies_of_two_shards_and_write_each_shard_once(tiny_flux_folder, prompts, tmp_path):
-    flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8", "--do_save_img", "--save_path", tmp_path / "img")
-    info = ("--info_file_save_path", tmp_path / "info.json")
-    finished = run_job(4, "flux", tiny_flux_folder, prompts, tmp_path, *flags, *info)
-    assert "world 4 = dp 2 × tp 2" in finished.stdout
-    weights = tmp_path / "weights"
-    assert sorted(path.name for path in weights.glob("*.safetensors")) == [
-        "quant_model_weight_w8a8_0.safetensors",
-        "quant_model_weight_w8a8_1.safetensors",
-    ]
-    for rank in (0, 1):
-        consumer.check(consumer.load(weights, rank, "w8a8"), torch.bfloat16)
-    dumps = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth")["header"] for rank in range(4)]
-    assert [header["images"] for header in dumps] == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    listed = json.loads((tmp_path / "info.json").read_text())
-    assert [Path(image).parent.name for image in listed[0]["images"]] == ["calib_fp", "calib_quant"]
-    assert [len(info["images"]) for info in listed] == [2] * PROMPTS
-    assert all(Path(image).stat().st_size > 0 for info in listed for image in info["images"])
 
 
 def test_sd3_on_two_ranks_spreads_one_copy_over_both(dual_sd3_job: PublishedJob):

@@ -7,12 +7,14 @@ order nor the number of copies shows in the result.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from quant_core.calibration.records import load_dump
 from scripts.make_tiny_pipeline import write_prompts
 from scripts.split_transformer import split
 from tests.distributed.conftest import PublishedJob
@@ -46,6 +48,26 @@ def assert_same(out: Path, other: Path, scheme: str) -> None:
         ours, theirs = published(out, scheme, rank), published(other, scheme, rank)
         assert differing(ours.tensors, theirs.tensors) == []
         assert ours.description == theirs.description
+
+
+def test_two_copies_of_two_shards_publish_what_one_copy_does_each_shard_once(
+    dual_timestep_job: PublishedJob, tiny_flux_folder, tmp_path
+):
+    images = ("--do_save_img", "--save_path", tmp_path / "img", "--info_file_save_path", tmp_path / "info.json")
+    flags = (*dual_timestep_job.flags, *images)
+    finished = run_job(4, "flux", tiny_flux_folder, dual_timestep_job.prompts, tmp_path, *flags)
+    assert "world 4 = dp 2 × tp 2" in finished.stdout
+    assert sorted(path.name for path in (tmp_path / "weights").glob("*.safetensors")) == [
+        "quant_model_weight_w8a8_timestep_0.safetensors",
+        "quant_model_weight_w8a8_timestep_1.safetensors",
+    ]
+    assert_same(tmp_path, dual_timestep_job.folder, "w8a8_timestep")
+    dumps = [load_dump(tmp_path / "dumps" / f"calib_data_rank{rank}.pth")["header"] for rank in range(4)]
+    assert [header["images"] for header in dumps] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    listed = json.loads((tmp_path / "info.json").read_text())
+    assert [Path(image).parent.name for image in listed[0]["images"]] == ["calib_fp", "calib_quant"]
+    assert [len(info["images"]) for info in listed] == [2] * 4
+    assert all(Path(image).stat().st_size > 0 for info in listed for image in info["images"])
 
 
 def test_divided_folders_give_the_same_checkpoint_as_the_whole_transformer(

@@ -31,21 +31,21 @@ CASES: dict[str, tuple[list[str], str]] = {
     "width that is no number": ([*JOB, "--width", "big"], "--width cannot be 'big'"),
     "width that does not fit the patches": ([*JOB, "--width", "100"], "--width cannot be '100'"),
     "no steps": ([*JOB, "--infer_steps", "0"], "--infer_steps cannot be '0'"),
-    "negative seed": ([*JOB, "--seed", "-1"], "--seed"),
+    "negative seed": ([*JOB, "--seed", "-1"], "--seed cannot be '-1'"),
     "unknown scheme": ([*JOB, "--quant_type", "w4a4"], "--quant_type cannot be 'w4a4'"),
     "unknown device": ([*JOB, "--device", "tpu"], "--device cannot be 'tpu'"),
     "unknown device type": ([*JOB, "--device_type", "A3"], "--device_type cannot be 'A3'"),
     "nothing to do": (without("--do_quant"), "this run would produce nothing"),
-    "no folder for weights": (without("--quant_weight_save_folder"), "quant_weight_save_folder"),
-    "no folder for dumps": (without("--quant_dump_calib_folder"), "quant_dump_calib_folder"),
+    "no folder for weights": (without("--quant_weight_save_folder"), "--quant_weight_save_folder is missing"),
+    "no folder for dumps": (without("--quant_dump_calib_folder"), "--quant_dump_calib_folder is missing"),
     "no model": (without("--path"), "--path is missing"),
     "boundary of steps without steps": (
         [*JOB, "--quant_type", "w8a8", "--timestep_sep", "1"],
         "--timestep_sep 1 has no meaning for w8a8",
     ),
     "boundary beyond the steps": ([*JOB, "--timestep_sep", "9"], "lies beyond the last of 2 steps"),
-    "exponent without its method": ([*JOB, "--anti_alpha", "0.5"], "--anti_alpha 0.5 has no"),
-    "exponent beyond 1": ([*JOB, "--anti_method", "m4", "--anti_alpha", "2"], "--anti_alpha"),
+    "exponent without its method": ([*JOB, "--anti_alpha", "0.5"], "--anti_alpha 0.5 has no meaning"),
+    "exponent beyond 1": ([*JOB, "--anti_method", "m4", "--anti_alpha", "2"], "--anti_alpha cannot be '2'"),
     "one of several processors": ([*JOB, "--device_id", "1"], "--device_id 1 has no meaning"),
     "threshold without an evaluation": ([*JOB, "--min_psnr", "30"], "--min_psnr has no meaning without --evaluate"),
     "evaluation without a checkpoint": (
@@ -60,8 +60,8 @@ CASES: dict[str, tuple[list[str], str]] = {
         [*JOB, "--evaluate", "0", "--evaluate_prompts", "p.txt"],
         "--evaluate 0 makes no pictures",
     ),
-    "fewer pictures than none": ([*JOB, "--evaluate", "-1"], "--evaluate"),
-    "part of prompts that does not exist": ([*JOB, "--data_split_id", "1"], "data_split_id 1"),
+    "fewer pictures than none": ([*JOB, "--evaluate", "-1"], "--evaluate cannot be '-1'"),
+    "part of prompts that does not exist": ([*JOB, "--data_split_id", "1"], "data_split_id 1 must be below"),
     "hang timeout of nothing": ([*JOB, "--hang_timeout", "0"], "--hang_timeout cannot be '0'"),
     "configuration that is missing": ([*JOB, "--config", "no.yaml"], "there is no file and no recipe 'no.yaml'"),
 }
@@ -76,17 +76,17 @@ FILES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_command_line_is_refused_with_its_own_message(name: str) -> None:
     words, message = CASES[name]
-    refused(words, message)
+    assert_refused(words, message)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_configuration_file_is_refused_with_its_own_message(name: str, tmp_path: Path) -> None:
     content, message = FILES[name]
     (tmp_path / "job.yaml").write_text(content)
-    refused([*JOB, "--config", str(tmp_path / "job.yaml")], message)
+    assert_refused([*JOB, "--config", str(tmp_path / "job.yaml")], message)
 
 
-def refused(words: list[str], message: str) -> None:
+def assert_refused(words: list[str], message: str) -> None:
     """Check that the words are refused in those words, with a place and an advice."""
     with pytest.raises(ConfigurationError) as caught:
         parse(words)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+from collections.abc import Callable
+
 import pytest
 
+from launcher.failure.way_out import tell
 from launcher.journal import console as module
 from launcher.journal.console import Console, format_seconds
 
@@ -38,6 +44,26 @@ def test_the_time_left_does_not_count_what_an_earlier_run_did(clock: list[float]
     clock[0] += 10.0
     console.progress("calibrate", 9, 12)
     assert capsys.readouterr().out.splitlines()[-1] == "calibrate: 9/12 (30 s left, slowest rank 1)"
+
+
+@pytest.mark.parametrize(
+    "speak",
+    [
+        lambda: Console(speaks=True, live=False).say("a line"),
+        lambda: Console(speaks=True, live=False).progress("calibrate", 1, 1),
+        lambda: tell("error: this failed\n  where  rank 0"),
+    ],
+    ids=["line", "progress", "failure"],
+)
+def test_what_a_rank_says_is_one_write_even_unbuffered(
+    speak: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readable, writable = os.pipe2(os.O_DIRECT)  # a read returns one write
+    with open(readable, "rb", buffering=0) as reader, open(writable, "wb", buffering=0) as pipe:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(pipe, write_through=True))
+        speak()
+        assert reader.read(4096).endswith(b"\n")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (700, "12 min"), (3900, "1 h 05 min")])

@@ -13,11 +13,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from torch import Tensor
 
+from launcher.config.layer_schemes import read_layer_schemes
 from launcher.files.manifest import read_manifest
 from launcher.files.shard_note import read_note
+from launcher.journal.logs import LOGS
+from launcher.journal.trace import trace
+from model_adapters import load_adapter
 from model_adapters.pipeline.prompts import read_prompts
+from model_adapters.quality.card import Origin, QualityCard, read_card
+from model_adapters.weights.brought import LoraFile
+from model_adapters.weights.lora import read_changes
 from model_adapters.weights.model_folder import open_weights, read_json
+from model_adapters.weights.single_file import converted_tensors
 from quant_core.calibration.records import load_dump
 from quant_core.errors import ExplainedError
 
@@ -40,6 +49,16 @@ def dump_bytes() -> bytes:
 
 
 DUMP, TENSORS = dump_bytes(), save({"a.weight": torch.ones(3, 4), "a.bias": torch.zeros(3)})
+LAYER = "transformer.proj_out"
+LORA = {f"{LAYER}.lora_A.weight": torch.ones(3, 4), f"{LAYER}.lora_B.weight": torch.ones(2, 3)}
+PUBLISHED = {"img_in.weight": torch.ones(3, 4), "double_blocks.0.img_attn.qkv.weight": torch.ones(6, 2)}
+CARD = QualityCard(origin=Origin(model="flux", quant_type="w8a8", fingerprint="f", dtype="d", floor_dtype="e"))
+LOG = b"\n".join(
+    json.dumps(
+        {"time": "2026-01-01T10:00:00.000", "rank": 0, "level": "info", "from": "launcher", "text": "said", **more}
+    ).encode()
+    for more in ({"stage": "prepare"}, {"ended": "prepare", "seconds": 0.5, "memory": 1}, {"wait": "all", "seconds": 1})
+)
 
 
 @st.composite
@@ -57,7 +76,24 @@ def read_tensors(path: Path) -> None:
             file.get_tensor(name)
 
 
-def reads_or_explains(reader: Callable[[Path], Any], path: Path, content: bytes) -> None:
+def read_lora(path: Path) -> None:
+    read_changes(
+        load_adapter("flux").pipeline_type(), [LoraFile(path, 1.0)], "transformer", {"proj_out.weight": (2, 4)}
+    )
+
+
+def read_published(path: Path) -> None:
+    for tensor in converted_tensors(path, "FluxTransformer2DModel", {}).values():
+        tensor.read()
+
+
+def read_log(path: Path) -> None:
+    (path.parent / LOGS).mkdir(exist_ok=True)
+    (path.parent / LOGS / "rank0.jsonl").write_bytes(path.read_bytes())
+    trace(path.parent)
+
+
+def assert_read_or_explained(reader: Callable[[Path], Any], path: Path, content: bytes) -> None:
     path.write_bytes(content)
     path.chmod(0o640)
     error: ExplainedError | None = None
@@ -73,11 +109,18 @@ BINARY: dict[str, tuple[Callable[[Path], Any], bytes]] = {
     "dump": (load_dump, DUMP),
     "dump in memory": (lambda path: load_dump(path, mmap=False), DUMP),
     "safetensors": (read_tensors, TENSORS),
+    "LoRA": (read_lora, save(LORA)),
+    "transformer in one file": (read_published, save(PUBLISHED)),
+    "quality card": (read_card, CARD.to_json().encode()),
+    "log": (read_log, LOG),
 }
 TEXT: dict[str, Callable[[Path], Any]] = {
     "note": read_note,
     "manifest": read_manifest,
     "configuration": read_json,
+    "layer schemes": lambda path: read_layer_schemes([f"@{path}"]),
+    "quality card": read_card,
+    "log": read_log,
     "plain prompts": lambda path: read_prompts(path, "plain"),
     "parti prompts": lambda path: read_prompts(path, "parti"),
     "hpsv2 prompts": lambda path: read_prompts(path, "hpsv2"),
@@ -89,7 +132,7 @@ TEXT: dict[str, Callable[[Path], Any]] = {
 @given(data=st.data())
 def test_a_damaged_binary_file_is_read_or_explained(name: str, data: st.DataObject, tmp_path: Path) -> None:
     reader, sound = BINARY[name]
-    reads_or_explains(reader, tmp_path / "file", data.draw(damaged(sound) | st.binary(max_size=200)))
+    assert_read_or_explained(reader, tmp_path / "file", data.draw(damaged(sound) | st.binary(max_size=200)))
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -97,7 +140,7 @@ def test_a_damaged_binary_file_is_read_or_explained(name: str, data: st.DataObje
 @given(data=st.data())
 def test_any_text_is_read_or_explained(name: str, data: st.DataObject, tmp_path: Path) -> None:
     content = data.draw(st.binary(max_size=200) | JSON.map(lambda tree: json.dumps(tree).encode()))
-    reads_or_explains(TEXT[name], tmp_path / "file", content)
+    assert_read_or_explained(TEXT[name], tmp_path / "file", content)
 
 
 @FAST
@@ -105,4 +148,16 @@ def test_any_text_is_read_or_explained(name: str, data: st.DataObject, tmp_path:
 def test_a_dump_with_other_content_is_read_or_explained(changes: dict[str, Any], tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({**torch.load(io.BytesIO(DUMP)), **changes}, buffer)
-    reads_or_explains(load_dump, tmp_path / "file", buffer.getvalue())
+    assert_read_or_explained(load_dump, tmp_path / "file", buffer.getvalue())
+
+
+@FAST
+@given(data=st.data())
+@pytest.mark.parametrize(("reader", "sound"), [(read_lora, LORA), (read_published, PUBLISHED)])
+def test_tensors_of_other_names_and_shapes_are_read_or_explained(
+    reader: Callable[[Path], Any], sound: dict[str, Tensor], data: st.DataObject, tmp_path: Path
+) -> None:
+    names = st.sampled_from([*sound, "x.lora_A.weight", f"{LAYER}.alpha"]) | st.text(max_size=12)
+    shapes = st.lists(st.integers(0, 4), max_size=3)
+    tensors = sound | {name: torch.ones(shape) for name, shape in data.draw(st.dictionaries(names, shapes)).items()}
+    assert_read_or_explained(reader, tmp_path / "file.safetensors", save(tensors))

@@ -13,12 +13,12 @@ import pytest
 
 from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
-from launcher.inspection.plan import Plan, make_plan
+from launcher.inspection.plan import Plan, make_plan, require_room
 from launcher.inspection.plan_text import told
 from model_adapters import load_adapter
 from model_adapters.weights.model_folder import WEIGHTS_NAME
 from model_adapters.weights.transformer_part import build_empty
-from quant_core.errors import ConfigurationError, InputError
+from quant_core.errors import ConfigurationError, EnvironmentFailure, InputError
 from scripts.make_full_size_pipeline import FLUX, SD3
 from scripts.make_tiny_pipeline import write_prompts
 
@@ -126,6 +126,12 @@ def test_every_problem_is_found_and_not_the_first(folder: Path, tmp_path: Path):
     assert len(found) == 5
     for text in ("3 ranks cannot form groups of 2", "*net.9*", "to_z", "prompt file", "is a file"):
         assert any(text in what for what in found), (text, found)
+
+
+def test_a_disk_that_is_too_small_is_told_with_what_it_takes(tmp_path: Path):
+    require_room(tmp_path, 1)
+    with pytest.raises(EnvironmentFailure, match=r"it takes 1073741824\.0 GiB, and \d+\.\d GiB are free"):
+        require_room(tmp_path, 2**60)
 
 
 def test_without_weight_files_the_configuration_tells_the_rest_and_the_plan_says_so(folder: Path, tmp_path: Path):

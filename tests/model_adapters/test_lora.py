@@ -181,11 +181,12 @@ def test_the_part_of_a_text_encoder_goes_into_the_text_encoder(tiny_flux_folder:
 
 def bad_files() -> Iterator[tuple[str, dict[str, Tensor], str]]:
     up, down = torch.zeros(96, RANK), torch.zeros(RANK, 96)
-    good = {"transformer.transformer_blocks.0.attn.to_q.lora_B.weight": up}
-    good |= {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": down}
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    good = {f"{layer}.lora_B.weight": up, f"{layer}.lora_A.weight": down}
     yield "another layer", {key.replace("to_q", "to_qq"): tensor for key, tensor in good.items()}, "to_q "
     yield "another part", {key.replace("transformer.", "unet.", 1): tensor for key, tensor in good.items()}, "unet"
-    yield "another width", {key: tensor[:, :2] for key, tensor in good.items()}, "(96, 96)"
+    yield "another width", good | {f"{layer}.lora_A.weight": down[:, :2]}, "(96, 96)"
+    yield "another rank", good | {f"{layer}.lora_A.weight": down[:2]}, "multiplied"
     yield "one factor", {key: tensor for key, tensor in good.items() if "lora_A" in key}, "no partner"
     yield "another method", {**good, "transformer.x.dora_scale": up + 1}, "dora_scale"
     yield "a model", {"transformer.proj_out.weight": up}, "no partner"

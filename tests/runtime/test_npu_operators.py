@@ -121,20 +121,20 @@ def ones(dtype: torch.dtype | None, *shape: int) -> Tensor | None:
     return None if dtype is None else torch.ones(shape, dtype=dtype)
 
 
-def quantize_with(*dtypes: torch.dtype, **changes: object) -> object:
+def quantize_with(*dtypes: torch.dtype, **changes: object) -> Tensor:
     """Call npu_quantize as MindIE-SD does; dtypes: of the input (2, 3), the scales and the zero points (3,)."""
     x, scales, points = dtypes or (BF16, BF16, BF16)
     valid = {"x": ones(x, TOKENS, INPUTS), "scales": ones(scales, INPUTS), "zero_points": ones(points, INPUTS)}
     return npu_quantize(**{**valid, "dtype": torch.qint8, "axis": -1, **changes})  # type: ignore[arg-type]
 
 
-def product_with(**changes: object) -> object:
+def product_with(**changes: object) -> Tensor:
     """Call npu_quant_matmul on a (2, 3) and a (3, 4) matrix, with nothing but a float32 scale and a bfloat16 output."""
     valid = {"x1": codes(TOKENS, INPUTS), "x2": codes(INPUTS, OUTPUTS), "scale": ones(FP32, OUTPUTS)}
     return npu_quant_matmul(**{**valid, "output_dtype": BF16, **changes})  # type: ignore[arg-type]
 
 
-def weights_with(*dtypes: torch.dtype, **changes: object) -> object:
+def weights_with(*dtypes: torch.dtype, **changes: object) -> Tensor:
     """Call npu_weight_quant_batchmatmul as MindIE-SD does; dtypes: of the input, scales (1, 4) and bias (4,)."""
     x, scale, bias = dtypes or (BF16, BF16, FP32)
     valid = {"x": ones(x, TOKENS, INPUTS), "weight": codes(INPUTS, OUTPUTS), "bias": ones(bias, OUTPUTS)}
@@ -143,11 +143,9 @@ def weights_with(*dtypes: torch.dtype, **changes: object) -> object:
 
 
 def test_the_calls_that_are_changed_below_are_valid() -> None:
-    quantize_with()
-    quantize_with(FP16, FP32, INT8)
-    product_with()
-    weights_with()
-    weights_with(FP16, FP16, FP16)
+    assert quantize_with().dtype == quantize_with(FP16, FP32, INT8).dtype == torch.int8
+    assert product_with().dtype == weights_with().dtype == BF16
+    assert weights_with(FP16, FP16, FP16).dtype == FP16
 
 
 KERNELS = {
