@@ -28,19 +28,12 @@ from quant_core import (
     DumperManager,
     SaveProcessorConfig,
     SessionConfig,
-    W8A8DynamicProcessorConfig,
-    W8A8ProcessorConfig,
-    W8A8TimeStepProcessorConfig,
     quant_model,
 )
 from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.schemes import SCHEMES
 
 SIDE, STEPS, PROMPTS = 64, 3, 2
-SCHEMES: dict[str, Any] = {
-    "w8a8": W8A8ProcessorConfig,
-    "w8a8_timestep": W8A8TimeStepProcessorConfig,
-    "w8a8_dynamic": W8A8DynamicProcessorConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,7 @@ def make_subject(kind: str, path: Path, prompt_file: Path, scheme: str, folder: 
         adapter.generate(pipeline, encodings, options, torch.Generator().manual_seed(10_000 + number))
     dumper.close()
     processors = {
-        scheme: SCHEMES[scheme](disable_names=adapter.disabled_layers[scheme]),
+        scheme: SCHEMES[scheme].config(disable_names=adapter.disabled_layers[scheme]),
         "save": SaveProcessorConfig(output_path=str(folder)),
     }
     config = SessionConfig(processor_cfg_map=processors, calib_data=dumper.records)
