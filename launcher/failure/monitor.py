@@ -212,8 +212,8 @@ class Monitor:
     def _note(self) -> str:
         """Say what rank 0 knows of all ranks: the slowest, and the most memory that one uses."""
         if len(self._heartbeats) < 2:
-            return f"{held_memory(self.launch.local_rank) / 2**30:.1f} GB"
+            return f"{held_memory(self.launch.local_rank) / 2**30:.1f} GiB"
         stage, heartbeats = self._heartbeat.stage, self._heartbeats.values()
         slowest = min(heartbeats, key=lambda each: (each.stage == stage, each.done, each.step or 0))
         most = max(each.memory for each in heartbeats)
-        return f"slowest rank {slowest.rank}, {most / 2**30:.1f} GB"
+        return f"slowest rank {slowest.rank}, {most / 2**30:.1f} GiB"

@@ -45,4 +45,4 @@ class StageClock:
             return None
         most = max(peaks, key=lambda rank: peaks[rank])
         where = f" on rank {most}" if len(peaks) > 1 else ""
-        return f"{self.stage} took {format_seconds(seconds)}, at most {peaks[most] / 2**30:.1f} GB{where}"
+        return f"{self.stage} took {format_seconds(seconds)}, at most {peaks[most] / 2**30:.1f} GiB{where}"

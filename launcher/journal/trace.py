@@ -75,7 +75,13 @@ def _events_of(line: Line, rank: int, start: float) -> Iterator[dict[str, Any]]:
     elif line["level"] in ("warning", "error", "critical") or line["from"] == "launcher":
         yield {**common, "name": line["text"][:200], "ph": "i", "ts": round(at), "s": "t"}
     if "memory" in line:
-        yield {"pid": rank, "name": "memory in GB", "ph": "C", "ts": round(at), "args": {"GB": line["memory"] / 2**30}}
+        yield {
+            "pid": rank,
+            "name": "memory in GiB",
+            "ph": "C",
+            "ts": round(at),
+            "args": {"GiB": line["memory"] / 2**30},
+        }
 
 
 def _lines(path: Path) -> Iterator[Line]:

@@ -18,7 +18,7 @@ from launcher.files.digests import digest_of_file, digest_of_text
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import calibration_fingerprint, model_fields
 from launcher.files.manifest import Manifest, read_manifest
-from launcher.files.run_folder import RunFolder
+from launcher.files.run_folder import QUALITY, RunFolder
 from launcher.ranks.agreement import copy_agrees, gather_objects
 from launcher.stages.encode import encode, prompts_of
 from launcher.stages.identify import ask_first
@@ -40,7 +40,6 @@ from quant_core.calibration.records import Record, as_records, load_dump
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import ConfigurationError, InputError, VerificationError
 
-QUALITY = "quality"
 # A copy with one batch more than another paints it three times, and replays what was recorded of it.
 _LEAD = 4
 

@@ -30,11 +30,11 @@ def test_the_end_of_a_stage_is_told_with_its_time_and_the_rank_that_held_most(cl
     stage.see(1, 3000 * MB)
     stage.see(1, 2000 * MB)
     clock[0] += 75
-    assert stage.turn("quantize", memory=200 * MB) == "load took 75 s, at most 2.9 GB on rank 1"
+    assert stage.turn("quantize", memory=200 * MB) == "load took 75 s, at most 2.9 GiB on rank 1"
     clock[0] += 0.5
     assert stage.turn("merge", memory=200 * MB) is None  # a moment
     clock[0] += 60
-    assert stage.turn("", memory=1024 * MB) == "merge took 60 s, at most 1.0 GB"
+    assert stage.turn("", memory=1024 * MB) == "merge took 60 s, at most 1.0 GiB"
 
 
 def line(second: float, rank: int, **fields: object) -> str:
@@ -72,7 +72,7 @@ def test_a_trace_has_a_track_a_rank_with_its_stages_and_waits_of_the_last_run(tm
         (1, "waits: whether to merge"): (5_000_000, 0),
     }
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"rank 0", "rank 1"}
-    assert max(e["args"]["GB"] for e in events if e["ph"] == "C") == 2.0
+    assert max(e["args"]["GiB"] for e in events if e["ph"] == "C") == 2.0
 
 
 def test_the_command_writes_it_beside_the_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
