@@ -58,7 +58,7 @@ class Subject:
 
     def pipeline(self) -> Any:
         """Load the pipeline around a new float transformer, in float32."""
-        return load_pipeline(self.adapter, self.options, self.transformer(), "cpu", torch.float32, with_text=False)
+        return load_pipeline(self.adapter, self.options, self.transformer(), "cpu", torch.float32)
 
     def painting(self, folder: Path, batches: Sequence[Batch] | None = None, **changes: Any) -> Painting:
         """Describe the painting of all batches, or of a share."""
@@ -122,7 +122,7 @@ def make_subject(kind: str, path: Path, prompt_file: Path, scheme: str, folder: 
     dtype = adapter.dtype(options)
     batches, embeddings = encoded(adapter, options)
     transformer = load_transformer(adapter, str(path), dtype=dtype, device="cpu").model
-    pipeline = load_pipeline(adapter, options, transformer, "cpu", dtype, with_text=False)
+    pipeline = load_pipeline(adapter, options, transformer, "cpu", dtype)
     dumper = DumperManager(transformer, "timestep", step_source=lambda: adapter.step_index(pipeline))
     for number, encodings in enumerate(embeddings.values()):
         adapter.generate(pipeline, encodings, options, torch.Generator().manual_seed(10_000 + number))
