@@ -76,8 +76,8 @@ def _prepare(config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
     session = ModelSession(config, ranks)
     session.check()
     job = Job(config, ranks, session, watch, _share(read_batches(config.pipeline), ranks))
-    check_save_path(job)
-    check_evaluation(job)
+    check_save_path(config)
+    check_evaluation(config, session.adapter)
     explain_approximation(job)
     return job
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed works as well
 from launcher.failure.exit_codes import exit_code
-from launcher.inspection.plan import require_room
+from launcher.inspection.room import require_room
 from model_adapters import load_adapter
 from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME
 from model_adapters.weights.transformer_part import build_empty
@@ -114,7 +114,7 @@ def make_full_size(
     write_text_atomically(transformer / "config.json", json.dumps(dict(config), indent=2) + "\n")
     model = build_empty(load_adapter(kind), transformer)
     tensors = {name: _described(tensor, DTYPES[recipe.dtype]) for name, tensor in model.state_dict().items()}
-    require_room(folder, _size(tensors))
+    require_room({folder: _size(tensors)})
     _write_files(transformer, _share_out(tensors, file_size), torch.Generator().manual_seed(seed))
     return folder
 

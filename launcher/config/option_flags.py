@@ -85,16 +85,25 @@ class Flag:
         return next((text for type_, text in _METAVARS.items() if kind is type_), "PATH")
 
     @property
+    def default(self) -> Any:
+        """The value that it has when it is left out; None, where it is required, too."""
+        return None if self.field.is_required() else self.field.get_default(call_default_factory=True)
+
+    @property
     def help(self) -> str:
         """What the flag does, and its default."""
-        default = self.field.get_default()
         if self.field.is_required():
             remark = " (required)"
-        elif default is None or default == () or self.is_switch:
+        elif self.default in (None, (), {}) or self.is_switch:
             remark = ""
         else:
-            remark = f" (default: {default})"
+            remark = f" (default: {_words(self.default)})"
         return f"{self.field.description or self.name}{remark}"
+
+
+def _words(value: object) -> str:
+    """Write a value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def flags_of(options: type[BaseModel]) -> list[Flag]:

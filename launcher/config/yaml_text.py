@@ -50,6 +50,8 @@ def _yaml_lines(section: BaseModel, indent: str) -> Iterator[str]:
 
     plain = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
+        if field.exclude:
+            continue
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield f"{indent}{name}:\n"

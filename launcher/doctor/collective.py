@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
+
 from launcher.doctor.devices import first_with_cards
 from launcher.doctor.finding import Finding, judged
 
 _WAIT_S = 120
+# How long ranks may take altogether: to start, to connect and to add up.
+_PATIENCE_S = 2.0 * _WAIT_S
 _NUMEL = 2**24  # 64 MiB of float32: what two ranks of a large model exchange at once
 
 
@@ -32,21 +36,23 @@ def try_ranks(ranks: int | None, device: str | None) -> Iterator[Finding]:
     command = [sys.executable, *starter, "-m", "launcher.doctor.collective", device]
     own = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     environ = {**own, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    try:
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=2 * _WAIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        yield Finding(
-            "!!", "collectives", f"{ranks} ranks on {device} hang", "look at the variables and host name above"
-        )
-        return
-    told = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not told:
+    with psutil.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            output, said = started.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            # Not the starter alone: its ranks would go on.
+            for process in (*started.children(recursive=True), started):
+                process.kill()
+            yield Finding("!!", "collectives", f"{tried} hang", "look at the variables and host name above")
+            return
+    told = [line for line in output.splitlines() if line.startswith("{")]
+    if started.returncode or not told:
         # The cause comes first; torchrun's own account of it comes last.
-        errors = [line for line in done.stderr.splitlines() if "Error: " in line or line.startswith("error: ")]
+        errors = [line for line in said.splitlines() if "Error: " in line or line.startswith("error: ")]
         yield Finding(
             "!!",
             "collectives",
-            f"{ranks} ranks on {device} failed: {errors[0] if errors else 'silently'}",
+            f"{tried} failed: {errors[0] if errors else 'silently'}",
             " ".join(command[1:]),
         )
         return
@@ -76,7 +82,9 @@ def main() -> None:
     cards.kind.set_environment(os.environ)
     dist.init_process_group(backend, timeout=timedelta(seconds=_WAIT_S))
     numbers = torch.full((_NUMEL,), float(launch.rank + 1), device=device)
-    dist.all_reduce(numbers.clone())  # the first one also connects
+    first = numbers.clone()
+    dist.all_reduce(first)  # it also connects
+    first[0].item()  # waits for the device
     began = time.perf_counter()
     dist.all_reduce(numbers)
     right: Any = (numbers == launch.world * (launch.world + 1) / 2).all().item()  # waits for the device

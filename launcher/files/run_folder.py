@@ -14,6 +14,8 @@ MANIFEST = "quant_manifest.json"
 CONFIG = "quant_job.yaml"
 # A folder of its own inside the output folder: on the same file system, so that publishing is a rename.
 STAGING = ".shards"
+# What an evaluation finds, in a folder of its own too.
+QUALITY = "quality"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ tried by itself, so that all problems are found and not the first; what a broken
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -16,11 +16,14 @@ from typing import TypeVar
 from torch import nn
 
 from launcher.config.config_errors import together
-from launcher.config.job_config import JobConfig
+from launcher.config.job_config import AUTO, JobConfig
 from launcher.devices.launch import Launch
 from launcher.files.run_folder import MANIFEST
+from launcher.inspection.room import by_disk, place_of, require_room, still_needed
 from launcher.ranks.mesh import Mesh
 from launcher.ranks.process_group import lay_out
+from launcher.stages.evaluate import check_evaluation
+from launcher.stages.images import check_save_path
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
@@ -28,14 +31,15 @@ from model_adapters.memory.memory_model import MemoryModel, estimate_memory
 from model_adapters.parallel.shard_plan import ShardPlan
 from model_adapters.pipeline.prompts import even_share, read_batches
 from model_adapters.weights.brought import Brought
-from model_adapters.weights.model_folder import pipeline_folder
-from model_adapters.weights.transformer_folders import used_folders
+from model_adapters.weights.model_folder import cached_folder, is_hub_id, pipeline_folder
+from model_adapters.weights.transformer_folders import pipeline_files, used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer
-from quant_core.errors import ConfigurationError, EnvironmentFailure, ExplainedError
+from quant_core.errors import ConfigurationError, ExplainedError, InputError
 from quant_core.naming import linear_names, matches, select
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.treatment import FLOAT
 from quant_core.session.checks import check_outputs
+from quant_core.session.config import SessionConfig
 from quant_core.session.streaming import reads_activations
 from quant_core.session.targets import layer_plan
 from quant_core.smoothing.groups import ResolvedGroups
@@ -63,7 +67,12 @@ class Scope:
 
 @dataclass
 class Plan:
-    """What a job would do; what could not be found out is empty, and a problem says why."""
+    """What a job would do; what could not be found out is empty, and a problem says why.
+
+    quant_type: empty for a job of images alone. batches: of this rank. What it does: calibrates, then quantizes by
+    replaying that (replays) or layer by layer from disk (streams), after measuring what to choose (measures); paints
+    images; evaluates on so many batches of this rank, 0: on the calibration data, None: not.
+    """
 
     model: str
     quant_type: str
@@ -74,7 +83,12 @@ class Plan:
     tp_sizes: list[int] = field(default_factory=list)
     layout: str = ""
     memory: MemoryModel | None = None
+    calibrates: bool = False
+    measures: bool = False
+    replays: bool = False
     streams: bool = False
+    paints: bool = False
+    evaluates: int | None = None
     batches: int = 0
     steps: int = 0
     remarks: list[str] = field(default_factory=list)
@@ -91,11 +105,12 @@ class Plan:
         return sum(scope.count for scope in self.scopes if not scope.reason)
 
     def attempt(self, look: Callable[[], T]) -> T | None:
-        """Return what `look` finds; None, and a problem more, where it raises an explained error."""
+        """Return what `look` finds; None, and a problem more, where it raises an explained error that is new."""
         try:
             return look()
         except ExplainedError as error:
-            self.problems += getattr(error, "problems", [error])
+            known = {str(problem) for problem in self.problems}
+            self.problems += [each for each in getattr(error, "problems", [error]) if str(each) not in known]
             return None
 
     def require_startable(self) -> None:
@@ -109,7 +124,9 @@ class Plan:
 def make_plan(config: JobConfig, world: int | None = None) -> Plan:
     """Return what the job would do with that many ranks; left out: as many as one copy of the model asks for."""
     options, pipeline = config.quantization, config.pipeline
-    plan = Plan(config.model, options.quant_type, steps=pipeline.infer_steps)
+    plan = Plan(config.model, options.quant_type if options.do_quant else "", steps=pipeline.infer_steps)
+    plan.paints = config.output.do_save_img
+    plan.measures = options.do_quant and AUTO in (options.quant_type, options.timestep_sep)
     adapter = load_adapter(config.model)
     hardware = pipeline.hardware
     launch = Launch(world=world or config.ranks.tp_size or (hardware.tp_size if hardware else 1))
@@ -119,39 +136,53 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
     copies = plan.mesh.dp_size if plan.mesh else 1
     if batches and (share := plan.attempt(lambda: even_share(batches, copies, 0, where=f"{copies} copies"))):
         plan.batches = len(share)
-    _look_at_model(plan, config, adapter)
-    _look_at_disk(plan, config)
+    pictures = plan.attempt(lambda: check_evaluation(config, adapter))
+    if config.evaluation.evaluate is not None and pictures is not None:
+        plan.evaluates = len(pictures[::copies])
+    if folder := _local_folder(plan, pipeline.path):
+        local = config.model_copy(update={"pipeline": pipeline.model_copy(update={"path": str(folder)})})
+        _look_at_model(plan, local, adapter, folder)
+    plan.attempt(lambda: check_save_path(config))
+    if options.do_quant:
+        _look_at_disk(plan, config)
     return plan
 
 
-def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter) -> None:
+def _local_folder(plan: Plan, path: str) -> Path | None:
+    """Return the model's folder; of one on the hub what was fetched before, as nothing is fetched for a plan."""
+    if not is_hub_id(path):
+        return plan.attempt(lambda: pipeline_folder(path))
+    folder = cached_folder(path)
+    with suppress(InputError):
+        if folder and pipeline_files(folder):
+            return folder
+    plan.remarks.append(f"{path} is not on this machine: the job fetches it; what follows from its files is left out")
+    return None
+
+
+def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter, folder: Path) -> None:
     """Find out what the model's configuration and headers tell: scope, shards, smoothing, bytes."""
     tp_size = plan.mesh.tp_size if plan.mesh else 1
-    folder = plan.attempt(lambda: pipeline_folder(config.pipeline.path))
     shard_plan = plan.attempt(lambda: adapter.shard_plan(config.ranks.layout))
-    whole = folder and plan.attempt(lambda: build_empty(adapter, used_folders(folder)[0]))
-    if folder is None or shard_plan is None or whole is None:
+    whole = plan.attempt(lambda: build_empty(adapter, used_folders(folder)[0]))
+    if shard_plan is None or whole is None:
         return
     plan.layout = shard_plan.name
     plan.tp_sizes = [size for size in _SIZES if _divides(shard_plan, whole, size)]
     names = linear_names(whole)
     part = plan.attempt(lambda: _describe(config, adapter, tp_size, empty=whole))
     if part is None and tp_size in plan.tp_sizes:
-        plan.remarks.append("shards and bytes are told by config.json alone: the weights were not looked at")
-        part = _describe(config, adapter, tp_size, with_files=False)
-    disabled = config.quantization.disable_names
-    patterns = adapter.disabled_layers[config.quantization.main_type] if disabled is None else disabled
-    known = [p for p in patterns if plan.attempt(lambda p=p: select(names, p, where="--disable_names"))]
-    _look_at_layers(plan, config, adapter, part, part.model if part else whole, known)
+        part = plan.attempt(lambda: _describe(config, adapter, tp_size, with_files=False))
+        if part is not None:
+            plan.remarks.append("shards and bytes are told by config.json alone: the weights were not looked at")
+    session = None
+    if config.quantization.do_quant:
+        session = _look_at_layers(plan, config, adapter, part, part.model if part else whole, names)
+        if session is None:
+            return
     if part is not None:
-        plan.memory = estimate_memory(
-            adapter,
-            part,
-            config.pipeline,
-            quant_type=config.quantization.main_type,
-            disabled=tuple(known),
-            batches=max(1, plan.batches),
-        )
+        batches = max(1, plan.batches)
+        plan.memory = plan.attempt(lambda: estimate_memory(adapter, part, config.pipeline, session, batches=batches))
 
 
 def _describe(
@@ -183,24 +214,31 @@ def _look_at_layers(
     adapter: ModelAdapter,
     part: TransformerPart | None,
     model: nn.Module,
-    disabled: Sequence[str],
-) -> None:
-    """Find out which layer gets which scheme, and what the quantizer would refuse."""
-    options, structure = config.quantization, adapter.structure
+    names: Sequence[str],
+) -> SessionConfig | None:
+    """Find out which layer gets which scheme, and what the quantizer would refuse; return its session."""
+    options = config.quantization
+    asked = adapter.disabled_layers[options.main_type] if options.disable_names is None else options.disable_names
+    disabled = [p for p in asked if plan.attempt(lambda p=p: select(names, p, where="--disable_names"))]
     session = plan.attempt(lambda: session_of(processors(options, disabled), options, []))
     layers = session and plan.attempt(lambda: layer_plan(model, session))
     if session is None or layers is None:
-        return
+        return None
     schemes = {name: SCHEMES[chosen.key] for name, chosen in layers.items()}
     types = {name: options.quant_type if options.is_auto else scheme.quant_type for name, scheme in schemes.items()}
     rules = {p: f"--layer_schemes {p}=float" for p, chosen in session.layer_schemes.items() if chosen == FLOAT}
     plan.scopes = _scopes(model, types, rules | {p: f"--disable_names {p}" for p in disabled if p not in rules}, part)
-    if not options.do_quant:
-        return
     plan.attempt(lambda: check_outputs(model, schemes))
-    plan.streams = config.output.calibrate == "needed" and not reads_activations(model, session)
+    plan.replays = reads_activations(model, session)
+    plan.streams = not plan.replays
+    plan.calibrates = plan.replays or config.output.calibrate == "always" or config.evaluation.evaluate == 0
+    if options.is_auto:
+        plan.remarks.append(f"layers are chosen by measurement: bytes are those of {options.main_type} in all of them")
     if (smoothing := session.smoothing) is not None:
-        plan.smoothing = plan.attempt(lambda: groups_to_smooth(model, smoothing, structure=structure, targets=layers))
+        plan.smoothing = plan.attempt(
+            lambda: groups_to_smooth(model, smoothing, structure=adapter.structure, targets=layers)
+        )
+    return session
 
 
 def _scopes(
@@ -226,38 +264,18 @@ def _scopes(
 def _look_at_disk(plan: Plan, config: JobConfig) -> None:
     """Compare what the files will take with what is free, and say what lies in the folder already."""
     output, memory = config.output, plan.memory
-    if output.do_save_img and output.save_path.exists() and not output.save_path.is_dir():
-        plan.attempt(lambda: _refuse_a_file(output.save_path, "--save_path"))
-    needed: dict[Path, int] = {}
-    if memory is not None and plan.mesh is not None and config.quantization.do_quant:
-        sizes = {"quant_weight_save_folder": memory.quantized * plan.mesh.tp_size}
-        sizes["quant_dump_calib_folder"] = 0 if plan.streams else memory.dump * plan.mesh.world
-        for name, size in sizes.items():
-            folder = getattr(output, name)
-            place = next((each for each in (folder, *folder.absolute().parents) if each.exists()), Path("/"))
-            if not place.is_dir():
-                plan.attempt(lambda place=place, name=name: _refuse_a_file(place, f"--{name}"))
-            else:
-                needed[place] = needed.get(place, 0) + size
-    for place, size in needed.items():
-        plan.attempt(lambda place=place, size=size: require_room(place, size))
+    sizes: dict[str, int] = {"quant_weight_save_folder": 0, "quant_dump_calib_folder": 0}
+    if memory is not None and plan.mesh is not None:
+        sizes["quant_weight_save_folder"] = memory.quantized * plan.mesh.tp_size
+        sizes["quant_dump_calib_folder"] = memory.dump * plan.mesh.world if plan.calibrates else 0
+    needed: list[tuple[Path, int]] = []
+    for name, size in sizes.items():
+        folder = getattr(output, name)
+        if place := plan.attempt(lambda folder=folder, name=name: place_of(folder, f"--{name}")):
+            needed.append((place, size if output.resume == "never" else still_needed(folder, size)))
+    for disk in by_disk(needed):
+        plan.attempt(lambda disk=disk: require_room(disk))
     folder = output.quant_weight_save_folder
     if folder is not None and (folder / MANIFEST).exists():
         what = "replaced (--overwrite)" if output.overwrite else "kept if it is this job's, and refused if it is not"
         plan.remarks.append(f"{folder} holds a published checkpoint, which is {what}")
-
-
-def _refuse_a_file(path: Path, flag: str) -> None:
-    raise ConfigurationError(f"'{path}' is a file", where=flag, why="a folder goes there", advice="give another folder")
-
-
-def require_room(place: Path, size: int) -> None:
-    """Check that so many bytes are free on the disk of a folder; raises EnvironmentFailure."""
-    free = shutil.disk_usage(place).free
-    if size > free:
-        raise EnvironmentFailure(
-            "the disk is too small for what is to be written",
-            where=str(place),
-            why=f"it takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
-            advice="free space, or give folders on another disk",
-        )

@@ -16,12 +16,15 @@ _PROCESS = 0.4
 
 def told(plan: Plan, device: str) -> Iterator[str]:
     """Yield the lines; device: the kind that the job computes on."""
-    yield f"plan of {plan.model}, {plan.quant_type}"
+    yield f"plan of {plan.model}, {plan.quant_type or 'images of the float model'}"
     if plan.mesh is not None:
         yield f"ranks: {plan.mesh}"
         yield from (f"  {line}" for line in plan.mesh_reason.splitlines())
     if plan.scopes:
         yield from _scope(plan)
+    if plan.layout:
+        sizes = ", ".join(map(str, plan.tp_sizes))
+        yield f"layout {plan.layout}: tensor-parallel sizes that divide the model (of 1 to 16): {sizes}"
     if plan.smoothing is not None:
         yield from _smoothing(plan)
     if plan.memory is not None:
@@ -37,13 +40,11 @@ def told(plan: Plan, device: str) -> Iterator[str]:
 
 def _scope(plan: Plan) -> Iterator[str]:
     kept = plan.linears - plan.quantized
-    yield f"layers: {plan.linears} linears, {plan.quantized} quantized, {kept} float; layout {plan.layout}"
+    yield f"layers: {plan.linears} linears, {plan.quantized} quantized, {kept} float"
     width = max(len(scope.pattern) for scope in plan.scopes)
     for scope in plan.scopes:
         size = f"{scope.style} {scope.local[0]} x {scope.local[1]}"
         yield f"  {scope.count:4} {scope.pattern:<{width}}  {scope.scheme:<14} {size:<24} {scope.reason}".rstrip()
-    sizes = ", ".join(map(str, plan.tp_sizes))
-    yield f"  tensor-parallel sizes that divide it (of 1 to 16): {sizes}"
 
 
 def _smoothing(plan: Plan) -> Iterator[str]:
@@ -64,26 +65,53 @@ def _bytes(plan: Plan, memory: MemoryModel, device: str) -> Iterator[str]:
         return f"{size / _GIB:.2f} GiB"
 
     yield f"each rank: {gib(memory.weights)} of float weights, {gib(memory.activations)} in a forward (forecast)"
-    if plan.streams:
-        yield f"  host, at most: {gib(memory.streaming + _PROCESS * _GIB)}: layer by layer from disk, nothing is run"
-    elif device == "cpu":
-        yield f"  host, at most: {gib(max(memory.calibrating, memory.quantizing) + _PROCESS * _GIB)}"
-    else:
-        on_card = max(memory.loading, memory.weights + memory.activations + memory.workspace)
-        yield f"  {device}, at most: {gib(on_card)}"
-        yield f"  host, at most: {gib(max(memory.record, memory.codes + memory.dump) + _PROCESS * _GIB)}"
-    dump = 0 if plan.streams else memory.dump
-    yield f"  disk: {gib(memory.quantized)} published for each shard, {gib(dump)} of calibration data for each rank"
+    stages = _peaks(plan, memory)
+    if device == "cpu" and stages:
+        yield f"  host, at most: {gib(max(alone for alone, _, _ in stages) + _PROCESS * _GIB)}"
+    elif stages:
+        yield f"  {device}, at most: {gib(max(card for _, card, _ in stages))}"
+        yield f"  host, at most: {gib(max(host for _, _, host in stages) + _PROCESS * _GIB)}"
+    if plan.paints or plan.evaluates:
+        yield "  the decoder of pictures comes on top"
+    if plan.quant_type:
+        dump = memory.dump if plan.calibrates else 0
+        yield f"  disk: {gib(memory.quantized)} published for each shard, {gib(dump)} of calibration data for each rank"
+
+
+def _peaks(plan: Plan, memory: MemoryModel) -> list[tuple[int, int, int]]:
+    """Return the most bytes of each stage of the job: on a host without cards; on a card, and on the host beside it."""
+    replaying = max(memory.loading, memory.weights + memory.activations + memory.workspace)
+    comparing = max(memory.loading, memory.weights + memory.comparing)
+    stages = (
+        (plan.paints, (memory.running, memory.running, 0)),
+        (plan.calibrates, (memory.calibrating, memory.running, memory.record)),
+        (plan.replays, (memory.quantizing, replaying, memory.codes + memory.dump)),
+        (plan.streams, (memory.streaming, memory.widest + memory.workspace, memory.streaming)),
+        (plan.evaluates is not None, (memory.evaluating, comparing, memory.kept)),
+    )
+    return [peaks for is_done, peaks in stages if is_done]
 
 
 def _calls(plan: Plan) -> Iterator[str]:
-    if not plan.batches:
-        return
-    if plan.streams:
+    if plan.batches and (calls := list(_counted(plan))):
+        yield f"calls of the transformer on each rank: {'; '.join(calls)}"
+    elif plan.streams:
         yield "calls of the transformer: none"
-        return
-    calls, times = plan.batches * plan.steps, 2 if plan.smoothing else 1
-    yield (
-        f"calls of the transformer on each rank: {calls} to calibrate ({plan.batches} batches of {plan.steps} steps), "
-        f"then each record replayed {'twice' if times == 2 else 'once'} to quantize, where the scheme reads activations"
-    )
+
+
+def _counted(plan: Plan) -> Iterator[str]:
+    calls = plan.batches * plan.steps
+    if plan.calibrates:
+        yield f"{calls} to calibrate ({plan.batches} batches of {plan.steps} steps)"
+    if plan.measures and plan.replays:
+        yield "some records replayed to choose"
+    if plan.replays:
+        yield f"each record replayed {'twice' if plan.smoothing else 'once'} to quantize"
+    if plan.paints:
+        # Calibrating makes the float images; a checkpoint then makes its own.
+        is_float_alone = not plan.quant_type or plan.calibrates
+        yield f"{calls if is_float_alone else 2 * calls} for images"
+    if plan.evaluates is not None:
+        # Each picture is painted in floats, in other floats, and with the checkpoint.
+        pictures = f"{3 * plan.evaluates * plan.steps} for the pictures of the evaluation"
+        yield pictures if plan.evaluates else "each record replayed to evaluate"

@@ -37,28 +37,33 @@ def load_with_runtime(published: Published) -> tuple[list[Finding], str]:
         )
     suffixes = ["" if rank.tp_rank is None else f"_{rank.tp_rank}" for rank in published.ranks]
     told = _run(str(packages), str(published.folder), published.scheme, *suffixes)
-    findings = [each for rank, found in zip(published.ranks, told["ranks"]) for each in _findings(rank, found)]
-    layers = sum(len(found["excess"]) for found in told["ranks"])
-    worst = max((excess for found in told["ranks"] for excess in found["excess"].values()), default=0.0)
-    line = f"MindIE-SD {_version()} loaded the files and computed with {layers} layers ({told['operators']}); "
-    return findings, f"{line}largest difference {worst:.2f} of what rounding may make"
+    findings = [each for rank, found in zip(published.ranks, told) for each in _findings(rank, found)]
+    differences = [excess for found in told for excess in found["excess"].values()]
+    line = f"MindIE-SD {_version()} loaded the files and computed with {len(differences)} layers, on the CPU with a "
+    line += f"stand-in for the NPU's operators; largest difference {max(differences, default=0.0):.2f} of what rounding"
+    return findings, f"{line} may make"
 
 
-def _run(*words: str) -> dict[str, Any]:
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher.runtime.worker", *words],
-        env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
-    )  # fmt: skip
+def _run(*words: str) -> list[dict[str, Any]]:
+    path = os.pathsep.join(filter(None, sys.path))
+    # A real torch_npu stays out of that process.
+    environ = {**os.environ, "PYTHONPATH": path, "RANK": "0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.runtime.worker", *words],
+            env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise _unusable(f"it took more than {_TIMEOUT_S / 60:.0f} minutes", "leave out --runtime") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise EnvironmentFailure(
-            "MindIE-SD cannot be used here",
-            where=f"package {PACKAGE} {_version()}",
-            why=last,
-            advice="see that Python is 3.11 or newer and that import torch works; or leave out --runtime",
-        )
+        raise _unusable(last, "see that Python is 3.11 or newer and that import torch works; or leave out --runtime")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _unusable(why: str, advice: str) -> EnvironmentFailure:
+    where = f"package {PACKAGE} {_version()}"
+    return EnvironmentFailure("MindIE-SD cannot be used here", where=where, why=why, advice=advice)
 
 
 def _version() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from launcher.files.manifest import Manifest, read_manifest
-from launcher.files.run_folder import MANIFEST
+from launcher.files.run_folder import MANIFEST, QUALITY
 from launcher.report.layers import LayerRow, ScopeRow, layer_rows, scope_rows
 from launcher.report.running import OptionRow, StageRow, command, option_rows, stage_rows
 from model_adapters.quality.card import QualityCard, read_card
@@ -65,10 +65,10 @@ def gather(folder: Path) -> Report:
             why="a job writes this file last, so it did not finish, or the folder is another one",
             advice="give the --quant_weight_save_folder of a finished job; status.json there says how one ended",
         )
-    card = _card(quality_folder(folder), manifest)
+    card = _card(folder / QUALITY / CARD, manifest)
     policy, fields = manifest.timestep_policy, manifest.fields
     options, model = option_rows(folder)
-    layers = layer_rows(folder, manifest, card)
+    layers, world = layer_rows(folder, manifest, card), manifest.tp_size * manifest.dp_size
     return Report(
         model=model,
         quant_type=manifest.quant_type,
@@ -81,25 +81,19 @@ def gather(folder: Path) -> Report:
         layers=layers,
         timestep_sep=policy.timestep_sep if policy else None,
         registration=policy.registration if policy else {},
-        stages=stage_rows(folder),
+        stages=stage_rows(folder, world),
         options=options,
-        command=command(folder, model),
+        command=command(folder, model, world),
         versions=_versions(fields),
         files=[FileRow(**file.model_dump()) for file in manifest.files],
     )
 
 
-def quality_folder(folder: Path) -> Path:
-    """Return where an evaluation left what it found: in a folder of its own, or beside the checkpoint."""
-    own = folder / "quality"
-    return own if (own / CARD).exists() else folder
-
-
-def _card(folder: Path, manifest: Manifest) -> QualityCard | None:
-    """Return the quality card in a folder, if there is one, and it is of this one."""
-    if not (folder / CARD).exists():
+def _card(path: Path, manifest: Manifest) -> QualityCard | None:
+    """Return the quality card, if there is one, and it is of this checkpoint."""
+    if not path.exists():
         return None
-    card = read_card(folder / CARD)
+    card = read_card(path)
     return card if card.origin.fingerprint == manifest.fingerprint else None
 
 

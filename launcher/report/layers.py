@@ -9,11 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from launcher.config.job_config import AUTO
 from launcher.files.manifest import Manifest
 from model_adapters.quality.card import QualityCard
 from quant_core.checkpoint.json_file import read_object
 from quant_core.checkpoint.tensor_parts import TensorFiles
 from quant_core.naming import matches
+from quant_core.schemes.treatment import FLOAT as KEPT
+from quant_core.schemes.treatment import Treatment
 
 FLOAT = "FLOAT"
 _WEIGHT = ".weight"
@@ -49,10 +52,10 @@ def layer_rows(folder: Path, manifest: Manifest, card: QualityCard | None) -> li
     weights, description = (folder / file.name for file in manifest.files[:2])
     types = read_object(description)
     measured = {layer.name: layer for layer in card.layers} if card else {}
-    disabled = manifest.fields.get("quantization.disable_names") or ()
+    linears = list(_linears(types, weights))
     rows = []
-    for name, scheme, shape, is_smoothed in _linears(types, weights):
-        why = "" if scheme != FLOAT else _why_float(name, disabled)
+    for name, scheme, shape, is_smoothed in linears:
+        why = "" if scheme != FLOAT else why_float(name, manifest.fields, is_last=name == linears[-1][0])
         found = measured.get(name)
         quality: dict[str, Any] = {"sqnr": found.sqnr, "steps": dict(found.steps)} if found else {}
         row = LayerRow(name=name, scheme=scheme, shape=shape, is_smoothed=is_smoothed, why_float=why, **quality)
@@ -90,6 +93,13 @@ def _linears(types: Mapping[str, str], weights: Path) -> Iterator[tuple[str, str
         yield layer if is_smoothed else owner, scheme, (rows, columns), is_smoothed
 
 
-def _why_float(name: str, disabled: Sequence[str]) -> str:
-    pattern = next((each for each in disabled if matches(name, each)), None)
-    return f"kept float by {pattern}" if pattern else "the last linear stays float"
+def why_float(name: str, fields: Mapping[str, Any], *, is_last: bool) -> str:
+    """Return why a layer stayed float, by what the manifest says of the job; empty where that says nothing of it."""
+    rules = fields.get("quantization.layer_schemes") or ()
+    chosen = [pattern for pattern, scheme in rules if Treatment.of(scheme).scheme == KEPT and matches(name, pattern)]
+    kept = [pattern for pattern in fields.get("quantization.disable_names") or () if matches(name, pattern)]
+    if chosen or kept:
+        return f"kept float by {(chosen or kept)[0]}"
+    if is_last:
+        return "the last linear stays float"
+    return "chosen by measurement" if fields.get("quantization.quant_type") == AUTO else ""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from launcher.files.run_folder import QUALITY
 from launcher.journal.console import format_seconds
-from launcher.report.content import Report, quality_folder
+from launcher.report.content import Report
 from launcher.report.drawing import heat_map, timeline
 from model_adapters.quality.results import SHEET
 from quant_core.atomic_file import write_text_atomically
@@ -26,7 +27,7 @@ def write_report(report: Report, folder: Path, output: Path) -> list[Path]:
 
 def page(report: Report, name: str, folder: Path, output: Path) -> str:
     """Return one page as text."""
-    sheet = quality_folder(folder) / SHEET
+    sheet = folder / QUALITY / SHEET
     template = _templates().get_template(name)
     return template.render(
         report=report,

@@ -39,9 +39,12 @@ class OptionRow(BaseModel):
     origin: str
 
 
-def stage_rows(folder: Path) -> list[StageRow]:
-    """Return the stages of the run that published, by rank and time; none where its logs are gone."""
-    ranks = _run(folder)
+def stage_rows(folder: Path, world: int) -> list[StageRow]:
+    """Return the stages of the run that published, by rank and time; none where its logs are gone.
+
+    world: its number of ranks; a larger run before it may have left logs of others.
+    """
+    ranks = {rank: lines for rank, lines in _run(folder).items() if rank < world}
     start = min((moment(lines[0]) for lines in ranks.values()), default=0.0)
     return [
         StageRow(
@@ -67,12 +70,12 @@ def option_rows(folder: Path) -> tuple[list[OptionRow], str]:
     return [_option(flag, tree, words) for flag in flags_of(job_config_class(model))], model
 
 
-def command(folder: Path, model: str) -> str:
-    """Return what to type to run the job again, from the same folder."""
-    words, ranks = _words(folder), len(_run(folder))
+def command(folder: Path, model: str, world: int) -> str:
+    """Return what to type to run the job again, on so many ranks, from the same folder."""
+    words = _words(folder)
     if not words:
-        return f"python -m launcher {model} --config {shlex.quote(str(folder / CONFIG))}"
-    start = "python" if ranks == 1 else f"torchrun --nproc_per_node {ranks}"
+        words = [model, "--config", str(folder / CONFIG)]
+    start = "python" if world == 1 else f"torchrun --nproc_per_node {world}"
     return f"{start} -m launcher {shlex.join(words if words[0] == model else [model, *words])}"
 
 
@@ -86,8 +89,7 @@ def _option(flag: Flag, tree: Mapping[str, Any], words: Sequence[str]) -> Option
 def _origin(flag: Flag, value: Any, words: Sequence[str]) -> str:
     if any(word.partition("=")[0] == flag.option for word in words):
         return "command line"
-    default = flag.field.get_default(call_default_factory=False)
-    if _shown(value) == _shown(default):
+    if _shown(value) == _shown(flag.default):
         return "default"
     config = next(_values(words, "--config"), None)
     return f"--config {config}" if config else "given"

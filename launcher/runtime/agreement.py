@@ -17,12 +17,22 @@ row by four to eight units in the last place of a bfloat16: beyond the bound.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quant_core.checkpoint.reader import Checkpoint
+from quant_core.layers.deployed import DeployedLayer
+from quant_core.schemes.scheme import Inputs
+
+# Where the classes are that the runtime puts in the place of linear layers.
+_HOME = "mindiesd.quantization.layer"
+# How many codes the standard deviation of an input spans: some inputs lie beyond the calibrated range.
+_CODES = 60
+# What the runtime rounds to the dtype of the run.
+_ROUNDED = ("weight_scale", "mul_scale", "bias")
 _FLOAT32_ERRORS = 2.0**-22
 _LOST_WITH_13_BITS = 2.0**-10
 
@@ -38,6 +48,47 @@ class Agreement(NamedTuple):
     outputs: int
     unequal: int
     moved: int
+
+
+def replaced(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that the runtime put in the place of linear layers, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__module__ == _HOME}
+
+
+@torch.no_grad()
+def agreements(
+    runtime: Any, checkpoint: Checkpoint, name: str, module: nn.Module, dtype: torch.dtype
+) -> Iterator[Agreement]:
+    """Yield the agreement of a replaced layer with the quantizer's arithmetic, of each step if it has steps.
+
+    runtime: `mindiesd.quantization`; checkpoint: says what the layer of that name computes; dtype: of the run.
+    """
+    stored = checkpoint.read_layer(name)
+    tensors = {key: t.to(dtype) if key in _ROUNDED else t for key, t in stored.tensors.items()}
+    layer, generator = DeployedLayer(stored.arithmetic, tensors), torch.Generator().manual_seed(len(name))
+    scheme = stored.arithmetic.scheme
+    for step in range(checkpoint.inventory.timesteps or 0) if scheme.per_step else [None]:
+        if step is not None:
+            runtime.TimestepManager.set_timestep_idx(step)
+        x = _example_input(tensors, step, generator).to(dtype)
+        if scheme.inputs is Inputs.FLOAT:
+            x_NI = x.reshape(-1, x.shape[-1])
+            yield compare_weight_only(module(x_NI), x_NI, tensors)
+        else:
+            static = "input_scale" in tensors and (step is None or step >= (checkpoint.timestep_sep or 0))
+            yield compare(module(x), layer(x, step), x, tensors, step, static=static)
+
+
+def _example_input(tensors: Mapping[str, Tensor], step: int | None, generator: torch.Generator) -> Tensor:
+    """Return (2, 3, I), normal, beyond the calibrated range at its ends; the first token is all zeros."""
+    x = torch.randn(2, 3, tensors["weight"].shape[1], generator=generator)
+    if "input_scale" in tensors:
+        scale = tensors["input_scale"] if step is None else tensors["input_scale"][step]
+        x *= _CODES * scale.to(torch.float32)
+    if "mul_scale" in tensors:
+        x /= tensors["mul_scale"].to(torch.float32)
+    x[0, 0] = 0
+    return x
 
 
 def compare(

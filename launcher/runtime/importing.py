@@ -1,8 +1,8 @@
 """Import MindIE-SD's quantization as it is installed, with or without an NPU.
 
 What needs no compiled file is imported unchanged; the package `__init__` files that pull in attention kernels are left
-out, and where torch_npu is missing its operators are stood in for (spec: importing it). A process that does this should
-do nothing else: `torch.npu` and `torch_npu` change what other libraries see.
+out (spec: importing it). A process that does this should do nothing else: `torch.npu` and `torch_npu`, which it needs
+(`npu_operators.install`), change what other libraries see.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-
-from launcher.runtime import npu_operators
 
 PACKAGE = "mindiesd"
 # Packages whose __init__ imports what runs on an NPU only; modules below them are the real files.
@@ -28,20 +26,10 @@ def installed() -> Path | None:
     return Path(places[0]).parent if places else None
 
 
-def use_operators() -> str:
-    """Make `import torch_npu` work in this process, and return what computes: the real one, or its stand-in."""
-    if find_spec("torch_npu") is not None:
-        import_module("torch_npu")
-        return "torch_npu"
-    npu_operators.install()
-    return "a stand-in for the NPU's operators, on the CPU"
-
-
 def import_quantization(packages: Path) -> ModuleType:
     """Return the real `mindiesd.quantization` from the folder that holds the package.
 
-    `torch_npu` has to be importable (`use_operators`). Silences MindIE-SD's log, which would create files in the home
-    folder.
+    `torch_npu` has to be importable. Silences MindIE-SD's log, which would create files in the home folder.
     """
     os.environ["MINDIE_LOG_LEVEL"] = "null"
     for name in _HOLLOW:

@@ -1,4 +1,4 @@
-"""Stand in for torch_npu on a machine without an NPU: the operators that MindIE-SD's quantized layers call.
+"""Stand in for torch_npu on the CPU: the operators that MindIE-SD's quantized layers call.
 
 Each computes what its public documentation says, and raises on every rule that the documentation states: a stand-in
 that casts in silence would prove little. Nothing here knows how the hardware rounds inside a kernel; what is left open
@@ -23,7 +23,6 @@ from __future__ import annotations
 import sys
 from functools import partial
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -204,11 +203,9 @@ OPERATORS = (npu_quantize, npu_dynamic_quant, npu_quant_matmul, npu_weight_quant
 def install() -> ModuleType:
     """Make `import torch_npu` find the stand-in in this process, and return it.
 
-    It changes torch (`torch.npu`, `Tensor.npu`), so it belongs into a process of its own. Raises ImportError where the
-    real torch_npu is installed: libraries that look for its metadata would mix the two.
+    It changes torch (`torch.npu`, `Tensor.npu`), so it belongs into a process of its own. Where a real torch_npu is
+    installed, that process imports neither it nor diffusers, which looks for its metadata.
     """
-    if "torch_npu" not in sys.modules and find_spec("torch_npu") is not None:
-        raise ImportError("torch_npu is installed here: the stand-in cannot take its place")
     module = ModuleType("torch_npu", __doc__)
     module.__spec__ = ModuleSpec("torch_npu", loader=None)  # without one, importlib.util.find_spec raises
     for operator in OPERATORS:

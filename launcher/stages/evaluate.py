@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from launcher.config.job_config import JobConfig
 from launcher.failure.phases import run_together
 from launcher.files.digests import digest_of_file, digest_of_text
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import calibration_fingerprint, model_fields
 from launcher.files.manifest import Manifest, read_manifest
-from launcher.files.run_folder import RunFolder
+from launcher.files.run_folder import QUALITY, RunFolder
 from launcher.ranks.agreement import copy_agrees, gather_objects
 from launcher.stages.encode import encode, prompts_of
 from launcher.stages.identify import ask_first
 from launcher.stages.job import Job
+from model_adapters.adapter import ModelAdapter
 from model_adapters.pipeline.prompts import Batch
 from model_adapters.quality.card import Origin, QualityCard, read_card
 from model_adapters.quality.evaluate import Published, evaluate_layers, published
@@ -38,7 +40,6 @@ from quant_core.calibration.records import Record, as_records, load_dump
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import ConfigurationError, InputError, VerificationError
 
-QUALITY = "quality"
 # A copy with one batch more than another paints it three times, and replays what was recorded of it.
 _LEAD = 4
 
@@ -67,17 +68,20 @@ class _Subject:
         return card.origin == self.origin and [(p.number, p.prompt, p.seed) for p in card.pictures] == wanted
 
 
-def check_evaluation(job: Job) -> None:
-    """Refuse, before anything is loaded, prompts that cannot be read, and pictures of a model that makes none."""
-    options = job.config.evaluation
-    if options.evaluate and job.model.adapter.result.suffix != ".png":
+def check_evaluation(config: JobConfig, adapter: ModelAdapter) -> list[Batch]:
+    """Return the pictures of all copies.
+
+    Raises ConfigurationError for a model that makes none, and InputError for prompts that cannot be read.
+    """
+    options = config.evaluation
+    if options.evaluate and adapter.result.suffix != ".png":
         raise ConfigurationError(
-            f"{job.model.adapter.name} makes no pictures to evaluate",
+            f"{adapter.name} makes no pictures to evaluate",
             where="--evaluate",
-            why=f"what it makes is kept as {job.model.adapter.result.suffix}",
+            why=f"what it makes is kept as {adapter.result.suffix}",
             advice="--evaluate 0 compares layers and outputs only",
         )
-    _batches(job)
+    return evaluation_batches(config.pipeline, options.evaluate or 0, options.evaluate_prompts)
 
 
 def evaluate(job: Job, folder: RunFolder) -> None:
@@ -94,12 +98,6 @@ def evaluate(job: Job, folder: RunFolder) -> None:
         job.console.say(f"evaluate: {subject.card.with_name(SHEET)}")
     judge = partial(check_quality, card, job.config.evaluation, where=str(subject.card))
     run_together(job.ranks, "judging the checkpoint", judge)
-
-
-def _batches(job: Job) -> list[Batch]:
-    """Return the pictures of all copies."""
-    options = job.config.evaluation
-    return evaluation_batches(job.config.pipeline, options.evaluate or 0, options.evaluate_prompts)
 
 
 def _look(job: Job, folder: RunFolder) -> _Subject:
@@ -125,7 +123,8 @@ def _look(job: Job, folder: RunFolder) -> _Subject:
 
 
 def _describe(job: Job, folder: RunFolder, manifest: Manifest) -> _Subject:
-    config, adapter, batches = job.config, job.model.adapter, _batches(job)
+    config, adapter = job.config, job.model.adapter
+    batches = check_evaluation(config, adapter)
     floating = calibration_fingerprint(config, adapter, job.ranks.mesh, model_fields(config), batches)
     checkpoint = digest_of_text(repr(sorted((f.name, _digest(folder.weights / f.name)) for f in manifest.files)))
     quantized = Fingerprint({**floating.fields, "checkpoint": checkpoint})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from launcher.config.job_config import JobConfig
 from launcher.files.image_record import record, shows
 from launcher.ranks.agreement import gather_objects
 from launcher.stages.encode import encode, prompts_of
@@ -167,10 +168,10 @@ def _save(job: Job, images: Sequence[Any], batch: Batch, gallery: Gallery) -> No
             record(path, gallery.fingerprint)
 
 
-def check_save_path(job: Job) -> None:
+def check_save_path(config: JobConfig) -> None:
     """Refuse a place for images that is a file."""
-    path = job.config.output.save_path
-    if job.config.output.do_save_img and path.exists() and not path.is_dir():
+    path = config.output.save_path
+    if config.output.do_save_img and path.exists() and not path.is_dir():
         raise ConfigurationError(
             f"'{path}' is a file", where="--save_path", why="images need a folder", advice="give another folder"
         )

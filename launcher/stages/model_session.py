@@ -120,7 +120,6 @@ class ModelSession:
             self.ranks.device,
             dtype,
             cpu_offload=self.offloads,
-            with_text=False,
         )
 
     def approximating(self) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ adds 29 MB to the dump: 50 latents of 0.5 MB and 4 MB of text. The shard has 8.5
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -28,9 +28,11 @@ from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.naming import linear_at
 from quant_core.quality.replayed import HELD_BYTES
-from quant_core.schemes import QUANT_TYPES
+from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
-from quant_core.session.targets import target_layers
+from quant_core.session.config import SessionConfig
+from quant_core.session.streaming import reads_activations
+from quant_core.session.targets import layer_plan
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class MemoryModel:
         return self.weights + self.widest
 
     @property
+    def running(self) -> int:
+        """Peak while the float model makes pictures; their decoder comes on top."""
+        return max(self.loading, self.weights + self.activations)
+
+    @property
     def calibrating(self) -> int:
         """Peak of a calibration, of which `record` is on the host."""
         return max(self.loading, self.weights + self.activations + self.record)
@@ -71,12 +78,14 @@ class MemoryModel:
         return max(self.loading, replaying + self.workspace)
 
     @property
-    def evaluating(self) -> int:
-        """Peak of an evaluation; the decoder of its pictures comes on top.
+    def kept(self) -> int:
+        """What an evaluation keeps on the host: held codes, and whatever was read of the published file."""
+        return min(self.codes, HELD_BYTES) + self.quantized
 
-        On the host are the held codes, and of the published file whatever was read of it, as long as it is open.
-        """
-        return max(self.loading, self.weights + min(self.codes, HELD_BYTES) + self.quantized + self.comparing)
+    @property
+    def evaluating(self) -> int:
+        """Peak of an evaluation, of which `kept` is on the host; the decoder of its pictures comes on top."""
+        return max(self.loading, self.weights + self.kept + self.comparing)
 
     @property
     def streaming(self) -> int:
@@ -91,39 +100,36 @@ def estimate_memory(
     adapter: ModelAdapter,
     part: TransformerPart,
     options: PipelineOptions,
+    session: SessionConfig | None,
     *,
-    quant_type: str,
-    disabled: tuple[str, ...],
     batches: int,
 ) -> MemoryModel:
     """Return what a rank's part of a model takes; the description is used up.
 
-    quant_type: of the command line; disabled: patterns of layers kept float; batches: calls of the pipeline on this
-    rank.
+    session: what is quantized, and how; None: nothing. batches: calls of the pipeline on this rank.
     """
     model, dtype = part.model, adapter.dtype(options)
-    scheme, with_attention = QUANT_TYPES[quant_type]
-    targets = target_layers(model, disabled)
-    weights = [model.get_parameter(f"{name}.weight") for name in targets]
+    schemes = {n: SCHEMES[config.key] for n, config in layer_plan(model, session).items()} if session else {}
+    weights = [model.get_parameter(f"{name}.weight") for name in schemes]
     inputs = adapter.transformer_inputs(getattr(model, "config"), options, dtype)  # noqa: B009, a Module has no config
     arguments = inputs.arguments()
-    activations, largest_input = _follow_forward(model, targets, arguments)
-    streams = not (scheme.observes_input or with_attention)
+    activations, largest_input = _follow_forward(model, schemes, arguments)
+    replays = session is not None and reads_activations(model, session)
     return MemoryModel(
         weights=size(model.state_dict()),
         activations=activations + size(arguments),
         record=inputs.dump_bytes(1, options.infer_steps),
         dump=inputs.dump_bytes(batches, options.infer_steps),
         codes=sum(weight.numel() for weight in weights),
-        workspace=_workspace(weights, largest_input, scheme, NUMERICS["float32"], streams),
+        workspace=_workspace(weights, largest_input if replays else None, schemes.values(), NUMERICS["float32"]),
         widest=max(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
-        widest_codes=max(weight.numel() for weight in weights),
-        quantized=_quantized_bytes(model, targets, scheme, options.infer_steps),
-        comparing=_follow_evaluation(model, targets, arguments, dtype) + size(arguments),
+        widest_codes=max((weight.numel() for weight in weights), default=0),
+        quantized=_quantized_bytes(model, schemes, options.infer_steps),
+        comparing=_follow_evaluation(model, schemes, arguments, dtype) + size(arguments),
     )
 
 
-def _follow_forward(model: nn.Module, targets: list[str], arguments: dict[str, Tensor]) -> tuple[int, Tensor]:
+def _follow_forward(model: nn.Module, targets: Iterable[str], arguments: dict[str, Tensor]) -> tuple[int, Tensor]:
     """Return the most bytes alive in one forward, and the largest input of a layer that will be quantized."""
     seen: list[torch.Size] = []
     hooks = [
@@ -134,11 +140,13 @@ def _follow_forward(model: nn.Module, targets: list[str], arguments: dict[str, T
         peak = peak_bytes(lambda: model(**arguments, return_dict=False))
     for hook in hooks:
         hook.remove()
-    largest = max(seen, key=lambda shape: shape.numel())
+    largest = max(seen, key=lambda shape: shape.numel(), default=torch.Size([0]))
     return peak, torch.empty(largest, dtype=next(model.parameters()).dtype, device="meta")
 
 
-def _follow_evaluation(model: nn.Module, targets: list[str], arguments: dict[str, Tensor], dtype: torch.dtype) -> int:
+def _follow_evaluation(
+    model: nn.Module, targets: Iterable[str], arguments: dict[str, Tensor], dtype: torch.dtype
+) -> int:
     """Return the most bytes alive in a forward whose layers are compared, or in one of the noise floor."""
 
     def forward() -> object:
@@ -179,12 +187,14 @@ def _shortened(model: nn.Module) -> Iterator[None]:
 
 
 def _workspace(
-    weights: Sequence[Tensor], largest_input: Tensor, scheme: Scheme, numerics: Numerics, streams: bool
+    weights: Sequence[Tensor], largest_input: Tensor | None, schemes: Iterable[Scheme], numerics: Numerics
 ) -> int:
-    """Return the most that quantizing one weight or, unless streaming, one input holds."""
-    weight = max(weights, key=lambda weight: weight.numel())
+    """Return the most that quantizing one weight or, where records are replayed, one input holds."""
+    if not weights:
+        return 0
+    weight, scheme = max(zip(weights, schemes), key=lambda layer: layer[0].numel())
     of_weight = peak_bytes(lambda: _encode(weight, scheme, numerics))
-    if streams:
+    if largest_input is None:
         return of_weight
     low_high = largest_input.new_empty(1)
     of_input = peak_bytes(lambda: numerics.fake_quantize_input(largest_input, low_high, low_high))
@@ -196,11 +206,11 @@ def _encode(weight: Tensor, scheme: Scheme, numerics: Numerics) -> object:
     return scheme.codec.encode(weight, scheme.codec.row_maxima(weight), weight.dtype, numerics)
 
 
-def _quantized_bytes(model: nn.Module, targets: list[str], scheme: Scheme, steps: int) -> int:
+def _quantized_bytes(model: nn.Module, schemes: Mapping[str, Scheme], steps: int) -> int:
     """Return the bytes of all tensors of the shard, without the file's header and smoothing's factors."""
-    quantized = {f"{name}.{own}" for name in targets for own in ("weight", "bias")}
+    quantized = {f"{name}.{own}" for name in schemes for own in ("weight", "bias")}
     total = size({name: tensor for name, tensor in model.state_dict().items() if name not in quantized})
-    for name in targets:
+    for name, scheme in schemes.items():
         linear = linear_at(model, name)
         sizes = {"O": linear.out_features, "I": linear.in_features, "T": steps, "1": 1}
         for tensor, rule in scheme.rules.items():

@@ -77,9 +77,11 @@ class _Conversion:
         self.own: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
     def begin(self, transformer: nn.Module, args: Any) -> None:
+        """Forget which layer came first: a forward begins."""
         self.first = None
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Give a layer converted parameters and return converted arguments; the first one keeps its own."""
         self.first = self.first or module
         if module is self.first:
             return None
@@ -90,6 +92,7 @@ class _Conversion:
         return _cast(args, self.dtype, least_dims=1), _cast(kwargs, self.dtype, least_dims=1)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Give a layer its own parameters back."""
         module._parameters.update(self.own.pop(module, {}))
 
 

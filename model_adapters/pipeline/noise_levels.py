@@ -35,9 +35,15 @@ def set_shifted_timesteps(scheduler: Any, steps: int, tokens: int, **spacing: An
 
     spacing: the sigmas to shift, where the pipeline gives its own.
     """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
     config, given = scheduler.config, {"num_inference_steps": steps, **spacing}
     if config.get("use_dynamic_shifting"):
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        given["mu"] = low + (high - low) * (tokens - few) / (many - few)
+        given["mu"] = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
     scheduler.set_timesteps(**given)

@@ -87,6 +87,7 @@ def telling_steps(adapter: ModelAdapter, pipeline: Any) -> Iterator[None]:
 
 
 def _paint_batch(painting: Painting, kind: str, pipeline: Any, batch: Batch, recorder: DumperManager | None) -> None:
+    """Paint one batch, and keep its pictures with what was compared or, of the float model, recorded on the way."""
     latents: dict[int, Tensor] = {}
     ratios: list[dict[int, Ratio]] = [{} for _ in batch]
 

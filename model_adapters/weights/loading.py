@@ -98,16 +98,14 @@ def load_pipeline(
     dtype: torch.dtype,
     *,
     cpu_offload: bool = False,
-    with_text: bool = True,
 ) -> Any:
-    """Load the rest of the pipeline around a transformer: frozen, silent, on `device`.
+    """Load the rest of the pipeline around a transformer: frozen, silent, on `device`, without text encoders.
 
-    With `cpu_offload` each part is on the device only while it runs; without text encoders it runs on embeddings.
+    It runs on embeddings. With `cpu_offload` each part is on the device only while it runs.
     Reads safetensors only, never a pickle, and only from this machine (a hub id was fetched before). Raises InputError
     when the folder is not whole.
     """
-    given = {"transformer": transformer}
-    pipeline = _assemble(adapter, options, dtype, given if with_text else {**_without(_TEXT, options), **given})
+    pipeline = _assemble(adapter, options, dtype, {**_without(_TEXT, options), "transformer": transformer})
     return _place(pipeline, device, cpu_offload)
 
 

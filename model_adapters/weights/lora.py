@@ -2,8 +2,9 @@
 
 The formats that LoRA files have (diffusers, PEFT, kohya, XLabs, ...) are told apart and converted by the loader that
 diffusers has for the pipeline. The factors of a divided layer are cut like its weight, of which the rows are those of
-B and the columns those of A, so each rank computes only its own part. The product is added in float64 and rounded
-once: a rank's part has the bits of the same part of the whole weight, fused before it was cut.
+B and the columns those of A, so each rank computes only its own part. The product is added in float64 and rounded to
+the dtype that the weight has in its file, then to the one of the run like every weight: a rank's part has the bits of
+the same part of the whole weight, fused before it was cut.
 
 Worked example: rank 1, alpha 2, scale 0.5, A = [[1, 2]], B = [[3], [4]]. The weight gets 0.5 · 2/1 · [[3, 6], [4, 8]],
 and a rank that holds its second row adds [4, 8].

@@ -49,6 +49,14 @@ def pipeline_folder(path: str) -> Path:
     )
 
 
+def cached_folder(hub_id: str) -> Path | None:
+    """Return what the hub's cache on this machine holds of a model, whole or not, without asking the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, PARTS_NAME)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def is_hub_id(path: str) -> bool:
     """Tell whether a path has the form of a hub id, `owner/name`, and its first part is no folder here."""
     return _HUB_ID.fullmatch(path) is not None and not Path(path).expanduser().parent.exists()

@@ -69,8 +69,8 @@ def describe_transformer(
 ) -> TransformerPart:
     """Describe this rank's part of the transformer of a pipeline folder, or of a file that is brought in its place.
 
-    with_files: find the weights too and compare their headers; without, the configuration is enough and nothing can be
-    read. empty: the undivided model, where somebody built it already; it is used up.
+    with_files: find the weights too, and what is added to them, and compare their headers; without, the configuration
+    is enough and nothing can be read. empty: the undivided model, where somebody built it already; it is used up.
 
     Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder is
     not whole or holds another model, or a brought file does not fit it.
@@ -88,7 +88,8 @@ def describe_transformer(
         if single:
             stored = converted_tensors(single, adapter.transformer_class, expected)
         _check_tensors(stored, expected, single or folder)
-    changes = read_changes(adapter.pipeline_type(), brought.loras, WHOLE, full_shapes) if brought.loras else {}
+    loras = brought.loras if with_files else ()
+    changes = read_changes(adapter.pipeline_type(), loras, WHOLE, full_shapes) if loras else {}
     local = {layer: [term.of_shard(shards.get(layer)) for term in terms] for layer, terms in changes.items()}
     for name, tensor in model.state_dict().items():
         place(model, name, tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype))

@@ -29,6 +29,7 @@ def compare(row: Row, folder: Path, stages: Sequence[Stage]) -> Iterator[str]:
 
 def _forecast(row: Row, folder: Path, ranks: int) -> dict[str, int]:
     from launcher.cli.command_line import parse
+    from launcher.stages.processors import processors, session_of
     from model_adapters import load_adapter
     from model_adapters.memory.memory_model import estimate_memory
     from model_adapters.weights.transformer_part import describe_transformer
@@ -41,12 +42,7 @@ def _forecast(row: Row, folder: Path, ranks: int) -> dict[str, int]:
     part = describe_transformer(
         adapter, str(folder), tp_rank=0, tp_size=ranks, layout=None, dtype=adapter.dtype(options)
     )
-    found = estimate_memory(
-        adapter,
-        part,
-        options,
-        quant_type=quantization.main_type,
-        disabled=adapter.disabled_layers[quantization.main_type],
-        batches=row.prompts,
-    )
+    disabled = adapter.disabled_layers[quantization.main_type]
+    session = session_of(processors(quantization, disabled), quantization, [])
+    found = estimate_memory(adapter, part, options, session, batches=row.prompts)
     return {name: getattr(found, name) for name in _STAGES.values()}

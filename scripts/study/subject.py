@@ -89,7 +89,7 @@ class Subject:
     @cached_property
     def calibration(self) -> list[Any]:
         """What the float pipeline, all of it in the model's dtype, calls its transformer with."""
-        pipeline = load_pipeline(self.adapter, self.options, self.transformer, "cpu", self.dtype, with_text=False)
+        pipeline = load_pipeline(self.adapter, self.options, self.transformer, "cpu", self.dtype)
         dumper = DumperManager(
             self.transformer, capture_mode="timestep", step_source=lambda: self.adapter.step_index(pipeline)
         )
@@ -108,7 +108,7 @@ class Subject:
         return PictureStore(self.work, {FLOAT: "", FLOOR: "", QUANTIZED: fingerprint}, self.options.seed)
 
     def _paint(self, kind: str, transformer: nn.Module, fingerprint: str = "") -> None:
-        pipeline = load_pipeline(self.adapter, self.options, transformer, "cpu", torch.float32, with_text=False)
+        pipeline = load_pipeline(self.adapter, self.options, transformer, "cpu", torch.float32)
         painting = Painting(
             self.adapter,
             self.options,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.files.manifest import read_manifest
-from launcher.files.run_folder import MANIFEST
+from launcher.files.run_folder import MANIFEST, QUALITY
 from launcher.report.content import gather
 from launcher.report.pages import page
 from model_adapters.quality.card import LayerQuality, Origin, QualityCard
@@ -46,7 +46,7 @@ def test_a_card_counts_only_if_it_is_of_this_checkpoint(dual_timestep_job: Publi
             model="flux", quant_type="w8a8_timestep", fingerprint=fingerprint, dtype="bfloat16", floor_dtype="float32"
         )
         found = LayerQuality(name=name, scheme="W8A8_TIMESTEP", sqnr=31.5, steps={0: 30.0, 2: 33.0})
-        QualityCard(origin=origin, layers=(found,)).write(folder / CARD)
+        QualityCard(origin=origin, layers=(found,)).write(folder / QUALITY / CARD)
         report = gather(folder)
         assert next(layer.sqnr for layer in report.layers if layer.name == name) == measured
         assert ("static from here" in page(report, "report.html", folder, folder)) is (measured is not None)

@@ -29,7 +29,7 @@ def described(flag: Flag) -> dict[str, Any]:
         "several": flag.is_list,
         "also": flag.word if flag.is_positional else None,
         "required": flag.field.is_required(),
-        "default": None if flag.field.is_required() else flag.field.get_default(),
+        "default": flag.default,
         "section": ".".join(flag.path[:-1]),
         "help": "" if flag.field.description else "missing",
     }

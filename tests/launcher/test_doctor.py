@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from launcher.cli.command_line import parse
+from launcher.doctor import collective, packages
 from launcher.doctor.checks import CHECKS, Asked, examine
 from launcher.doctor.collective import try_ranks
 from launcher.doctor.finding import Finding, as_json, as_text
@@ -19,6 +22,7 @@ from launcher.doctor.processes import left_over
 from launcher.doctor.variables import HARMS, variables
 from launcher.failure.liveness import here
 from launcher.journal.status import STATUS
+from quant_core.errors import ConfigurationError
 
 
 def marks(findings: list[Finding]) -> dict[str, str]:
@@ -30,6 +34,13 @@ def test_this_machine_has_the_packages_that_the_product_asks_for_and_every_check
     assert {finding.section for finding in findings} == {section for section, _ in CHECKS}
     assert all(finding.mark == "ok" for finding in findings if finding.what in ("python", "torch", "diffusers", "cpu"))
     assert not [finding for finding in findings if finding.found.startswith("could not look")]
+
+
+def test_a_clone_that_is_not_installed_is_told_and_no_trouble(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packages, "_OURS", "a-package-that-nobody-has")
+    found = marks(list(packages.packages()))
+    assert found["a-package-that-nobody-has"] == "--"
+    assert "torch" not in found
 
 
 def test_a_check_that_fails_is_a_finding_with_a_fix_and_the_others_go_on(tmp_path: Path):
@@ -103,6 +114,27 @@ def test_the_release_of_cann_is_read_where_it_says_it(file: str, text: str, tmp_
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     assert cann_release(Path(), tmp_path / "missing", tmp_path) == "9.1.0"
+
+
+def test_a_device_that_nothing_would_be_tried_on_is_refused():
+    with pytest.raises(ConfigurationError, match="--device cpu has no meaning without --ranks"):
+        parse(["doctor", "--device", "cpu"])
+    assert parse(["doctor", "--device", "cpu", "--ranks", "2"]).options.device == "cpu"
+
+
+@pytest.mark.distributed
+def test_a_rank_that_takes_too_long_is_told_and_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Its first import says which process it is, and sleeps."""
+    said = tmp_path / "pid"
+    sleeps = f"import os, time\nif 'RANK' in os.environ:\n    open({str(said)!r}, 'w').write(str(os.getpid()))\n"
+    (tmp_path / "sitecustomize.py").write_text(f"{sleeps}    time.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(collective, "_PATIENCE_S", 12.0)
+    [found] = try_ranks(1, "cpu")
+    assert (found.mark, found.found) == ("!!", "1 ranks on cpu hang")
+    rank = int(said.read_text())
+    _, alive = psutil.wait_procs([psutil.Process(rank)] if psutil.pid_exists(rank) else [], timeout=5)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.distributed

@@ -21,6 +21,9 @@ class Comparison(BaseModel):
     second: Annotated[Path | None, POSITIONAL] = Field(default=None, description="the other folder")
     json_lines: bool = Field(default=False, description="print JSON")
     names: tuple[str, ...] = Field(default=(), description="layers to compare")
+    words: tuple[str, ...] = Field(default=("one", "two"), description="words")
+    table: dict[str, float] = Field(default_factory=dict, description="a table")
+    made: float = Field(default_factory=lambda: 0.5, description="a number")
 
 
 def typed(*words: str) -> dict[str, object]:
@@ -41,6 +44,13 @@ def typed(*words: str) -> dict[str, object]:
 )
 def test_words_are_given_to_the_positional_fields_in_order_wherever_they_stand(words: tuple[str, ...]) -> None:
     assert typed(*words) == {"first": "a", "second": "b", "json_lines": True}
+
+
+def test_the_help_tells_defaults_as_they_are_typed_and_none_that_are_empty() -> None:
+    told = {flag.name: flag.help for flag in flags_of(Comparison)}
+    assert told["words"] == "words (default: one two)"
+    assert told["made"] == "a number (default: 0.5)"
+    assert (told["table"], told["names"], told["second"]) == ("a table", "layers to compare", "the other folder")
 
 
 def test_what_is_not_typed_has_no_value() -> None:

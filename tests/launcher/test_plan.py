@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from math import prod
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 
 from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
-from launcher.inspection.plan import Plan, make_plan, require_room
+from launcher.inspection.plan import Plan, make_plan
 from launcher.inspection.plan_text import told
+from launcher.inspection.room import require_room
 from model_adapters import load_adapter
 from model_adapters.weights.model_folder import WEIGHTS_NAME
 from model_adapters.weights.transformer_part import build_empty
@@ -90,7 +92,8 @@ def test_a_rank_of_the_dual_layout_holds_14_15_gib_of_weights(folder: Path):
     assert f"{plan.memory.weights / 2**30:.2f}" == "14.15"
     said = "\n".join(told(plan, "npu"))
     assert "ranks: world 2 = dp 1 × tp 2" in said
-    assert "layers: 504 linears, 465 quantized, 39 float; layout mindie" in said
+    assert "layers: 504 linears, 465 quantized, 39 float" in said
+    assert "layout mindie: tensor-parallel sizes that divide the model" in said
     assert "14.15 GiB of float weights" in said
     assert "--disable_names *net.2*" in said
     assert "200 to calibrate (4 batches of 50 steps)" in said
@@ -129,9 +132,9 @@ def test_every_problem_is_found_and_not_the_first(folder: Path, tmp_path: Path):
 
 
 def test_a_disk_that_is_too_small_is_told_with_what_it_takes(tmp_path: Path):
-    require_room(tmp_path, 1)
+    require_room({tmp_path: 1})
     with pytest.raises(EnvironmentFailure, match=r"it takes 1073741824\.0 GiB, and \d+\.\d GiB are free"):
-        require_room(tmp_path, 2**60)
+        require_room({tmp_path: 2**60})
 
 
 def test_without_weight_files_the_configuration_tells_the_rest_and_the_plan_says_so(folder: Path, tmp_path: Path):
@@ -150,6 +153,112 @@ def test_a_model_that_streams_takes_no_calls_and_little_memory(folder: Path):
     said = "\n".join(told(plan, "npu"))
     assert plan.streams
     assert "calls of the transformer: none" in said
+
+
+def test_a_problem_of_the_fallback_is_one_problem_and_not_an_end(folder: Path, tmp_path: Path):
+    for rank in range(2):
+        divided = tmp_path / f"transformer_{rank}"
+        divided.mkdir()
+        (divided / "config.json").write_text(json.dumps(FLUX))
+    plan = planned(folder, "flux", "--device_type", "A2-64g", "--path", str(tmp_path))
+    assert [problem.what.partition(",")[0] for problem in plan.problems] == ["the transformer is divided already"]
+    assert plan.memory is None
+
+
+def test_the_fallback_goes_without_a_lora_that_cannot_be_read(folder: Path, tmp_path: Path):
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"no header")
+    plan = planned(folder, "flux", *DUAL, "--lora", str(lora))
+    assert len(plan.problems) == 1
+    assert plan.memory is not None
+
+
+def test_a_model_on_the_hub_is_not_fetched_for_a_plan(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    unknown = planned(folder, "flux", *DUAL, "--path", "some-owner/some-model")
+    assert (unknown.problems, unknown.memory) == ([], None)
+    assert "some-owner/some-model is not on this machine" in unknown.remarks[0]
+    cached = tmp_path / "models--some-owner--some-model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    snapshot = cached / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text("{}")
+    begun = planned(folder, "flux", *DUAL, "--path", "some-owner/some-model")
+    assert (begun.problems, begun.remarks) == ([], unknown.remarks)
+    (snapshot / "transformer").symlink_to(folder / "flux" / "transformer")
+    whole = planned(folder, "flux", *DUAL, "--path", "some-owner/some-model")
+    assert (whole.problems, whole.remarks) == ([], [])
+    assert whole.linears == 504
+
+
+def test_prompts_of_an_evaluation_are_looked_at(folder: Path, tmp_path: Path):
+    [problem] = planned(folder, "flux", *DUAL, "--evaluate", "2", "--evaluate_prompts", str(tmp_path / "no")).problems
+    assert str(tmp_path / "no") in problem.where
+
+
+def test_a_job_of_images_is_told_without_layers_and_disk(folder: Path):
+    asked = [word for word in words(folder, "flux", *DUAL, "--do_save_img") if word != "--do_quant"]
+    plan = make_plan(parse([*asked, "--disable_names", "to_z"]).options)
+    said = "\n".join(told(plan, "npu"))
+    assert said.startswith("plan of flux, images of the float model\n")
+    assert "200 for images" in said
+    assert not any(word in said for word in ("calibrat", "quantiz", "disk"))
+    assert said.endswith("ok: the job would start")
+
+
+def test_images_and_an_evaluation_are_counted_beside_the_calibration(folder: Path):
+    plan = planned(folder, "flux", *DUAL, "--do_save_img", "--evaluate", "3")
+    said = "\n".join(told(plan, "npu"))
+    assert (
+        "200 to calibrate (4 batches of 50 steps); each record replayed once to quantize; 200 for images; 450" in said
+    )
+    assert (memory := plan.memory) is not None
+    assert f"npu, at most: {(memory.weights + memory.comparing) / 2**30:.2f} GiB" in said
+
+
+def test_a_job_that_chooses_schemes_says_which_bytes_are_told(folder: Path):
+    plan = planned(folder, "sd3", "--quant_type", "auto")
+    assert plan.problems == []
+    assert "bytes are those of w8a8 in all of them" in plan.remarks[0]
+    assert "some records replayed to choose; each record replayed twice" in "\n".join(told(plan, "cpu"))
+
+
+def test_a_job_that_quantizes_nothing_by_its_own_scheme_is_planned(folder: Path):
+    plan = planned(folder, "sd3", "--disable_names", "*")
+    assert (plan.problems, plan.quantized, plan.streams) == ([], 0, True)
+    mixed = planned(folder, "sd3", "--disable_names", "*", "--layer_schemes", "*.attn.to_q=w8a8_dynamic")
+    assert mixed.memory is not None
+    assert plan.memory is not None
+    assert mixed.memory.quantized < plan.memory.quantized
+
+
+def test_folders_on_one_disk_need_room_together_but_for_what_is_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    memory = planned(folder, "flux", *DUAL).memory
+    assert memory is not None
+    weights, dumps = 2 * memory.quantized, 2 * memory.dump
+    usage = shutil.disk_usage(tmp_path)._replace(free=max(weights, dumps) + 1)  # enough for either
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    places = ("--quant_weight_save_folder", str(tmp_path / "w"), "--quant_dump_calib_folder", str(tmp_path / "d" / "c"))
+    (tmp_path / "w" / ".shards").mkdir(parents=True)
+    (tmp_path / "d").mkdir()
+    [problem] = planned(folder, "flux", *DUAL, *places).problems
+    assert problem.what == "the disk is too small for what the job writes"
+    assert problem.where == f"{tmp_path / 'w'}, {tmp_path / 'd'}"
+    staged = tmp_path / "w" / ".shards" / "quant_model_weight_w8a8_timestep_0.safetensors"
+    staged.touch()
+    os.truncate(staged, weights)
+    assert planned(folder, "flux", *DUAL, *places).problems == []
+    assert planned(folder, "flux", *DUAL, *places, "--resume", "never").problems != []
+
+
+def test_the_options_that_a_plan_writes_are_those_of_the_job(folder: Path, tmp_path: Path):
+    file = tmp_path / "job.yaml"
+    with pytest.raises(SystemExit):
+        parse(words(folder, "flux", *DUAL, "--world_size", "4", "--write_config", str(file)))
+    assert parse(["flux", "--config", str(file)]).options.to_yaml() == file.read_text()
 
 
 def test_the_command_and_a_dry_run_of_the_job_print_the_same_plan(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from launcher.cli.command_line import parse
+from launcher.files.run_folder import CONFIG
+from launcher.journal.logs import LOGS
 from launcher.report.content import FileRow, Report, gather
 from launcher.report.drawing import SHADES_DB, heat_map, timeline
-from launcher.report.layers import LayerRow, scope_rows
+from launcher.report.layers import LayerRow, scope_rows, why_float
 from launcher.report.pages import PAGES, page, write_report
-from launcher.report.running import OptionRow, StageRow
+from launcher.report.running import OptionRow, StageRow, command, option_rows, stage_rows
 from quant_core.errors import InputError
 
 MB = 2**20
@@ -162,6 +166,46 @@ def test_layers_are_counted_by_what_their_names_have_in_common():
         ("a.*.q", 2, "W8A8_TIMESTEP", 20.0),
         ("a.*.q", 1, "FLOAT", 40.0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("a.0.q", {"disable_names": ["*.q"]}, "kept float by *.q"),
+        ("a.0.q", {"disable_names": [], "layer_schemes": [["a.0.*", "float"]]}, "kept float by a.0.*"),
+        ("a.0.q", {"quant_type": "auto", "layer_schemes": [["b.*", "float"]]}, "chosen by measurement"),
+        ("a.0.q", {"quant_type": "w8a8"}, ""),
+        ("out", {"disable_names": ["*.q"], "quant_type": "auto"}, "the last linear stays float"),
+    ],
+)
+def test_why_a_layer_is_float_is_what_the_job_was_asked_for(name: str, fields: dict[str, Any], reason: str):
+    given = {f"quantization.{key}": value for key, value in fields.items()}
+    assert why_float(name, given, is_last=name == "out") == reason
+
+
+def test_the_command_to_repeat_and_the_stages_are_of_as_many_ranks_as_the_job_had(tmp_path: Path):
+    """Ranks 2 and 3 are of a larger run before it; the first rank's log of this one is there."""
+    (tmp_path / LOGS).mkdir()
+    for rank in range(4):
+        lines = [
+            {"stage": "prepare", "words": ["flux", "--path", "a b"]},
+            {"stage": "merge"},
+            {"ended": "merge", "seconds": 1.0, "memory": 1},
+        ]
+        written = [json.dumps({"rank": rank, "time": "2026-01-01T00:00:00+00:00", **line}) for line in lines]
+        (tmp_path / LOGS / f"rank{rank}.jsonl").write_text("\n".join(written))
+    assert command(tmp_path, "flux", 2) == "torchrun --nproc_per_node 2 -m launcher flux --path 'a b'"
+    assert {row.rank for row in stage_rows(tmp_path, 2)} == {0, 1}
+    (tmp_path / LOGS).rename(tmp_path / "gone")
+    assert command(tmp_path, "flux", 2) == f"torchrun --nproc_per_node 2 -m launcher flux --config {tmp_path / CONFIG}"
+
+
+def test_an_option_whose_default_is_made_is_the_default_and_not_given(tmp_path: Path):
+    options = parse(["flux", "--path", "m", "--prompt_path", "p", "--do_save_img"]).options
+    (tmp_path / CONFIG).write_text(options.to_yaml())
+    origins = {row.flag: row.origin for row in option_rows(tmp_path)[0]}
+    assert {origins[flag] for flag in ("--layer_schemes", "--scheme_costs", "--budget", "--seed")} == {"default"}
+    assert origins["--path"] == "given"
 
 
 def test_a_folder_where_nothing_is_published_is_refused(tmp_path: Path):

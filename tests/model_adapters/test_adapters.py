@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch import nn
 
 from model_adapters import adapter_names, load_adapter
+from model_adapters.pipeline.prompt_encoding import encode_prompts
 from model_adapters.weights.loading import load_pipeline, load_text_encoders, load_transformer
 from quant_core.errors import InputError
 from quant_core.naming import linear_names, matches, select
@@ -34,6 +35,11 @@ def running(request: pytest.FixtureRequest) -> Any:
     return adapter, options, load_pipeline(adapter, options, loaded.model, "cpu", torch.float32)
 
 
+def encoded(adapter: Any, options: Any, *prompts: str) -> Any:
+    """The prompts as the pipeline takes them."""
+    return encode_prompts(adapter, options, [prompts], "cpu", torch.float32)[prompts]
+
+
 def generator() -> torch.Generator:
     """The same noise every time."""
     return torch.Generator().manual_seed(42)
@@ -41,13 +47,13 @@ def generator() -> torch.Generator:
 
 def test_one_image_for_each_prompt_in_the_size_that_was_asked_for(running):
     adapter, options, pipeline = running
-    images = adapter.generate(pipeline, adapter.encode(pipeline, ["a cat", "a dog"], options), options, generator())
+    images = adapter.generate(pipeline, encoded(adapter, options, "a cat", "a dog"), options, generator())
     assert [image.size for image in images] == [(WIDTH, HEIGHT)] * 2
 
 
 def test_generation_is_that_of_diffusers_own_pipeline(running):
     adapter, options, pipeline = running
-    ours = adapter.generate(pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), decodes=False)
+    ours = adapter.generate(pipeline, encoded(adapter, options, "a cat"), options, generator(), decodes=False)
     theirs = adapter.pipeline_type().from_pretrained(options.path, torch_dtype=torch.float32)
     size = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": STEPS}
     expected = theirs("a cat", **size, generator=generator(), output_type="latent").images
@@ -56,13 +62,11 @@ def test_generation_is_that_of_diffusers_own_pipeline(running):
 
 def test_a_chosen_guidance_scale_reaches_the_model(running):
     adapter, options, pipeline = running
-    default = adapter.generate(
-        pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), decodes=False
-    )
+    default = adapter.generate(pipeline, encoded(adapter, options, "a cat"), options, generator(), decodes=False)
     stronger = options.model_copy(update={"guidance_scale": 9.0})
     assert not torch.equal(
         default,
-        adapter.generate(pipeline, adapter.encode(pipeline, ["a cat"], options), stronger, generator(), decodes=False),
+        adapter.generate(pipeline, encoded(adapter, options, "a cat"), stronger, generator(), decodes=False),
     )
 
 
@@ -71,7 +75,7 @@ def test_every_transformer_call_knows_its_step_and_a_second_image_begins_at_zero
     steps: list[int] = []
     hook = pipeline.transformer.register_forward_pre_hook(lambda *_: steps.append(adapter.step_index(pipeline)))
     for _ in range(2):
-        adapter.generate(pipeline, adapter.encode(pipeline, ["a cat"], options), options, generator(), decodes=False)
+        adapter.generate(pipeline, encoded(adapter, options, "a cat"), options, generator(), decodes=False)
     hook.remove()
     assert steps == [*range(STEPS), *range(STEPS)]
 
@@ -79,8 +83,7 @@ def test_every_transformer_call_knows_its_step_and_a_second_image_begins_at_zero
 def test_guidance_that_calls_the_transformer_twice_a_step_is_one_step(tiny_flux_folder):
     adapter = load_adapter("flux")
     options = adapter.options(path=str(tiny_flux_folder))
-    loaded = load_transformer(adapter, options.path, dtype=torch.float32, device="cpu")
-    pipeline = load_pipeline(adapter, options, loaded.model, "cpu", torch.float32)
+    pipeline = adapter.pipeline_type().from_pretrained(options.path, torch_dtype=torch.float32)
     steps: list[int] = []
     pipeline.transformer.register_forward_pre_hook(lambda *_: steps.append(adapter.step_index(pipeline)))
     size = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": STEPS}
@@ -96,8 +99,9 @@ def test_a_run_that_begins_later_counts_from_there(running):
 
 
 def test_the_pipeline_is_frozen_and_holds_the_given_transformer(running):
-    _, _, pipeline = running
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    adapter, options, pipeline = running
+    both = (pipeline, load_text_encoders(adapter, options, "cpu", torch.float32))
+    parts = [part for each in both for part in each.components.values() if isinstance(part, nn.Module)]
     assert len(parts) >= 4  # transformer, vae and at least two text encoders
     assert not any(part.training for part in parts)
     assert not any(parameter.requires_grad for part in parts for parameter in part.parameters())
@@ -113,7 +117,7 @@ def test_sd3_without_t5_in_fp16_files_only_makes_images(tiny_sd3_folder, tmp_pat
     options = adapter.options(path=str(tmp_path), width=WIDTH, height=HEIGHT, infer_steps=STEPS)
     embeddings = adapter.encode(load_text_encoders(adapter, options, "cpu", torch.float32), ["a cat"], options)
     transformer = load_transformer(adapter, str(tmp_path), dtype=torch.float32, device="cpu").model
-    pipeline = load_pipeline(adapter, options, transformer, "cpu", torch.float32, with_text=False)
+    pipeline = load_pipeline(adapter, options, transformer, "cpu", torch.float32)
     assert len(adapter.generate(pipeline, embeddings, options, generator())) == 1
 
 
@@ -221,7 +225,7 @@ def test_a_scheduler_that_draws_noise_draws_it_from_each_prompts_own_generator(r
     def latents(*prompts: str) -> torch.Tensor:
         torch.seed()  # another rank's process
         own = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
-        return adapter.generate(pipeline, adapter.encode(pipeline, [*prompts], options), options, own, decodes=False)
+        return adapter.generate(pipeline, encoded(adapter, options, *prompts), options, own, decodes=False)
 
     alone = latents("a cat")
     assert torch.equal(alone, latents("a cat"))

@@ -15,6 +15,7 @@ from model_adapters.memory.memory_model import MemoryModel, estimate_memory
 from model_adapters.weights.transformer_part import describe_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8ProcessorConfig, quant_model
 from quant_core.calibration.records import Record
+from quant_core.schemes import SCHEMES
 from quant_core.session.streaming import quantize_streaming
 from scripts.make_full_size_pipeline import FLUX, make_full_size
 
@@ -88,7 +89,13 @@ def estimate(folder: Path, quant_type: str) -> MemoryModel:
     adapter = load_adapter("flux")
     options = adapter.options(path=str(folder), width=SIDE, height=SIDE, infer_steps=STEPS)
     part = describe_transformer(adapter, str(folder), dtype=torch.bfloat16)
-    return estimate_memory(adapter, part, options, quant_type=quant_type, disabled=(), batches=1)
+    return estimate_memory(adapter, part, options, session(quant_type), batches=1)
+
+
+def session(quant_type: str, *disabled: str, **layer_schemes: str) -> SessionConfig:
+    config = SCHEMES[quant_type].config(disable_names=disabled)
+    rules = {f"*{pattern}*": scheme for pattern, scheme in layer_schemes.items()}
+    return SessionConfig(processor_cfg_map={quant_type: config}, layer_schemes=rules, calib_data=[])
 
 
 @pytest.mark.slow
@@ -118,11 +125,28 @@ def test_the_published_size_is_known_before_anything_is_read(tiny_flux_folder, t
     options = adapter.options(path=path, width=64, height=64, infer_steps=1)
     describe = lambda: describe_transformer(adapter, path, dtype=torch.bfloat16)  # noqa: E731
     for quant_type in ("w8a8_dynamic", "w8a8"):
-        expected = estimate_memory(adapter, describe(), options, quant_type=quant_type, disabled=(), batches=1)
+        expected = estimate_memory(adapter, describe(), options, session(quant_type), batches=1)
         published = _publish(adapter, describe(), options, quant_type, tmp_path / quant_type)
         # The header names every tensor; on a tiny model it weighs as much as some layers.
         header = int.from_bytes(published.open("rb").read(8), "little") + 8
         assert published.stat().st_size - header == expected.quantized
+
+
+def test_each_layer_is_counted_by_its_own_scheme(tiny_flux_folder):
+    adapter, path = load_adapter("flux"), str(tiny_flux_folder)
+    options = adapter.options(path=path, width=64, height=64, infer_steps=50)
+
+    def of(quantized: SessionConfig | None) -> MemoryModel:
+        part = describe_transformer(adapter, path, dtype=torch.bfloat16)
+        return estimate_memory(adapter, part, options, quantized, batches=1)
+
+    # Rows of 50 steps are large, and layers without them small; none at all are left of the session's own scheme.
+    steps, dynamic = of(session("w8a8_timestep")), of(session("w8a8_dynamic"))
+    assert of(session("w8a8_timestep", **{"": "w8a8_dynamic"})) == dynamic
+    assert dynamic.quantized < of(session("w8a8_timestep", attn="w8a8_dynamic")).quantized < steps.quantized
+    mixed = of(session("w8a8", "*", attn="w8a8_dynamic"))
+    assert 0 < mixed.codes < dynamic.codes
+    assert of(session("w8a8", "*")).codes == of(None).codes == of(None).workspace == 0
 
 
 def _publish(adapter, part, options, quant_type, output) -> Path:

@@ -41,7 +41,7 @@ def test_the_transformer_is_called_with_what_the_pipeline_itself_would_have_enco
 
     embeddings = encode_prompts(adapter, options, [PROMPTS], "cpu", dtype)[PROMPTS]
     loaded = load_transformer(adapter, options.path, dtype=dtype, device="cpu")
-    lean = load_pipeline(adapter, options, loaded.model, "cpu", dtype, with_text=False)
+    lean = load_pipeline(adapter, options, loaded.model, "cpu", dtype)
     run = lambda generator: adapter.generate(lean, embeddings, options, generator, decodes=False)  # noqa: E731
     records = captured(lean, run)
 
@@ -54,7 +54,7 @@ def test_the_transformer_is_called_with_what_the_pipeline_itself_would_have_enco
 def test_the_pipeline_that_runs_has_no_text_encoder_and_the_one_that_encodes_has_nothing_else(case):
     adapter, options, dtype = case
     loaded = load_transformer(adapter, options.path, dtype=dtype, device="cpu")
-    lean = load_pipeline(adapter, options, loaded.model, "cpu", dtype, with_text=False)
+    lean = load_pipeline(adapter, options, loaded.model, "cpu", dtype)
     assert {name for name, part in lean.components.items() if isinstance(part, nn.Module)} == {"transformer", "vae"}
     text = load_text_encoders(adapter, options, "cpu", dtype)
     weighty = [name for name, part in text.components.items() if isinstance(part, nn.Module) and name != "transformer"]

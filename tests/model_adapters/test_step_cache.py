@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from model_adapters import load_adapter
+from model_adapters.pipeline.prompt_encoding import encode_prompts
 from model_adapters.pipeline.step_cache import step_cache
 from model_adapters.weights.loading import load_pipeline, load_transformer
 from quant_core.calibration.capture import DumperManager
@@ -17,7 +18,8 @@ def test_blocks_are_skipped_inside_and_run_every_step_outside(tiny_flux_folder):
     options = adapter.options(path=str(tiny_flux_folder), width=64, height=64, infer_steps=STEPS)
     loaded = load_transformer(adapter, options.path, dtype=torch.float32, device="cpu")
     pipeline = load_pipeline(adapter, options, loaded.model, "cpu", torch.float32)
-    embeddings = adapter.encode(pipeline, ["a cat"], options)
+    prompts = ("a cat",)
+    embeddings = encode_prompts(adapter, options, [prompts], "cpu", torch.float32)[prompts]
     calls: list[int] = []
     linear = pipeline.transformer.single_transformer_blocks[-1].proj_mlp
     linear.register_forward_pre_hook(lambda *_: calls.append(adapter.step_index(pipeline)))

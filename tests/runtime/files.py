@@ -16,8 +16,6 @@ from tests.runtime.product import CheckpointFiles, files_in
 Change = Callable[[dict[str, Tensor]], object]
 # What the loader takes for a wide mode: any bit that is not in this one.
 _MODE = 0o640
-# The tensors that a layer of weights alone has; a dynamic layer's are the same ones.
-_WEIGHT_ONLY = ("weight", "bias", "weight_scale")
 
 
 def changed_copy(published: CheckpointFiles, folder: Path, change: Change) -> Path:
@@ -33,21 +31,18 @@ def changed_copy(published: CheckpointFiles, folder: Path, change: Change) -> Pa
 def mixed(published: Mapping[str, CheckpointFiles], folder: Path) -> Path:
     """Make one checkpoint whose layers have all types in turn, and return its description.
 
-    published: for each type the checkpoint to take layers of that type from, all of one model. A layer of type W8A16
-    is made by hand, of tensors of the unsmoothed dynamic one; one of type FLOAT has no tensors in the file.
+    published: for each type the checkpoint to take layers of that type from, all of one model. One of type FLOAT has no
+    tensors in the file.
     """
     descriptions = {kind: json.loads(files.description.read_text()) for kind, files in published.items()}
     tensors = {kind: load_file(files.weights) for kind, files in published.items()}
-    order = [*published, "W8A16", "FLOAT"]
+    order = [*published, "FLOAT"]
     merged: dict[str, Tensor] = {}
     description = {"model_quant_type": "W8A8"}
     for index, name in enumerate(_unsmoothed_layers(descriptions["W8A8_DYNAMIC"])):
         kind = order[index % len(order)]
-        source = "W8A8_DYNAMIC" if kind == "W8A16" else kind
-        for key in [key for key in tensors.get(source, ()) if key.startswith(f"{name}.")]:
-            if kind != "W8A16" or key.rpartition(".")[2] in _WEIGHT_ONLY:
-                merged[key] = tensors[source][key]
-                description[key] = kind if descriptions[source][key] == source else "FLOAT"
+        for key in [key for key in tensors.get(kind, ()) if key.startswith(f"{name}.")]:
+            merged[key], description[key] = tensors[kind][key], descriptions[kind][key]
         if kind == "FLOAT":
             description[f"{name}.weight"] = "FLOAT"
     return _write(folder, files_in(folder, "W8A8"), merged, description, {})

@@ -20,9 +20,6 @@ from quant_core import (
     SaveProcessorConfig,
     SessionConfig,
     TimestepManager,
-    W8A8DynamicProcessorConfig,
-    W8A8ProcessorConfig,
-    W8A8TimeStepProcessorConfig,
     quant_model,
 )
 from quant_core.checkpoint.entries import CheckpointFiles as CheckpointFiles
@@ -30,15 +27,12 @@ from quant_core.checkpoint.entries import description_file_name, weight_file_nam
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import Checkpoint as Checkpoint
 from quant_core.checkpoint.reader import open_checkpoint as open_checkpoint
+from quant_core.schemes import BY_TYPE
 from tests.support.tiny_models import KINDS, build, example_inputs
 from tests.support.torchrun import ROOT as ROOT
 from tests.support.torchrun import run_torchrun as run_torchrun
 
-SCHEMES: Mapping[str, Any] = {
-    "W8A8": W8A8ProcessorConfig,
-    "W8A8_TIMESTEP": W8A8TimeStepProcessorConfig,
-    "W8A8_DYNAMIC": W8A8DynamicProcessorConfig,
-}
+SCHEMES: Mapping[str, Any] = {quant_type: scheme.config for quant_type, scheme in BY_TYPE.items()}
 # What may come with a scheme, by a short name.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
@@ -49,6 +43,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 # The smallest that has every kind of block: the last double-stream block of an SD3 is of another kind.
 BLOCKS = {"flux": {"num_layers": 1, "num_single_layers": 1}, "sd3": {"num_layers": 2}}
 STEPS = 3  # the first runs dynamic, the others static
+
+
+def variants_of(quant_type: str, *variants: str) -> list[str]:
+    """Return those of the variants that the type goes with: the factors of `m4` need layers that multiply by them."""
+    return [variant for variant in variants if variant != "m4" or BY_TYPE[quant_type].multiplies_input]
 
 
 def float_model(kind: str, dtype: torch.dtype) -> Any:

@@ -11,15 +11,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from launcher.runtime.importing import import_quantization
 from launcher.runtime.npu_operators import install
@@ -28,7 +27,7 @@ from launcher.runtime.npu_operators import install
 install()
 RUNTIME = import_quantization(Path(sys.argv[1]))
 
-from launcher.runtime.agreement import Agreement, compare, compare_weight_only  # noqa: E402
+from launcher.runtime.agreement import Agreement, agreements, replaced  # noqa: E402
 from tests.runtime.cases import Answer, Case  # noqa: E402
 from tests.runtime.product import (  # noqa: E402
     Checkpoint,
@@ -40,12 +39,6 @@ from tests.runtime.product import (  # noqa: E402
     output,
 )
 
-WEIGHT_ONLY = "W8A16"
-# Where the classes of replaced layers are.
-HOME = "mindiesd.quantization.layer"
-# How many codes the standard deviation of an input spans: some inputs lie beyond the calibrated range.
-CODES = 60
-
 
 def answer(case: Case) -> Answer:
     """Load the case's files into a fresh float model and compare every layer that was replaced."""
@@ -53,7 +46,7 @@ def answer(case: Case) -> Answer:
     model = float_part(case.kind, Path(case.pipeline), dtype) if case.pipeline else float_model(case.kind, dtype)
     policy = registered(case.registration)
     RUNTIME.quantize(model, case.description, dtype=dtype, timestep_config=policy, use_nz=case.use_nz)
-    modules = {name: module for name, module in model.named_modules() if type(module).__module__ == HOME}
+    modules = replaced(model)
     published = {kind: open_published(Path(folder), kind) for kind, folder in case.published.items()}
     return Answer(
         classes={name: type(module).__name__ for name, module in modules.items()},
@@ -77,7 +70,6 @@ def open_published(folder: Path, quant_type: str) -> Checkpoint:
     return open_checkpoint(files_in(folder, quant_type, dist.get_rank() if dist.is_initialized() else None))
 
 
-@torch.no_grad()
 def compared(
     case: Case, published: Mapping[str, Checkpoint], modules: Mapping[str, nn.Module]
 ) -> dict[str, list[Agreement]]:
@@ -87,53 +79,16 @@ def compared(
     for name, module in modules.items():
         # The loader looks for the smoothed name first.
         quant_type = description.get(f"{name}.linear.weight", description.get(f"{name}.weight"))
-        if quant_type == WEIGHT_ONLY:
-            found[name] = [weight_only_agreement(case, name, module, dtype)]
-        else:
-            # A checkpoint of all types is named once, under the type that it is called after.
-            source = published[quant_type] if quant_type in published else next(iter(published.values()))
-            found[name] = list(agreements(source, name, module, dtype))
+        # A checkpoint of all types is named once, under the type that it is called after.
+        source = published[quant_type] if quant_type in published else next(iter(published.values()))
+        found[name] = list(agreements(RUNTIME, source, name, module, dtype))
     return found
-
-
-def agreements(checkpoint: Checkpoint, name: str, module: nn.Module, dtype: torch.dtype) -> Iterator[Agreement]:
-    """Yield the agreement of one layer with the product's arithmetic, of each step if it has steps."""
-    generator = torch.Generator().manual_seed(len(name))
-    layer, timesteps = checkpoint.read_layer(name), checkpoint.inventory.timesteps
-    has_steps = timesteps is not None and layer.arithmetic.scheme.per_step
-    for step in range(timesteps or 0) if has_steps else [None]:
-        if step is not None:
-            RUNTIME.TimestepManager.set_timestep_idx(step)
-        x = example_input(layer.tensors, step, generator).to(dtype)
-        static = "input_scale" in layer.tensors and (step is None or step >= (checkpoint.timestep_sep or 0))
-        yield compare(module(x), layer(x, step), x, layer.tensors, step, static=static)
-
-
-def weight_only_agreement(case: Case, name: str, module: nn.Module, dtype: torch.dtype) -> Agreement:
-    """Return the agreement of a W8A16 layer with the formula, for the tensors in the file that the case loads."""
-    path = own_rank(case.description)
-    tensors = load_file(path.with_name(path.name.replace("description", "weight")).with_suffix(".safetensors"))
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-    x_NI = torch.randn(5, own["weight"].shape[1], generator=torch.Generator().manual_seed(len(name))).to(dtype)
-    return compare_weight_only(module(x_NI), x_NI, own)
 
 
 def own_rank(description: str) -> Path:
     """Return the description that the loader reads on this rank."""
     path = Path(description)
     return path.with_name(path.name.replace("_0.json", f"_{dist.get_rank()}.json")) if dist.is_initialized() else path
-
-
-def example_input(tensors: Mapping[str, Tensor], step: int | None, generator: torch.Generator) -> Tensor:
-    """Return (2, 3, I), normal, beyond the calibrated range at its ends; the first token is all zeros."""
-    x = torch.randn(2, 3, tensors["weight"].shape[1], generator=generator)
-    if "input_scale" in tensors:
-        scale = tensors["input_scale"] if step is None else tensors["input_scale"][step]
-        x *= CODES * scale.to(torch.float32)
-    if "mul_scale" in tensors:
-        x /= tensors["mul_scale"].to(torch.float32)
-    x[0, 0] = 0
-    return x
 
 
 def strategies(policy: Any, published: Mapping[str, Checkpoint]) -> list[str]:

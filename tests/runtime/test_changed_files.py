@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.runtime.cases import Answer, Case, described_classes, run_cases
 from tests.runtime.files import Change, changed_copy, mixed
-from tests.runtime.product import SCHEMES, STEPS, files_in, publish, registration_line
+from tests.runtime.product import SCHEMES, STEPS, files_in, publish, registration_line, variants_of
 
 DTYPES = ("bfloat16", "float16")
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -40,9 +40,8 @@ CHANGES: dict[str, tuple[str, str, Change]] = {
     "deq_scale of the last step": ("W8A8_TIMESTEP", "plain", three_percent("deq_scale", -5)),
     "mul_scale of a smoothed layer": ("W8A8_DYNAMIC", "m4", one_channel),
 }
-# What a mixed file is made of: smoothed and other layers beside each other. W8A16 layers come from the dynamic ones,
-# which therefore are not smoothed.
-MIXED = {"W8A8": "m4", "W8A8_TIMESTEP": "m4", "W8A8_DYNAMIC": "plain"}
+# What a mixed file is made of: smoothed and other layers beside each other.
+MIXED = {"W8A8": "m4", "W8A8_TIMESTEP": "m4", "W8A8_DYNAMIC": "plain", "W8A16": "plain"}
 # The product's own mix, in a smoothed session: a scheme for each kind of layer.
 LAYER_SCHEMES = {
     "*.to_[qk]": "w8a8_dynamic",
@@ -59,7 +58,7 @@ def folder(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("published")
     for dtype in DTYPES:
         for quant_type in SCHEMES:
-            for variant in ("plain", "m4"):
+            for variant in variants_of(quant_type, "plain", "m4"):
                 publish("flux", quant_type, getattr(torch, dtype), made / dtype / quant_type / variant, variant)
     return made
 

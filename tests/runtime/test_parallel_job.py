@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from launcher.inspection import with_runtime
 from launcher.inspection.verify import verify
 from quant_core.errors import EnvironmentFailure
 from scripts.make_tiny_pipeline import write_prompts
@@ -114,8 +116,12 @@ def test_one_changed_scale_is_found_on_its_rank_and_no_other(answers: list[dict[
 
 
 def test_the_command_has_the_runtime_load_and_compute_each_rank_without_the_model(
-    shards: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Path, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where torch_npu is installed and CANN is not."""
+    (tmp_path / "torch_npu.py").write_text('raise ImportError("libhccl.so: cannot open shared object file")')
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # hidden here, as the command hides it
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.syspath_prepend(packages)
     verdict = verify(shards, with_runtime=True)
     assert verdict.findings == []
@@ -131,6 +137,16 @@ def test_what_the_runtime_refuses_is_a_finding_in_its_own_words(
     files_of(folder, 1).weights.chmod(0o644)
     found = [(each.rule, each.file.name) for each in verify(folder, with_runtime=True).findings]
     assert found == [(rule, files_of(folder, 1).weights.name) for rule in ("mode", "the runtime loads")]
+
+
+def test_a_runtime_that_does_not_end_is_an_error_that_says_so(
+    shards: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.setattr(with_runtime, "_TIMEOUT_S", 0.01)
+    with pytest.raises(EnvironmentFailure, match="MindIE-SD cannot be used here") as caught:
+        verify(shards, with_runtime=True)
+    assert "it took more than" in caught.value.why
 
 
 def test_without_the_runtime_the_command_says_how_to_come_by_it(shards: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.runtime.cases import Answer, Case, described_classes, run_cases
-from tests.runtime.product import SCHEMES, STEPS, files_in, publish, registration_line
+from tests.runtime.product import SCHEMES, STEPS, files_in, publish, registration_line, variants_of
 
 # kind, dtype, type, variant. Nothing in an SD3 can absorb the factor of its text input: no fused form.
 MATRIX = [
@@ -17,12 +17,13 @@ MATRIX = [
     for kind, variants in {"flux": ("plain", "m4", "m4_fused"), "sd3": ("plain", "m4")}.items()
     for dtype in ("bfloat16", "float16")
     for quant_type in SCHEMES
-    for variant in variants
+    for variant in variants_of(quant_type, *variants)
 ] + [("flux", "bfloat16", "W8A8_DYNAMIC", "fa3")]
 NAMES = ["-".join(row) for row in MATRIX]
 # Relative error of the whole model's output against the product's own. Measured: at most 0.0012, but 0.019 where
-# float16 outputs are scaled by 19 bits, which the product's arithmetic does not imitate.
-OUTPUT_ERROR, OUTPUT_ERROR_19_BITS = 0.005, 0.03
+# float16 outputs are scaled by 19 bits, which the product's arithmetic does not imitate, and 0.007 where all layers are
+# W8A16: their sums are rounded in another order, and one such rounding goes through the whole model.
+OUTPUT_ERROR, OUTPUT_ERROR_19_BITS, OUTPUT_ERROR_SUMS = 0.005, 0.03, 0.015
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +63,17 @@ def test_every_layer_computes_what_the_product_says(name: str, answers: dict[str
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "bfloat16" in name])
 def test_outputs_in_bfloat16_are_equal_but_for_single_roundings(name: str, answers: dict[str, Answer]) -> None:
-    """A static layer's are equal to the last bit; a dynamic one multiplies in another order."""
-    assert answers[name].total.unequal <= (3 if "DYNAMIC" in name or "TIMESTEP" in name else 0)
+    """A static layer's are equal to the last bit; a dynamic one multiplies in another order, and W8A16 sums in one."""
+    assert answers[name].total.unequal <= (0 if "-W8A8-" in name else 3)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_model_computes_what_the_product_says(name: str, answers: dict[str, Answer]) -> None:
     """The runtime keeps the float tensors that its model has, and the product takes them from the file: no matter."""
-    is_cut = "-float16-" in name and "DYNAMIC" not in name
+    is_cut, are_sums = "-float16-" in name and "DYNAMIC" not in name, "W8A16" in name
     error = answers[name].output_error
     assert error is not None
-    assert error < (OUTPUT_ERROR_19_BITS if is_cut else OUTPUT_ERROR)
+    assert error < (OUTPUT_ERROR_SUMS if are_sums else OUTPUT_ERROR_19_BITS if is_cut else OUTPUT_ERROR)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "TIMESTEP" in name])

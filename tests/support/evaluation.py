@@ -28,19 +28,12 @@ from quant_core import (
     DumperManager,
     SaveProcessorConfig,
     SessionConfig,
-    W8A8DynamicProcessorConfig,
-    W8A8ProcessorConfig,
-    W8A8TimeStepProcessorConfig,
     quant_model,
 )
 from quant_core.checkpoint.entries import CheckpointFiles
+from quant_core.schemes import SCHEMES
 
 SIDE, STEPS, PROMPTS = 64, 3, 2
-SCHEMES: dict[str, Any] = {
-    "w8a8": W8A8ProcessorConfig,
-    "w8a8_timestep": W8A8TimeStepProcessorConfig,
-    "w8a8_dynamic": W8A8DynamicProcessorConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class Subject:
 
     def pipeline(self) -> Any:
         """Load the pipeline around a new float transformer, in float32."""
-        return load_pipeline(self.adapter, self.options, self.transformer(), "cpu", torch.float32, with_text=False)
+        return load_pipeline(self.adapter, self.options, self.transformer(), "cpu", torch.float32)
 
     def painting(self, folder: Path, batches: Sequence[Batch] | None = None, **changes: Any) -> Painting:
         """Describe the painting of all batches, or of a share."""
@@ -129,13 +122,13 @@ def make_subject(kind: str, path: Path, prompt_file: Path, scheme: str, folder: 
     dtype = adapter.dtype(options)
     batches, embeddings = encoded(adapter, options)
     transformer = load_transformer(adapter, str(path), dtype=dtype, device="cpu").model
-    pipeline = load_pipeline(adapter, options, transformer, "cpu", dtype, with_text=False)
+    pipeline = load_pipeline(adapter, options, transformer, "cpu", dtype)
     dumper = DumperManager(transformer, "timestep", step_source=lambda: adapter.step_index(pipeline))
     for number, encodings in enumerate(embeddings.values()):
         adapter.generate(pipeline, encodings, options, torch.Generator().manual_seed(10_000 + number))
     dumper.close()
     processors = {
-        scheme: SCHEMES[scheme](disable_names=adapter.disabled_layers[scheme]),
+        scheme: SCHEMES[scheme].config(disable_names=adapter.disabled_layers[scheme]),
         "save": SaveProcessorConfig(output_path=str(folder)),
     }
     config = SessionConfig(processor_cfg_map=processors, calib_data=dumper.records)

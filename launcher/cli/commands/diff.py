@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
+from launcher.cli.commands.shared_options import AsJson
 from launcher.config.job_config import Section
 from launcher.config.option_flags import POSITIONAL
 from launcher.devices.kinds import use_only
@@ -19,9 +20,7 @@ class DiffOptions(Section):
 
     one: Annotated[Path, POSITIONAL] = Field(description="folder of quantized weights, A")
     other: Annotated[Path, POSITIONAL] = Field(description="folder of quantized weights, B")
-    as_json: bool = Field(
-        default=False, description="print the differences as JSON", validation_alias=AliasChoices("json", "as_json")
-    )
+    as_json: AsJson = False
 
 
 def options(name: str) -> type[DiffOptions]:

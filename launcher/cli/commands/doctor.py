@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import Field, model_validator
 
+from launcher.cli.commands.shared_options import AsJson
 from launcher.config.job_config import Section
 from launcher.config.option_flags import POSITIONAL
 from launcher.devices.launch import Launch
+from quant_core.errors import ConfigurationError
 
 
 class DoctorOptions(Section):
@@ -22,9 +24,18 @@ class DoctorOptions(Section):
     device: Literal["npu", "cuda", "cpu"] | None = Field(
         default=None, description="kind of device to try it on; left out: the first that has cards, else cpu"
     )
-    as_json: bool = Field(
-        default=False, validation_alias=AliasChoices("json", "as_json"), description="print JSON, for programs"
-    )
+    as_json: AsJson = False
+
+    @model_validator(mode="after")
+    def _a_device_is_tried_by_ranks(self) -> DoctorOptions:
+        if self.device and self.ranks is None:
+            raise ConfigurationError(
+                f"--device {self.device} has no meaning without --ranks",
+                where="--device, --ranks",
+                why="it is the kind of device that the ranks are tried on; devices of all kinds are looked at anyway",
+                advice="add --ranks 2, or drop --device",
+            )
+        return self
 
 
 def options(name: str) -> type[DoctorOptions]:

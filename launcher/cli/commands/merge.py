@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from pydantic import Field
 
-from pydantic import AliasChoices, Field
-
+from launcher.cli.commands.shared_options import WeightsFolder
 from launcher.config.job_config import QuantType, Section
-from launcher.config.option_flags import POSITIONAL
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
 
@@ -16,10 +13,7 @@ from launcher.devices.launch import Launch
 class MergeOptions(Section):
     """Check the shards that all ranks wrote against each other and publish them again."""
 
-    folder: Annotated[Path, POSITIONAL] = Field(
-        description="folder of the quantized weights",
-        validation_alias=AliasChoices("quant_weight_save_folder", "folder"),
-    )
+    folder: WeightsFolder
     quant_type: QuantType | None = Field(
         default=None, description="scheme of the shards; left out: the only one in the folder"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from pydantic import Field, create_model
@@ -13,8 +14,12 @@ from launcher.devices.launch import Launch
 
 
 def options(name: str) -> type[JobConfig]:
-    """Return the options of the job, `plan MODEL`, and the number of ranks, which a job learns from its launcher."""
-    world = Field(default=None, ge=1, description="ranks of the job; left out: as many as hold one copy of the model")
+    """Return the options of the job, `plan MODEL`, and the number of ranks, which a job learns from its launcher.
+
+    It is no option of the job, so a file of the resolved options leaves it out.
+    """
+    about = "ranks of the job; left out: as many as hold one copy of the model"
+    world = Field(default=None, ge=1, exclude=True, description=about)
     fields: dict[str, Any] = {"world_size": (int | None, world)}
     return create_model("PlanOptions", __base__=job_config_class(name.split()[-1]), **fields)
 
@@ -25,14 +30,13 @@ def run(options: JobConfig, launch: Launch | None) -> None:
 
 
 def show(config: JobConfig, world: int | None) -> None:
-    """Print the plan of a job. Raises the problems that keep it from starting."""
+    """Print the plan of a job, without asking the hub. Raises the problems that keep it from starting."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
     use_only("cpu")
     from launcher.inspection.plan import make_plan
     from launcher.inspection.plan_text import told
     from launcher.journal.logs import quiet_libraries
-    from model_adapters.weights.offline import stay_offline
 
-    stay_offline(config.pipeline.path)
     quiet_libraries()
     plan = make_plan(config, world)
     print("\n".join(told(plan, config.ranks.device)))

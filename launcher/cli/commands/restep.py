@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
+from launcher.cli.commands.shared_options import WeightsFolder
 from launcher.config.job_config import Section
-from launcher.config.option_flags import POSITIONAL
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
 
@@ -16,10 +15,7 @@ from launcher.devices.launch import Launch
 class RestepOptions(Section):
     """Write a copy of a published checkpoint that serves another number of denoising steps."""
 
-    folder: Annotated[Path, POSITIONAL] = Field(
-        description="folder of the published weights",
-        validation_alias=AliasChoices("quant_weight_save_folder", "folder"),
-    )
+    folder: WeightsFolder
     infer_steps: int = Field(ge=1, description="denoising steps that the copy is for")
     shift: float | None = Field(default=None, gt=0, description="shift of the scheduler; left out: as calibrated")
     to: Path | None = Field(default=None, description="folder of the copy; left out: FOLDER_<steps>steps beside it")

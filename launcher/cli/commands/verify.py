@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
 
 from pydantic import AliasChoices, Field
 
+from launcher.cli.commands.shared_options import AsJson, WeightsFolder
 from launcher.config.job_config import Section
-from launcher.config.option_flags import POSITIONAL
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
 
@@ -17,10 +15,7 @@ from launcher.devices.launch import Launch
 class VerifyOptions(Section):
     """Check the files of all ranks, each by itself and against each other; nothing is changed."""
 
-    folder: Annotated[Path, POSITIONAL] = Field(
-        description="folder of the quantized weights",
-        validation_alias=AliasChoices("quant_weight_save_folder", "folder"),
-    )
+    folder: WeightsFolder
     path: str | None = Field(
         default=None, description="folder of the float pipeline: compare every weight with it, layer by layer"
     )
@@ -29,9 +24,7 @@ class VerifyOptions(Section):
         description="load the files with the installed MindIE-SD and compare what its layers compute",
         validation_alias=AliasChoices("runtime", "with_runtime"),
     )
-    as_json: bool = Field(
-        default=False, description="print the findings as JSON", validation_alias=AliasChoices("json", "as_json")
-    )
+    as_json: AsJson = False
 
 
 def options(name: str) -> type[VerifyOptions]:
