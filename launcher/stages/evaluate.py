@@ -18,7 +18,7 @@ from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import calibration_fingerprint, model_fields
 from launcher.files.manifest import Manifest, read_manifest
 from launcher.files.run_folder import RunFolder
-from launcher.ranks.agreement import copy_agrees, gather_objects
+from launcher.ranks.agreement import gather_objects, group_agrees
 from launcher.stages.encode import encode, prompts_of
 from launcher.stages.identify import ask_first
 from launcher.stages.job import Job
@@ -198,7 +198,7 @@ def _measure_pictures(job: Job, folder: RunFolder, subject: _Subject, checkpoint
         lambda batch: session.embeddings_of(prompts_of(batch)),
         subject.store,
         saves=mesh.tp_rank == 0,
-        agree=partial(copy_agrees, job.ranks),
+        agree=partial(group_agrees, job.ranks.tp_control),
         after_batch=lambda kind, done, total: _progress(job, f"{kind} pictures", done, total),
     )
     return evaluate_pictures(painting, pipeline, checkpoint, progress=partial(_progress, job))
