@@ -36,10 +36,12 @@ def run(config: JobConfig, watch: Monitor | None = None) -> None:
 
 def evaluate_published(config: JobConfig, watch: Monitor | None = None) -> None:
     """Evaluate what the job has published, and do nothing else of it."""
-    _on_ranks(config, watch, lambda job: evaluate(job, run_folder(job)))
+    _on_ranks(config, watch, lambda job: evaluate(job, run_folder(job)), only_weights=True)
 
 
-def _on_ranks(config: JobConfig, watch: Monitor | None, work: Callable[[Job], object]) -> None:
+def _on_ranks(
+    config: JobConfig, watch: Monitor | None, work: Callable[[Job], object], *, only_weights: bool = False
+) -> None:
     watch = watch or Monitor(config)
     quiet_diffusers()
     ranks = join(config, watch.launch, watch.rendezvous.groups)
@@ -50,7 +52,7 @@ def _on_ranks(config: JobConfig, watch: Monitor | None, work: Callable[[Job], ob
     log("asked for", words=sys.argv[1:])
     job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
     require_alike(ranks, common_options(config), what="the options")
-    with own_folders(job):
+    with own_folders(job, only_weights=only_weights):
         work(job)
     watch.finish()
     leave(ranks)
