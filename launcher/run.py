@@ -47,10 +47,10 @@ def _on_ranks(
     ranks = join(config, watch.launch, watch.rendezvous.groups)
     for reason in ranks.reasons:
         watch.console.say(reason)
-    config = fetch(config, ranks, watch)
+    asked, config = config, fetch(config, ranks, watch)
     watch.enter("prepare")
     log("asked for", words=sys.argv[1:])
-    job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
+    job = run_together(ranks, "preparing", lambda: _prepare(asked, config, ranks, watch))
     require_alike(ranks, common_options(config), what="the options")
     with own_folders(job, only_weights=only_weights):
         work(job)
@@ -73,11 +73,11 @@ def _quantize(job: Job) -> None:
     evaluate(job, results.folder)
 
 
-def _prepare(config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
+def _prepare(asked: JobConfig, config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
     """Check everything that can be checked before anything is loaded or written."""
     session = ModelSession(config, ranks)
     session.check()
-    job = Job(config, ranks, session, watch, _share(read_batches(config.pipeline), ranks))
+    job = Job(asked, config, ranks, session, watch, _share(read_batches(config.pipeline), ranks))
     check_save_path(job)
     check_evaluation(job)
     explain_approximation(job)
