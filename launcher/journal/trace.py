@@ -9,38 +9,37 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from launcher.journal.logs import LOGS
 from quant_core.errors import InputError
 
+# A run that ended it was let into its folders: a second job in those of another is refused there.
 FIRST_STAGE = "prepare"
 Line = Mapping[str, Any]
 
 
 def last_run(folder: Path, stage: str = FIRST_STAGE) -> dict[int, list[Line]]:
-    """Return the lines that each rank logged in the last run of a job that came to a stage, by rank.
+    """Return the lines that each rank logged in the last run of a job that finished a stage, by rank.
 
     Raises InputError where no run that did has logged.
     """
-    logs = [list(_lines(path)) for path in (folder / LOGS).glob("rank*.jsonl")]
-    found = [[run for run in _runs(lines) if any(line.get("stage") == stage for line in run)] for lines in logs]
-    last = [runs[-1] for runs in found if runs]
-    if not last:
+    runs: dict[str, dict[int, list[Line]]] = {}
+    for path in sorted((folder / LOGS).glob("rank*.jsonl")):
+        for line in _lines(path):
+            runs.setdefault(line.get("run", ""), {}).setdefault(line["rank"], []).append(line)
+    finished = [run for run in runs.values() if any(line.get("ended") == stage for line in chain(*run.values()))]
+    if not finished:
         raise InputError(
-            f"there are no logs of a job that came to {stage}",
+            f"there are no logs of a job that finished {stage}",
             where=str(folder / LOGS),
             why="a job logs beside its weights, or beside its images if it makes no weights",
             advice="give the --quant_weight_save_folder of the job",
         )
-    return {int(run[0]["rank"]): run for run in sorted(last, key=lambda run: run[0]["rank"])}
-
-
-def _runs(lines: list[Line]) -> list[list[Line]]:
-    """Divide the lines of a log, to which every run appends, at the beginnings of its first stage."""
-    begins = [i for i, line in enumerate(lines) if line.get("stage") == FIRST_STAGE]
-    return [lines[begin:end] for begin, end in zip(begins, [*begins[1:], len(lines)])]
+    last = max(finished, key=lambda run: min(moment(lines[0]) for lines in run.values()))
+    return dict(sorted(last.items()))
 
 
 def trace_events(ranks: Mapping[int, Sequence[Line]]) -> list[dict[str, Any]]:
