@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launcher.config.resolve import job_config, job_from_yaml
+from launcher.files.digests import digest_of_file
 from launcher.journal.trace import last_run, trace_events
 from launcher.run import run
 from model_adapters import load_adapter
@@ -141,6 +142,7 @@ def test_sd3_of_the_hub_alone_writes_files_without_a_rank_and_a_job_for_any_host
     tiny_sd3_folder, prompts, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: str(tiny_sd3_folder))
+    monkeypatch.setattr("launcher.files.digests._GRAIN_S", 0)  # a real shard takes longer to write
     quantize_alone("sd3", "owner/sd3", prompts, tmp_path)
     assert job_from_yaml((tmp_path / "weights" / "quant_job.yaml").read_text()).pipeline.path == "owner/sd3"
     consumer.check(consumer.load(tmp_path / "weights", None, "w8a8"), torch.float16)
@@ -150,6 +152,8 @@ def test_sd3_of_the_hub_alone_writes_files_without_a_rank_and_a_job_for_any_host
         "quant_model_weight_w8a8.safetensors",
         "quant_model_description_w8a8.json",
     ]
+    monkeypatch.setattr("launcher.files.digests._read", lambda path: pytest.fail(f"{path} is read again"))
+    assert digest_of_file(tmp_path / "weights" / manifest["files"][0]["name"]) == manifest["files"][0]["sha256"]
 
 
 def quantize_alone(model: str, folder: Path | str, prompts: Path, out: Path, **quantization: object) -> None:
