@@ -36,21 +36,23 @@ def run(config: JobConfig, watch: Monitor | None = None) -> None:
 
 def evaluate_published(config: JobConfig, watch: Monitor | None = None) -> None:
     """Evaluate what the job has published, and do nothing else of it."""
-    _on_ranks(config, watch, lambda job: evaluate(job, run_folder(job)))
+    _on_ranks(config, watch, lambda job: evaluate(job, run_folder(job)), only_weights=True)
 
 
-def _on_ranks(config: JobConfig, watch: Monitor | None, work: Callable[[Job], object]) -> None:
+def _on_ranks(
+    config: JobConfig, watch: Monitor | None, work: Callable[[Job], object], *, only_weights: bool = False
+) -> None:
     watch = watch or Monitor(config)
     quiet_diffusers()
     ranks = join(config, watch.launch, watch.rendezvous.groups)
     for reason in ranks.reasons:
         watch.console.say(reason)
-    config = fetch(config, ranks, watch)
+    asked, config = config, fetch(config, ranks, watch)
     watch.enter("prepare")
     log("asked for", words=sys.argv[1:])
-    job = run_together(ranks, "preparing", lambda: _prepare(config, ranks, watch))
+    job = run_together(ranks, "preparing", lambda: _prepare(asked, config, ranks, watch))
     require_alike(ranks, common_options(config), what="the options")
-    with own_folders(job):
+    with own_folders(job, only_weights=only_weights):
         work(job)
     watch.finish()
     leave(ranks)
@@ -71,11 +73,11 @@ def _quantize(job: Job) -> None:
     evaluate(job, results.folder)
 
 
-def _prepare(config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
+def _prepare(asked: JobConfig, config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
     """Check everything that can be checked before anything is loaded or written."""
     session = ModelSession(config, ranks)
     session.check()
-    job = Job(config, ranks, session, watch, _share(read_batches(config.pipeline), ranks))
+    job = Job(asked, config, ranks, session, watch, _share(read_batches(config.pipeline), ranks))
     check_save_path(config)
     check_evaluation(config, session.adapter)
     explain_approximation(job)

@@ -37,7 +37,7 @@ from launcher.failure.way_out import leave
 from launcher.journal import logs
 from launcher.journal.console import Console
 from launcher.journal.stages import StageClock
-from launcher.journal.status import account_folder, write_status
+from launcher.journal.status import account_folder, is_kept, write_status
 from launcher.ranks.rendezvous import meet
 
 _INTERVAL_S = 0.5
@@ -59,6 +59,7 @@ class Monitor:
         self.rendezvous = meet(self.launch, config.ranks.timeout_s)
         self.console = Console(speaks=self.launch.rank == 0, note=self._note)
         self._state = SharedState(self.rendezvous, self.launch)
+        self._run_name = self._state.run()
         self._folder = account_folder(config)
         self._started = time.time()
         process = psutil.Process()
@@ -76,7 +77,7 @@ class Monitor:
     def start(self) -> None:
         """Begin to watch, and to take signals as requests; call it in the main thread."""
         with suppress(OSError):  # a folder that cannot be made is the output's error, told where it is needed
-            logs.open_log(self._folder, self.launch.rank)
+            logs.open_log(self._folder, self.launch.rank, self._run_name)
         on_signals(lambda number: None)  # the thread reads them
         self._say_running([self._heartbeat])
         self._thread.start()
@@ -176,9 +177,9 @@ class Monitor:
             logs.log(f"{number.name}: leaving at the next safe point", signal=number.name)
 
     def _say_running(self, heartbeats: Iterable[Heartbeat]) -> None:
-        if self.launch.rank == 0:
+        if self.launch.rank == 0 and not is_kept(self._folder, self._run_name):
             ranks = [{name: getattr(heartbeat, name) for name in _SHOWN} for heartbeat in heartbeats]
-            write_status(self._folder, "running", self._started, ranks=ranks)
+            write_status(self._folder, "running", self._started, run=self._run_name, ranks=ranks)
 
     def _failure(self, error: BaseException) -> Failure:
         return Failure.of(error, self.launch.rank, self._heartbeat.work)

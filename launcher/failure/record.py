@@ -9,8 +9,8 @@ from typing import Any
 
 from launcher.failure.exit_codes import EXIT_CODES, ExitCode, exit_code
 from launcher.failure.explain import explained
-from launcher.journal.status import format_time, write_status
-from quant_core.errors import DistributedError, ExplainedError
+from launcher.journal.status import format_time, is_kept, write_status
+from quant_core.errors import DistributedError, ExplainedError, FolderInUse
 
 # The stage until the ranks have formed their groups: there is nothing to finish yet.
 STARTING = "starting"
@@ -90,7 +90,12 @@ def carried_by(error: BaseException) -> Failure | None:
 
 
 def write_end(folder: Path, started: float, failure: Failure | None) -> None:
-    """Say in `status.json` how the job ended: published, or with the failure that came first."""
+    """Say in `status.json` how the job ended: published, or with the failure that came first.
+
+    A job that was refused because another one works in its folder leaves that one's status alone.
+    """
+    if failure and failure.kind == FolderInUse.__name__ and is_kept(folder):
+        return
     code = failure.exit_code if failure else ExitCode.PUBLISHED
     told = {**asdict(failure), "where": failure.place, "at": format_time(failure.at)} if failure else None
     write_status(folder, code.state, started, exit_code=int(code), error=told)

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from uuid import uuid4
 
 from launcher.devices.launch import Launch
 from launcher.failure.record import Failure
 from launcher.ranks.rendezvous import Rendezvous
 from quant_core.errors import DistributedError
 
-_STOP, _FAILURE = "stop", "failure"
+_RUN, _STOP, _FAILURE = "run", "stop", "failure"
 
 
 class StateLost(DistributedError):
@@ -53,6 +54,11 @@ class SharedState:
 
     def __init__(self, rendezvous: Rendezvous, launch: Launch) -> None:
         self._store, self._host, self._launch = rendezvous.notes, rendezvous.host, launch
+
+    def run(self) -> str:
+        """Return a name that the ranks of this attempt, and no other's, share."""
+        with self._answering():
+            return self._store.compare_set(_RUN, "", uuid4().hex).decode()
 
     def publish(self, heartbeat: Heartbeat) -> None:
         """Replace this rank's heartbeat."""

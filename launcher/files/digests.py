@@ -53,16 +53,23 @@ def digest_of_records(records: Sequence[Any]) -> str:
     return digest_of_text(json.dumps(plain(records)))
 
 
-def digest_of_file(path: Path) -> str:
-    """Return the sha256 of a file's content; it is read only if it may have changed since it was last read."""
+def digest_of_file(path: Path, *, fresh: bool = False) -> str:
+    """Return the sha256 of a file's content; it is read only if it may have changed since, or if it has to be fresh."""
     status = _status(path)
-    if (known := _recall(path, status)) is not None:
+    if not fresh and (known := _recall(path, status)) is not None:
         return known
     began = time.time_ns()
     digest = _read(path)
     if _status(path) == status and began - max(status["modified"], status["changed"]) > _GRAIN_S * 1e9:
         _remember(path, status, digest)
     return digest
+
+
+def remember(path: Path, digest: str) -> None:
+    """Note the sha256 of a file that this process has just written, unless a change could hide in a grain still."""
+    status = _status(path)
+    if time.time_ns() - status["modified"] > _GRAIN_S * 1e9:
+        _remember(path, status, digest)
 
 
 def move(path: Path, target: Path) -> None:

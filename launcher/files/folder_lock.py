@@ -3,12 +3,13 @@
 How: the operating system's lock on a hidden file in the folder. It is gone with the process that holds it, however
 that ends, so the file that a dead job leaves keeps nobody out. A note beside it says who holds the lock.
 
-What it gives up: a file system may know no locks. Then filelock marks the folder with a file instead, or, where not
-even that is possible, the job says so and goes on: digests still tell its files from another job's.
+What it gives up: a file system may know no locks. Then the job says so and goes on: digests still tell its files from
+another job's.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import time
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.journal.status import format_time
@@ -48,15 +48,14 @@ def hold(folder: Path, option: str, job: str, say: Callable[[str], object] = pri
 
     Raises FolderInUse, at once, when another job holds it.
     """
-    lock = FileLock(folder / LOCK, mode=FILE_MODE)
     try:
-        lock.acquire(blocking=False)
-    except Timeout:
+        lock = _lock(folder / LOCK)
+    except BlockingIOError:
         if (holder := _holder(folder)) and holder.job == job:
             yield False
             return
         raise _in_use(folder, option, holder) from None
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         say(f"{option}: {folder} cannot be locked ({error}): see to it that no other job uses it")
         yield False
         return
@@ -66,7 +65,18 @@ def hold(folder: Path, option: str, job: str, say: Callable[[str], object] = pri
         yield True
     finally:
         (folder / _NOTE).unlink(missing_ok=True)
-        lock.release()
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    """Return the descriptor that holds the lock until it is closed; raises BlockingIOError when another one does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _holder(folder: Path) -> Holder | None:

@@ -31,9 +31,10 @@ _PACKAGES = ("torch", "diffusers", "transformers")
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
 # Options that a host may have otherwise than another: where things are, and which card is used.
 _OF_A_HOST = {
-    "pipeline": {"path", "prompt_path", "info_file_save_path"},
+    "pipeline": {"path", "transformer", "lora", "prompt_path", "info_file_save_path"},
     "ranks": {"device_id"},
     "output": {"save_path", "quant_weight_save_folder", "quant_dump_calib_folder"},
+    "evaluation": {"evaluate_prompts"},
 }
 # By section, the options that cannot change a tensor, or are known by what they lead to: the mesh, the shard plan, the
 # layers that stay float. Those of the section `pipeline` are the model's: `PipelineOptions.OUTSIDE_IDENTITY`.

@@ -11,7 +11,10 @@ from launcher.ranks.mesh import Mesh
 from quant_core.checkpoint.entries import CheckpointFiles, description_file_name, weight_file_name
 
 MANIFEST = "quant_manifest.json"
+# The resolved options of the job, which `--config` accepts.
 CONFIG = "quant_job.yaml"
+# What was chosen for each layer and why, which `--layer_schemes @FILE` accepts.
+DECISIONS = "quant_decisions.yaml"
 # A folder of its own inside the output folder: on the same file system, so that publishing is a rename.
 STAGING = ".shards"
 # What an evaluation finds, in a folder of its own too.
@@ -36,16 +39,6 @@ class RunFolder:
     def manifest(self) -> Path:
         """The file whose presence says that a checkpoint is whole."""
         return self.weights / MANIFEST
-
-    @property
-    def job(self) -> Path:
-        """The resolved configuration, which `--config` accepts."""
-        return self.weights / CONFIG
-
-    @property
-    def decisions(self) -> Path:
-        """What was chosen for each layer and why, which `--layer_schemes @FILE` accepts."""
-        return self.weights / "quant_decisions.yaml"
 
     @property
     def staging(self) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from launcher.files.digests import digest_of_file
+from launcher.files.digests import digest_of_file, remember
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.run_folder import STAGING, RunFolder
 from model_adapters.weights.loading import LoadedTransformer
@@ -61,7 +61,7 @@ class ShardNote(_Frozen):
     """Describe one staged shard.
 
     `layers` are the divided linears, `full_shapes` the tensors of the undivided float model, `equal` the sha256 of
-    each tensor that all ranks must hold alike.
+    each tensor that all ranks must hold alike. `job` and `decisions` are texts that are published beside the shards.
     """
 
     version: Literal[1] = 1
@@ -79,6 +79,8 @@ class ShardNote(_Frozen):
     equal: dict[str, str]
     timesteps: int | None = None
     timestep_sep: int | None = None
+    job: str = ""
+    decisions: str = ""
 
     def shard(self, layer: str) -> Shard:
         """Return this rank's shard of a linear layer; whole when the layer is not divided."""
@@ -108,12 +110,16 @@ def write_note(
     *,
     layout: str,
     digests: WrittenDigests,
+    job: str,
+    decisions: str,
 ) -> None:
     """Describe the shard of a rank's part that was just staged, and publish the note beside it.
 
-    digests: collected while it was written.
+    digests: collected while it was written. job, decisions: texts that are published with it.
     """
     files, mesh = folder.staged(), folder.mesh
+    if digests.file:
+        remember(files.weights, digests.file)
     note = ShardNote(
         fingerprint=fingerprint.digest,
         fields=dict(fingerprint.fields),
@@ -129,6 +135,8 @@ def write_note(
         equal=digests.tensors,
         timesteps=result.timesteps,
         timestep_sep=result.timestep_sep,
+        job=job,
+        decisions=decisions,
     )
     write_text_atomically(folder.note(), note.model_dump_json(indent=1) + "\n")
 

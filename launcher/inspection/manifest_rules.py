@@ -31,7 +31,7 @@ def _digests(published: Published) -> Iterator[Broken]:
             yield Broken("", f"{file.name}, which the manifest names, is missing", path)
         elif path.stat().st_size != file.bytes:
             yield Broken("", f"{file.name} has {path.stat().st_size} bytes, and {file.bytes} by the manifest", path)
-        elif digest_of_file(path) != file.sha256:
+        elif digest_of_file(path, fresh=True) != file.sha256:
             yield Broken("", f"{file.name} was changed after it was published", path)
 
 

@@ -25,16 +25,17 @@ _LIBRARIES = ("diffusers", "transformers", "accelerate", "huggingface_hub", "tor
 
 
 class JsonLines(logging.Formatter):
-    """Format a log record as one line of JSON: time, rank, level, where it comes from, the text, and `extra` fields."""
+    """Format a log record as one line of JSON: time, run, rank, level, where from, the text, and `extra` fields."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, run: str) -> None:
         super().__init__()
-        self._rank = rank
+        self._rank, self._run = rank, run
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         entry: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.created)) + f".{record.msecs:03.0f}",
+            "run": self._run,
             "rank": self._rank,
             "level": record.levelname.lower(),
             "from": record.name,
@@ -51,12 +52,15 @@ def log(text: str, *, level: int = logging.INFO, error: BaseException | None = N
     _OURS.log(level, text, extra={"fields": fields}, exc_info=error)
 
 
-def open_log(folder: Path, rank: int) -> Path:
-    """Begin to log into `folder`/logs, and have the stacks of all threads written there on SIGUSR2."""
+def open_log(folder: Path, rank: int, run: str) -> Path:
+    """Begin to log into `folder`/logs, and have the stacks of all threads written there on SIGUSR2.
+
+    run: what tells the lines of this run from those of others, which append to the same file, maybe at the same time.
+    """
     path = make_folder(folder / LOGS) / f"rank{rank}.jsonl"
     logging.raiseExceptions = False  # a full disk must not add a traceback for every line that is lost
     handler = logging.StreamHandler(open(_private(path), "a", encoding="utf-8", buffering=1))  # noqa: SIM115
-    handler.setFormatter(JsonLines(rank))
+    handler.setFormatter(JsonLines(rank, run))
     for name in (_OURS.name, *_LIBRARIES):
         logging.getLogger(name).addHandler(handler)
     faulthandler.register(signal.SIGUSR2, open(_private(stacks_file(folder, rank)), "a"), all_threads=True)  # noqa: SIM115

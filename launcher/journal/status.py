@@ -12,6 +12,8 @@ from launcher.config.job_config import JobConfig
 from quant_core.atomic_file import write_text_atomically
 
 STATUS = "status.json"
+# A job that runs writes its status every two seconds.
+_MOMENT_S = 10.0
 
 
 def account_folder(config: JobConfig) -> Path:
@@ -22,8 +24,8 @@ def account_folder(config: JobConfig) -> Path:
 def write_status(folder: Path, state: str, started: float, **details: Any) -> None:
     """Say how the job stands, `started` being the time it began, in seconds of the epoch; a failed write is no error.
 
-    state: "running" (`ranks` says where each is), "published", "failed", "preempted" or "interrupted" (`exit_code`,
-        and `error`, which is None when there was none).
+    state: "running" (`run` names it, `ranks` says where each is), "published", "failed", "preempted" or "interrupted"
+        (`exit_code`, and `error`, which is None when there was none).
     """
     told = {"version": 1, "updated": format_time(time.time()), "state": state, "started": format_time(started)}
     text = json.dumps(told | details, indent=1) + "\n"
@@ -41,6 +43,16 @@ def read_status(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def is_kept(folder: Path, run: str | None = None) -> bool:
+    """Tell whether a job that runs keeps the status, another one than `run`: it said so a moment ago."""
+    told = read_status(folder) or {}
+    if told.get("state") != "running" or told.get("run") == run:
+        return False
+    with contextlib.suppress(OSError):
+        return time.time() - (folder / STATUS).stat().st_mtime < _MOMENT_S
+    return False
 
 
 def _overwrite(path: Path, text: str) -> None:

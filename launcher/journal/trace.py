@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from launcher.journal.logs import LOGS
 from quant_core.errors import InputError
 
+# A run that ended it was let into its folders: a second job in those of another is refused there.
 FIRST_STAGE = "prepare"
 
 
 class Line(BaseModel):
     """One line of a log; what of it other modules do not read is left out.
 
-    stage: which begins; ended: which does, after `seconds` and with `memory` bytes at most; wait: what was waited for,
-    `seconds`; words: of the command line.
+    run: which job it is of; stage: which begins; ended: which does, after `seconds` and with `memory` bytes at most;
+    wait: what was waited for, `seconds`; words: of the command line.
     """
 
     model_config = ConfigDict(frozen=True)
 
     time: datetime
+    run: str = ""
     rank: int
     level: str
     source: str = Field(alias="from")
@@ -44,27 +47,24 @@ class Line(BaseModel):
 
 
 def last_run(folder: Path, stage: str = FIRST_STAGE) -> dict[int, list[Line]]:
-    """Return the lines that each rank logged in the last run of a job that came to a stage, by rank.
+    """Return the lines that each rank logged in the last run of a job that finished a stage, by rank.
 
     Raises InputError where no run that did has logged.
     """
-    logs = [list(_lines(path)) for path in (folder / LOGS).glob("rank*.jsonl")]
-    found = [[run for run in _runs(lines) if any(line.stage == stage for line in run)] for lines in logs]
-    last = [runs[-1] for runs in found if runs]
-    if not last:
+    runs: dict[str, dict[int, list[Line]]] = {}
+    for path in sorted((folder / LOGS).glob("rank*.jsonl")):
+        for line in _lines(path):
+            runs.setdefault(line.run, {}).setdefault(line.rank, []).append(line)
+    finished = [run for run in runs.values() if any(line.ended == stage for line in chain(*run.values()))]
+    if not finished:
         raise InputError(
-            f"there are no logs of a job that came to {stage}",
+            f"there are no logs of a job that finished {stage}",
             where=str(folder / LOGS),
             why="a job logs beside its weights, or beside its images if it makes no weights",
             advice="give the --quant_weight_save_folder of the job",
         )
-    return {run[0].rank: run for run in sorted(last, key=lambda run: run[0].rank)}
-
-
-def _runs(lines: list[Line]) -> list[list[Line]]:
-    """Divide the lines of a log, to which every run appends, at the beginnings of its first stage."""
-    begins = [i for i, line in enumerate(lines) if line.stage == FIRST_STAGE]
-    return [lines[begin:end] for begin, end in zip(begins, [*begins[1:], len(lines)])]
+    last = max(finished, key=lambda run: min(moment(lines[0]) for lines in run.values()))
+    return dict(sorted(last.items()))
 
 
 def trace_events(ranks: Mapping[int, Sequence[Line]]) -> list[dict[str, Any]]:

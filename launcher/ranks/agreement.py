@@ -23,12 +23,15 @@ def all_agree(ranks: Ranks, mine: bool, *, what: str = "an agreement") -> bool:
     return all(gather_objects(ranks, mine, what=what))
 
 
-def copy_agrees(ranks: Ranks, mine: bool) -> bool:
-    """Return on all ranks of this copy of the model whether every one of them said yes."""
-    if ranks.tp_control is None or ranks.mesh.tp_size == 1:
+def group_agrees(group: dist.ProcessGroup | None, mine: bool) -> bool:
+    """Return on all ranks of a gloo group whether every one said yes: what is asked often fills no log.
+
+    group: None where a rank is alone.
+    """
+    if group is None:
         return mine
     answer = torch.tensor(int(mine))
-    dist.all_reduce(answer, op=dist.ReduceOp.MIN, group=ranks.tp_control)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN, group=group)
     return bool(answer)
 
 

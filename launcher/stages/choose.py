@@ -1,8 +1,8 @@
 """CHOOSE: measure what each scheme costs in each layer and step, and choose what the job left to measurement.
 
 `--quant_type auto` leaves the scheme of each layer, `--timestep_sep auto` the first static step. All ranks measure
-together and take the first rank's choice; it is written beside the checkpoint, in a file that `--layer_schemes @FILE`
-accepts.
+together and take the first rank's choice; it is published beside the checkpoint, in a file that `--layer_schemes
+@FILE` accepts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from typing import Any
 
 from launcher.config.budget import budget_of
 from launcher.config.job_config import AUTO, Quantization
-from launcher.failure.phases import run_together
 from launcher.ranks.agreement import gather_objects
-from launcher.stages.job import Job, Results
+from launcher.stages.job import Job
 from model_adapters.weights.loading import LoadedTransformer
-from quant_core.atomic_file import write_text_atomically
 from quant_core.calibration.replay import Progress
 from quant_core.parallel.groups import Parallel
 from quant_core.quality.budget import COSTS
@@ -39,13 +37,15 @@ _AGAIN = """ To use it again, edited or not:
 
 def choose(
     job: Job,
-    results: Results,
     loaded: LoadedTransformer,
     session: SessionConfig,
     parallel: Parallel,
     progress: Progress,
-) -> Quantization:
-    """Return the options with what was chosen in place of `auto`; what a person said of a layer stays."""
+) -> tuple[Quantization, str]:
+    """Return the options with what was chosen in place of `auto`, and the text that says why.
+
+    What a person said of a layer stays.
+    """
     options = job.config.quantization
     job.watch.enter("choose")
     with job.model.computing():
@@ -65,11 +65,10 @@ def choose(
         table |= _steps(found, chosen, job.config.pipeline.infer_steps)
     # The first rank's word counts, so that a last bit cannot part the ranks.
     table = gather_objects(job.ranks, table, what="what was chosen")[0]
-    run_together(job.ranks, "noting the choice", lambda: _write(job, results, table))
     _say(job, table)
     rules = said | {name: scheme for name, scheme in table.get("layer_schemes", {}).items() if name not in said}
     separator = table.get("timestep_sep", options.timestep_sep)
-    return options.model_copy(update={"layer_schemes": rules, "timestep_sep": separator})
+    return options.model_copy(update={"layer_schemes": rules, "timestep_sep": separator}), _text(options, table)
 
 
 def _planned(errors: LayerErrors, treatment: Treatment) -> Treatment:
@@ -101,15 +100,12 @@ def _say(job: Job, table: Mapping[str, Any]) -> None:
         job.console.say(f"choose: --timestep_sep {table['timestep_sep']}")
 
 
-def _write(job: Job, results: Results, table: Mapping[str, Any]) -> None:
+def _text(options: Quantization, table: Mapping[str, Any]) -> str:
     import yaml
 
-    if job.ranks.rank != 0:
-        return
-    method = job.config.quantization.anti_method or "m4"
-    again = _AGAIN.format(method=method) if "layer_schemes" in table else ""
+    again = _AGAIN.format(method=options.anti_method or "m4") if "layer_schemes" in table else ""
     text = yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=True, width=200)
-    write_text_atomically(results.folder.decisions, _HEADER.format(again=again) + text)
+    return _HEADER.format(again=again) + text
 
 
 def decisions(choice: Choice, budget: list[str]) -> dict[str, Any]:

@@ -7,21 +7,23 @@ of the same checkpoint and the same pictures is not made twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from launcher.config.job_config import JobConfig
 from launcher.failure.phases import run_together
 from launcher.files.digests import digest_of_file, digest_of_text
 from launcher.files.fingerprint import Fingerprint
-from launcher.files.identity import calibration_fingerprint, model_fields
+from launcher.files.identity import calibration_fingerprint
 from launcher.files.manifest import Manifest, read_manifest
 from launcher.files.run_folder import QUALITY, RunFolder
-from launcher.ranks.agreement import copy_agrees, gather_objects
+from launcher.ranks.agreement import gather_objects, group_agrees
+from launcher.ranks.mesh import Mesh
 from launcher.stages.encode import encode, prompts_of
-from launcher.stages.identify import ask_first
+from launcher.stages.identify import ask_first, shared_model_fields
 from launcher.stages.job import Job
 from model_adapters.adapter import ModelAdapter
 from model_adapters.pipeline.prompts import Batch
@@ -48,14 +50,15 @@ _LEAD = 4
 class _Subject:
     """Say what is evaluated: the checkpoint, its files, and what the pictures of all copies are.
 
-    calibration: digest of the fingerprint that its calibration data carries. found: the card of the very same, if an
-    earlier run made it.
+    calibration: digest of the fingerprint that its calibration data carries. copies: of the model, that made it. found:
+    the card of the very same, if an earlier run made it.
     """
 
     origin: Origin
     store: PictureStore
     batches: list[Batch]
     calibration: str
+    copies: int
     found: QualityCard | None = None
 
     @property
@@ -89,7 +92,8 @@ def evaluate(job: Job, folder: RunFolder) -> None:
     if job.config.evaluation.evaluate is None:
         return
     job.watch.enter("evaluate")
-    subject = ask_first(job.ranks, "looking at the published checkpoint", lambda: _look(job, folder))
+    model = shared_model_fields(job.config, job.ranks)
+    subject = ask_first(job.ranks, "looking at the published checkpoint", lambda: _look(job, folder, model))
     card = subject.found or _make_card(job, folder, subject)
     for sentence in verdict(card):
         job.console.say(f"evaluate: {sentence}")
@@ -100,20 +104,18 @@ def evaluate(job: Job, folder: RunFolder) -> None:
     run_together(job.ranks, "judging the checkpoint", judge)
 
 
-def _look(job: Job, folder: RunFolder) -> _Subject:
+def _look(job: Job, folder: RunFolder, model: Mapping[str, Any]) -> _Subject:
     """Find out what there is to evaluate, and whether that was done already."""
     manifest = read_manifest(folder.manifest)
-    if manifest is None:
-        raise InputError(
-            "no checkpoint is published here",
-            where=str(folder.manifest),
-            why="the manifest is missing, which is written last",
-            advice="run the job, or publish its shards: python -m launcher merge FOLDER",
-        )
-    if changed := manifest.changed_files(folder.weights):
+    assert manifest is not None, "the job has published it, or the command has read it"
+    found = {file.name: _digest(folder.weights / file.name) for file in manifest.files}
+    if changed := [file.name for file in manifest.files if found[file.name] != file.sha256]:
         job.console.say(f"evaluate: changed since they were published, and measured as they are: {', '.join(changed)}")
-    subject = _describe(job, folder, manifest)
-    if job.config.output.resume == "never" or not subject.card.is_file():
+    subject = _describe(job, folder, manifest, model, digest_of_text(repr(sorted(found.items()))))
+    if job.config.output.resume == "never":
+        subject.store.discard()
+        return subject
+    if not subject.card.is_file():
         return subject
     try:
         card = read_card(subject.card)
@@ -122,11 +124,10 @@ def _look(job: Job, folder: RunFolder) -> _Subject:
     return replace(subject, found=card) if subject.is_of(card) else subject
 
 
-def _describe(job: Job, folder: RunFolder, manifest: Manifest) -> _Subject:
+def _describe(job: Job, folder: RunFolder, manifest: Manifest, model: Mapping[str, Any], checkpoint: str) -> _Subject:
     config, adapter = job.config, job.model.adapter
     batches = check_evaluation(config, adapter)
-    floating = calibration_fingerprint(config, adapter, job.ranks.mesh, model_fields(config), batches)
-    checkpoint = digest_of_text(repr(sorted((f.name, _digest(folder.weights / f.name)) for f in manifest.files)))
+    floating = calibration_fingerprint(config, adapter, job.ranks.mesh, model, batches)
     quantized = Fingerprint({**floating.fields, "checkpoint": checkpoint})
     fingerprints = {FLOAT: floating.digest, FLOOR: floating.digest, QUANTIZED: quantized.digest}
     calibrated = {name: value for name, value in manifest.fields.items() if not name.startswith("quantization.")}
@@ -138,7 +139,7 @@ def _describe(job: Job, folder: RunFolder, manifest: Manifest) -> _Subject:
         checkpoint=checkpoint,
     )
     store = PictureStore(folder.weights / QUALITY, fingerprints, config.pipeline.seed)
-    return _Subject(origin, store, batches, Fingerprint(calibrated).digest)
+    return _Subject(origin, store, batches, Fingerprint(calibrated).digest, manifest.dp_size)
 
 
 def _digest(path: Path) -> str:
@@ -197,7 +198,7 @@ def _measure_pictures(job: Job, folder: RunFolder, subject: _Subject, checkpoint
         lambda batch: session.embeddings_of(prompts_of(batch)),
         subject.store,
         saves=mesh.tp_rank == 0,
-        agree=partial(copy_agrees, job.ranks),
+        agree=partial(group_agrees, job.ranks.tp_control),
         after_batch=lambda kind, done, total: _progress(job, f"{kind} pictures", done, total),
     )
     return evaluate_pictures(painting, pipeline, checkpoint, progress=partial(_progress, job))
@@ -205,28 +206,32 @@ def _measure_pictures(job: Job, folder: RunFolder, subject: _Subject, checkpoint
 
 def _measure_layers(job: Job, folder: RunFolder, subject: _Subject, checkpoint: Published) -> Measured:
     """Compare layers and outputs on this copy's share of the calibration data."""
-    records = run_together(job.ranks, "reading the calibration data", lambda: _records(job, folder, subject))
+    read = partial(calibration_records, fingerprint=subject.calibration, copies=subject.copies)
+    records = run_together(job.ranks, "reading the calibration data", lambda: read(folder.dumps, job.ranks.mesh))
     model = run_together(job.ranks, "loading the model", lambda: job.model.transformer).model
     dtype = job.model.adapter.dtype(job.config.pipeline)
     with job.model.computing():
         return evaluate_layers(model, checkpoint, records, dtype=dtype, progress=partial(_progress, job))
 
 
-def _records(job: Job, folder: RunFolder, subject: _Subject) -> Sequence[Record]:
-    """Read the dumps that the checkpoint was made from, this copy's share of those of this rank's shard."""
-    mesh = job.ranks.mesh
-    dumps = [load_dump(path) for path in sorted(folder.dumps.glob("calib_data*.pth"))]
-    wanted = {"fingerprint": subject.calibration, "tp_rank": mesh.tp_rank}
-    own = [dump for dump in dumps if wanted.items() <= dump["header"].items()]
-    if not own:
+def calibration_records(folder: Path, mesh: Mesh, *, fingerprint: str, copies: int) -> Sequence[Record]:
+    """Read the dumps that a checkpoint was made from, this copy's share of those of this rank's shard.
+
+    fingerprint: of the dumps. copies: of the model, that made them, each its own for each shard.
+    """
+    dumps = [load_dump(path) for path in sorted(folder.glob("calib_data*.pth"))]
+    wanted = {"fingerprint": fingerprint, "tp_rank": mesh.tp_rank}
+    # By the copy that made it: a host may have only the dumps of its own ranks.
+    own = {dump["header"]["dp_rank"]: dump for dump in dumps if wanted.items() <= dump["header"].items()}
+    share = range(mesh.dp_rank, copies, mesh.dp_size)
+    if missing := [copy for copy in share if copy not in own]:
         raise InputError(
             "there is no calibration data of this checkpoint to compare layers on",
-            where=str(folder.dumps),
-            why=f"{len(dumps)} files of other jobs lie there" if dumps else "no calib_data*.pth lies there",
+            where=str(folder),
+            why=f"of {len(dumps)} calib_data*.pth none is of shard {mesh.tp_rank} in copy {missing[0]} of its job",
             advice="--evaluate 4 makes pictures and needs none",
         )
-    own.sort(key=lambda dump: dump["header"]["dp_rank"])
-    return [record for dump in own[mesh.dp_rank :: mesh.dp_size] for record in as_records(dump)]
+    return [record for copy in share for record in as_records(own[copy])]
 
 
 def _progress(job: Job, stage: str, done: int, total: int) -> None:

@@ -29,14 +29,16 @@ _SHARED = "--quant_weight_save_folder"
 
 
 @contextmanager
-def own_folders(job: Job) -> Iterator[None]:
+def own_folders(job: Job, *, only_weights: bool = False) -> Iterator[None]:
     """Keep the output folders for this job while the context lasts; all ranks enter it together.
+
+    only_weights: the job writes nothing beside its weights folder.
 
     Raises:
         FolderInUse: another job holds one of them.
         EnvironmentFailure: hosts have different weights folders under the same name.
     """
-    ranks, folders = job.ranks, _folders(job.config)
+    ranks, folders = job.ranks, _folders(job.config, only_weights)
     name = gather_objects(ranks, uuid4().hex, what="naming the job")[0]
     with ExitStack() as held:
 
@@ -75,13 +77,13 @@ def _not_shared(job: Job, folders: Mapping[str, Path], name: str) -> Collection[
     return apart
 
 
-def _folders(config: JobConfig) -> dict[str, Path]:
+def _folders(config: JobConfig, only_weights: bool) -> dict[str, Path]:
     """Return the folders that a job writes, by the option that chose them."""
-    output = config.output
+    output, quantizes = config.output, config.quantization.do_quant
     chosen = {
-        _SHARED: output.quant_weight_save_folder if config.quantization.do_quant else None,
-        "--quant_dump_calib_folder": output.quant_dump_calib_folder if config.quantization.do_quant else None,
-        "--save_path": output.save_path if output.do_save_img else None,
+        _SHARED: output.quant_weight_save_folder if quantizes else None,
+        "--quant_dump_calib_folder": output.quant_dump_calib_folder if quantizes and not only_weights else None,
+        "--save_path": output.save_path if output.do_save_img and not only_weights else None,
     }
     return {option: folder.resolve() for option, folder in chosen.items() if folder is not None}
 

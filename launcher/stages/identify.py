@@ -28,7 +28,7 @@ T = TypeVar("T")
 def identify(job: Job) -> Results:
     """Return where the job's results go and what they depend on; the ranks of each host share the model's files."""
     config, ranks = job.config, job.ranks
-    model = _model_fields(config, ranks)
+    model = shared_model_fields(config, ranks)
     calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, read_batches(config.pipeline))
     quantization = quantization_fingerprint(calibration, config, job.model.disabled_layers)
     require_alike(ranks, quantization.fields, what="what the result depends on")
@@ -36,7 +36,7 @@ def identify(job: Job) -> Results:
     return Results(folder, calibration, quantization)
 
 
-def _model_fields(config: JobConfig, ranks: Ranks) -> Mapping[str, Any]:
+def shared_model_fields(config: JobConfig, ranks: Ranks) -> Mapping[str, Any]:
     """Describe the model as every host sees it; raises ConfigurationError on all ranks when one sees another."""
     launch, stage = ranks.mesh.launch, "reading the model's files"
     if config.output.fingerprint == "stat":  # sizes and times differ between copies of one model

@@ -16,8 +16,12 @@ from model_adapters.pipeline.prompts import Batch
 
 @dataclass(frozen=True)
 class Job:
-    """Hold the configuration, the ranks, the model and the batches of this rank's copy of the model."""
+    """Hold the configuration, the ranks, the model and the batches of this rank's copy of the model.
 
+    `asked` is the configuration as it was given: the hub id of a model, where `config` has its folder on this host.
+    """
+
+    asked: JobConfig
     config: JobConfig
     ranks: Ranks
     model: ModelSession

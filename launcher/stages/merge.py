@@ -16,7 +16,7 @@ from launcher.failure.phases import run_together
 from launcher.files.digests import move
 from launcher.files.folder_lock import hold
 from launcher.files.manifest import Manifest, read_manifest
-from launcher.files.run_folder import MANIFEST, STAGING, note_file, staged_files, tp_suffix
+from launcher.files.run_folder import CONFIG, DECISIONS, MANIFEST, STAGING, note_file, staged_files, tp_suffix
 from launcher.files.shard_checks import OpenedShard, check_contract, check_shards
 from launcher.files.shard_note import ShardNote, read_note
 from launcher.stages.job import Job, Results
@@ -34,8 +34,7 @@ def merge(job: Job, results: Results) -> None:
         if job.ranks.rank != 0:
             return None
         names = [results.folder.note(tp_rank) for tp_rank in range(job.ranks.mesh.tp_size)]
-        write_text_atomically(results.folder.job, job.config.to_yaml())
-        return publish_shards(results.folder.weights, names, trusted=True)
+        return publish_shards(results.folder.weights, names, trusted=True, job=job.asked.to_yaml())
 
     manifest = run_together(job.ranks, "merging", publish)
     if manifest is not None:
@@ -74,11 +73,12 @@ def _is_of_type(note: ShardNote, chosen: str) -> bool:
     return chosen in (note.quant_type.lower(), note.fields.get("quantization.quant_type"))
 
 
-def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = False) -> Manifest:
+def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = False, job: str = "") -> Manifest:
     """Check the noted shards and publish them in the folder, in the place of what was published there.
 
     Returns the manifest. Shards of other types that are staged beside them stay. trusted: each rank of this run has
-    just checked its shard, so nobody reads them all again.
+    just checked its shard, so nobody reads them all again. job: the options, where they are those of a later run of the
+    same job than staged the shards.
 
     Raises InputError for shards that are missing or damaged, VerificationError for shards that break a rule or do not
     fit together.
@@ -93,6 +93,9 @@ def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = Fals
         files = note.files(folder)
         for path in (files.weights, files.description):
             move(path, folder / path.name)
+    for name, text in ((CONFIG, job or notes[0].job), (DECISIONS, notes[0].decisions)):
+        if text:
+            write_text_atomically(folder / name, text)
     manifest.write(folder / MANIFEST)
     # Also what a job of this type on another number of ranks left: nobody could tell its shards from later ones.
     for path in staged_files(folder / STAGING, manifest.quant_type.lower()):
@@ -103,7 +106,7 @@ def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = Fals
 
 
 def _withdraw(folder: Path, *, keep: set[str]) -> None:
-    """Remove a published checkpoint's manifest, and the files that no new ones replace.
+    """Remove a published checkpoint's manifest, what tells of its job, and the files that no new ones replace.
 
     A damaged manifest names nothing that could be removed.
     """
@@ -111,7 +114,8 @@ def _withdraw(folder: Path, *, keep: set[str]) -> None:
         old = read_manifest(folder / MANIFEST)
     except InputError:
         old = None
-    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in (MANIFEST, CONFIG, DECISIONS):
+        (folder / name).unlink(missing_ok=True)
     for file in old.files if old else []:
         # Its names may be a stranger's: only what lies beside it is removed.
         if file.name not in keep and Path(file.name).name == file.name:

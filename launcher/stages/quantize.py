@@ -57,10 +57,10 @@ def quantize(job: Job, results: Results, dump: Path | None) -> None:
 def _stage(job: Job, results: Results, dump: Path | None) -> None:
     digests = WrittenDigests()
     if dump is not None and job.model.reads_activations:
-        result, part = _in_memory(job, results, dump, digests)
+        result, part, decisions = _in_memory(job, results, dump, digests)
     else:
-        result, part = _from_disk(job, results, digests)
-    run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part, digests))
+        result, part, decisions = *_from_disk(job, results, digests), ""
+    run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part, digests, decisions))
     types = Counter(layer.scheme.quant_type for layer in result.layers.values())
     job.console.say("quantize: " + ", ".join(f"{count} layers as {kind}" for kind, count in types.items()))
 
@@ -72,19 +72,19 @@ def quant_type(job: Job) -> str:
 
 def _in_memory(
     job: Job, results: Results, dump: Path, digests: WrittenDigests
-) -> tuple[QuantizedModel, LoadedTransformer]:
-    """Quantize this rank's part of the model by replaying the calibration data."""
+) -> tuple[QuantizedModel, LoadedTransformer, str]:
+    """Quantize this rank's part of the model by replaying the calibration data; the text says what was chosen."""
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
     records = run_together(job.ranks, "reading the calibration data", lambda: _records(dump, results))
     job.model.drop_pipeline()
     digests.wanted = _equal_on_all_ranks(job, loaded)
-    parallel, options = _parallel(job, loaded.shards), job.config.quantization
+    parallel, options, decisions = _parallel(job, loaded.shards), job.config.quantization, ""
 
     def progress(stage: str, done: int, total: int) -> None:
         _progress(job, stage, done, total)
 
     if options.is_auto or options.timestep_sep == AUTO:
-        options = choose(job, results, loaded, _session(job, options, records), parallel, progress)
+        options, decisions = choose(job, loaded, _session(job, options, records), parallel, progress)
         job.watch.enter("quantize")
     with job.model.computing():
         result = quant_model(
@@ -96,7 +96,7 @@ def _in_memory(
             digests=digests,
         )
     assert_collectives(loaded.model)
-    return result, loaded
+    return result, loaded, decisions
 
 
 def _records(dump: Path, results: Results) -> list[Any]:
@@ -181,9 +181,19 @@ def _note(
     result: QuantizedModel,
     part: TransformerPart | LoadedTransformer,
     digests: WrittenDigests,
+    decisions: str,
 ) -> None:
     if _writes(job):
-        write_note(results.folder, results.quantization, result, part, layout=job.model.layout, digests=digests)
+        write_note(
+            results.folder,
+            results.quantization,
+            result,
+            part,
+            layout=job.model.layout,
+            digests=digests,
+            job=job.asked.to_yaml(),
+            decisions=decisions,
+        )
 
 
 def _check(job: Job, results: Results) -> None:

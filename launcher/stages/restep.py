@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from launcher.config.resolve import job_from_yaml
 from launcher.files.fingerprint import Fingerprint
+from launcher.files.folder_lock import hold
 from launcher.files.manifest import Manifest, TimestepPolicy, read_manifest
-from launcher.files.run_folder import MANIFEST
+from launcher.files.run_folder import CONFIG, MANIFEST
 from launcher.files.shard_note import FileDigest
 from launcher.stages.merge import report
 from model_adapters import load_adapter
 from model_adapters.pipeline.noise_levels import noise_levels
-from quant_core.atomic_file import make_folder
+from quant_core.atomic_file import make_folder, write_text_atomically
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from quant_core.checkpoint.resampling import SIGMAS_KEY, Levels, write_resampled
@@ -27,28 +30,69 @@ def restep_files(folder: Path, steps: int, *, shift: float | None = None, to: Pa
     """Publish a copy of a folder's checkpoint with the rows of that many steps, and return its folder.
 
     Raises InputError for a checkpoint that has no rows, does not say at which noise levels they were calibrated, or
-    was calibrated at others than are wanted.
+    was calibrated at others than are wanted, and for a folder of the copy that holds a checkpoint.
     """
-    manifest = _with_rows(folder)
-    target = to or folder.with_name(f"{folder.name}_{steps}steps")
+    source, manifest = folder.resolve(), _with_rows(folder)
+    target = (to or source.with_name(f"{source.name}_{steps}steps")).resolve()
     make_folder(target)
-    names, separator = [file.name for file in manifest.files], 0
-    for weights, description in zip(names[::2], names[1::2]):
-        checkpoint = open_checkpoint(CheckpointFiles(folder / weights, folder / description))
-        levels, header = _levels(checkpoint, manifest, steps, shift, folder / weights)
-        separator = write_resampled(checkpoint, levels, CheckpointFiles(target / weights, target / description), header)
-    fields = manifest.fields | {"pipeline.infer_steps": steps} | ({} if shift is None else {"restep.shift": shift})
+    with hold(target, "--to", uuid4().hex):
+        _require_free(target)
+        copy = _write(source, manifest, steps, shift, target)
+    report(target, copy, print)
+    return target
+
+
+def _require_free(target: Path) -> None:
+    if (target / MANIFEST).exists():
+        raise InputError(
+            "the folder of the copy holds a checkpoint",
+            where=str(target / MANIFEST),
+            why="a copy replaces none",
+            advice="choose another folder with --to, or remove that checkpoint",
+        )
+
+
+def _write(source: Path, manifest: Manifest, steps: int, shift: float | None, target: Path) -> Manifest:
+    """Write all files of the copy, its manifest last, and return that."""
+    names = [file.name for file in manifest.files]
+    shards = [open_checkpoint(CheckpointFiles(source / w, source / d)) for w, d in zip(names[::2], names[1::2])]
+    levels, header = _levels(shards[0], manifest, steps, shift)
+    assert shards[0].timestep_sep is not None, "a checkpoint with rows has a separator"
+    separator = levels.separator(shards[0].timestep_sep)
+    fields = manifest.fields | {
+        "restep.of": manifest.fingerprint,
+        **({} if shift is None else {"restep.shift": shift}),
+        "pipeline.infer_steps": steps,
+        "quantization.timestep_sep": separator,
+    }
+    header["fingerprint"] = digest = Fingerprint(fields).digest
+    for shard in shards:
+        files = CheckpointFiles(target / shard.files.weights.name, target / shard.files.description.name)
+        write_resampled(shard, levels, files, header)
+    _write_job(source / CONFIG, steps, separator, target)
     copy = manifest.model_copy(
         update={
             "files": [FileDigest.of(target / name) for name in names],
             "fields": fields,
-            "fingerprint": Fingerprint(fields).digest,
+            "fingerprint": digest,
             "timestep_policy": TimestepPolicy.of(steps, separator),
         }
     )
     copy.write(target / MANIFEST)
-    report(target, copy, print)
-    return target
+    return copy
+
+
+def _write_job(source: Path, steps: int, separator: int, target: Path) -> None:
+    """Say beside the copy which job it is of, where that of the checkpoint is known."""
+    if not source.exists():
+        return
+    job = job_from_yaml(source.read_text(encoding="utf-8"))
+    changed = {
+        "pipeline": job.pipeline.model_copy(update={"infer_steps": steps}),
+        "quantization": job.quantization.model_copy(update={"timestep_sep": separator}),
+        "output": job.output.model_copy(update={"quant_weight_save_folder": target}),
+    }
+    write_text_atomically(target / CONFIG, job.model_copy(update=changed).to_yaml())
 
 
 def _with_rows(folder: Path) -> Manifest:
@@ -69,13 +113,13 @@ def _is_reference(manifest: Manifest) -> bool:
 
 
 def _levels(
-    checkpoint: Checkpoint, manifest: Manifest, steps: int, shift: float | None, where: Path
+    checkpoint: Checkpoint, manifest: Manifest, steps: int, shift: float | None
 ) -> tuple[Levels, dict[str, str]]:
     """Return the old and the new noise levels, and what the header says of the new ones."""
     if SIGMAS_KEY not in checkpoint.metadata or SCHEDULER_KEY not in checkpoint.metadata:
         raise InputError(
             "the checkpoint does not say at which noise levels it was calibrated",
-            where=str(where),
+            where=str(checkpoint.files.weights),
             why=f"its header has no {SIGMAS_KEY}: an older version wrote it, or its model has another kind of schedule",
             advice="quantize again with this version, which needs no new calibration",
         )

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from model_adapters.quality.card import QualityCard
 from quant_core.errors import VerificationError
 
+# The thresholds that only pictures can miss or reach.
+OF_PICTURES = frozenset({"min_psnr", "min_ssim", "max_flip"})
+
 
 class Thresholds(BaseModel):
     """Say what a checkpoint must reach; None asks for nothing. Field names are the options' names."""
@@ -24,7 +27,7 @@ class Thresholds(BaseModel):
     @property
     def needs_pictures(self) -> bool:
         """Tell whether any of them is about pictures."""
-        return any(value is not None for value in (self.min_psnr, self.min_ssim, self.max_flip))
+        return any(getattr(self, name) is not None for name in OF_PICTURES)
 
 
 def shortfalls(card: QualityCard, thresholds: Thresholds) -> list[str]:

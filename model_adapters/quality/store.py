@@ -13,6 +13,7 @@ evaluated against the same float pictures.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,6 +106,11 @@ class PictureStore:
             latents=self._ratios(QUANTIZED, request),
             latents_floor=self._ratios(FLOOR, request),
         )
+
+    def discard(self) -> None:
+        """Remove all pictures, and what is kept beside them."""
+        for folder in (FLOAT, FLOOR, QUANTIZED, _WORK):
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
 
     def tidy(self, batches: Iterable[Batch]) -> None:
         """Remove what nobody looks at after the evaluation: latents and records."""

@@ -15,11 +15,12 @@ import pytest
 from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
 from launcher.config.resolve import job_config
+from launcher.files.folder_lock import hold
 from launcher.run import evaluate_published, run
 from model_adapters.quality.card import QualityCard, read_card
 from model_adapters.quality.verdict import is_broken
 from quant_core.checkpoint.entries import CheckpointFiles
-from quant_core.errors import InputError, VerificationError
+from quant_core.errors import ConfigurationError, InputError, VerificationError
 from tests.support.evaluation import with_wrong_scale
 from tests.support.torchrun import ROOT, STEPS, Finished, run_job, run_torchrun, start_launcher
 
@@ -189,9 +190,10 @@ def test_what_was_evaluated_is_not_evaluated_again_but_judged_again(alone: Path,
     assert before == {path: path.stat().st_mtime_ns for path in quality.rglob("*")}
 
 
-def test_the_card_of_the_same_checkpoint_made_twice_is_identical(alone: Path, tmp_path: Path):
+def test_the_card_of_the_same_checkpoint_made_twice_is_identical_and_needs_no_other_folder(alone: Path, tmp_path: Path):
     copy = copied(alone, tmp_path / "copy")
-    evaluate_published(asked(copy, "--evaluate", PICTURES))
+    with hold(alone / "dumps", "--quant_dump_calib_folder", "a job that uses the same calibration data"):
+        evaluate_published(asked(copy, "--evaluate", PICTURES))
     for name in ("quality.json", "contact_sheet.png"):
         ours, theirs = (out / "weights" / "quality" / name for out in (copy, alone))
         assert ours.read_bytes() == theirs.read_bytes(), name
@@ -199,8 +201,11 @@ def test_the_card_of_the_same_checkpoint_made_twice_is_identical(alone: Path, tm
 
 def test_layers_alone_are_compared_on_the_calibration_data(alone: Path, tmp_path: Path):
     copy = copied(alone, tmp_path / "copy")
+    stale = copy / "weights" / "quality" / "float" / "2_0.png"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     told = asked(copy, "--evaluate", 0, "--min_layer_sqnr", 25)
-    evaluate_published(told)
+    evaluate_published(told.model_copy(update={"output": told.output.model_copy(update={"resume": "never"})}))
     card = card_of(copy)
     assert card.pictures == ()
     assert [layer.name for layer in card.layers] == [layer.name for layer in card_of(alone).layers]
@@ -221,6 +226,41 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path):
     (tmp_path / "weights").mkdir()
     with pytest.raises(InputError, match="the job that made the checkpoint is not known"):
         asked(tmp_path)
+    (tmp_path / "weights" / "quant_job.yaml").write_text(of_one_rank(tmp_path).to_yaml())
+    with pytest.raises(InputError, match="no checkpoint is published here"):
+        asked(tmp_path)
+
+
+def made_by(folder: Path, **evaluation: object) -> Path:
+    """Write what a job leaves that was to ignore earlier runs, as far as the command reads it before it runs."""
+    job, weights = of_one_rank(folder), folder / "weights"
+    weights.mkdir()
+    output = job.output.model_copy(update={"resume": "never", "do_save_img": True})
+    asked_for = job.evaluation.model_copy(update=evaluation)
+    told = job.model_copy(update={"output": output, "evaluation": asked_for})
+    (weights / "quant_job.yaml").write_text(told.to_yaml())
+    (weights / "quant_manifest.json").write_text("{}")
+    return folder
+
+
+def test_what_is_not_given_is_as_in_the_job_but_for_what_it_was_to_ignore(tmp_path: Path):
+    made_by(tmp_path, evaluate_prompts=Path("some.txt"))
+    told = asked(tmp_path, "--min_psnr", 40)
+    assert told.evaluation.model_dump(exclude_none=True) == {
+        **THRESHOLDS, "min_psnr": 40, "evaluate": PICTURES, "evaluate_prompts": Path("some.txt"),
+    }  # fmt: skip
+    assert (told.output.resume, told.output.do_save_img) == ("auto", False)
+    without_pictures = asked(tmp_path, "--evaluate", 0).evaluation
+    assert without_pictures.model_dump(exclude_none=True) == {
+        "evaluate": 0, "min_output_sqnr": THRESHOLDS["min_output_sqnr"], "min_layer_sqnr": THRESHOLDS["min_layer_sqnr"],
+    }  # fmt: skip
+    with pytest.raises(ConfigurationError, match="makes no pictures"):
+        asked(tmp_path, "--evaluate", 0, "--min_psnr", 40)
+
+
+def test_a_job_that_measured_nothing_is_evaluated_on_four_pictures(tmp_path: Path):
+    made_by(tmp_path, evaluate=None, **dict.fromkeys(THRESHOLDS))
+    assert asked(tmp_path).evaluation.evaluate == 4
 
 
 def test_an_evaluation_that_is_asked_to_leave_goes_on_with_the_next_picture(alone: Path, tmp_path: Path):

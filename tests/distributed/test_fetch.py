@@ -22,6 +22,7 @@ def test_one_rank_fetches_for_its_host_and_the_others_wait_longer_than_the_time_
         worker = Path(__file__).with_name("fetch_worker.py")
         finished = run_torchrun(2, worker, environ=hub.environ(tmp_path))
     assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "went on" not in finished.stdout, "for one of the ranks the model is a folder"
     read = dict(re.findall(r"rank (\d) reads (\S+)", finished.stdout))
     assert sorted(read) == ["0", "1"]
     assert read["0"] == read["1"]

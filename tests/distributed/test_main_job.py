@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.config.resolve import job_config
+from launcher.config.resolve import job_config, job_from_yaml
+from launcher.files.digests import digest_of_file
 from launcher.journal.trace import last_run, trace_events
 from launcher.run import run
 from model_adapters import load_adapter
@@ -116,8 +117,13 @@ def test_sd3_on_two_ranks_spreads_one_copy_over_both(dual_sd3_job: PublishedJob)
         assert "transformer_blocks.0.attn.to_out.0.quant_bias" in loaded.tensors
 
 
-def test_sd3_alone_writes_files_without_a_rank(tiny_sd3_folder, prompts, tmp_path):
-    quantize_alone("sd3", tiny_sd3_folder, prompts, tmp_path)
+def test_sd3_of_the_hub_alone_writes_files_without_a_rank_and_a_job_for_any_host(
+    tiny_sd3_folder, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: str(tiny_sd3_folder))
+    monkeypatch.setattr("launcher.files.digests._GRAIN_S", 0)  # a real shard takes longer to write
+    quantize_alone("sd3", "owner/sd3", prompts, tmp_path)
+    assert job_from_yaml((tmp_path / "weights" / "quant_job.yaml").read_text()).pipeline.path == "owner/sd3"
     consumer.check(consumer.load(tmp_path / "weights", None, "w8a8"), torch.float16)
     assert (tmp_path / "dumps" / "calib_data.pth").is_file()
     manifest = consumer.check_manifest(tmp_path / "weights")
@@ -125,9 +131,11 @@ def test_sd3_alone_writes_files_without_a_rank(tiny_sd3_folder, prompts, tmp_pat
         "quant_model_weight_w8a8.safetensors",
         "quant_model_description_w8a8.json",
     ]
+    monkeypatch.setattr("launcher.files.digests._read", lambda path: pytest.fail(f"{path} is read again"))
+    assert digest_of_file(tmp_path / "weights" / manifest["files"][0]["name"]) == manifest["files"][0]["sha256"]
 
 
-def quantize_alone(model: str, folder: Path, prompts: Path, out: Path, **quantization: object) -> None:
+def quantize_alone(model: str, folder: Path | str, prompts: Path, out: Path, **quantization: object) -> None:
     """Run the job in this very process, as one rank."""
     pipeline = {"path": str(folder), "prompt_path": str(prompts), "width": 64, "height": 64, "infer_steps": STEPS}
     folders = {"quant_weight_save_folder": out / "weights", "quant_dump_calib_folder": out / "dumps"}

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.command_line import parse
+from launcher.config.resolve import job_from_yaml
+from launcher.files.folder_lock import hold
 from launcher.files.manifest import read_manifest
+from launcher.inspection.verify import verify
 from quant_core.calibration.records import load_dump
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
-from quant_core.errors import InputError
+from quant_core.errors import FolderInUse, InputError
 from tests.distributed.conftest import PublishedJob
 from tests.support.torchrun import STEPS
 
@@ -52,13 +55,35 @@ def test_both_shards_get_the_rows_of_the_new_steps_and_the_manifest_says_so(publ
     assert manifest.timestep_policy is not None
     assert manifest.timestep_policy.timesteps == 2
     assert manifest.fields["pipeline.infer_steps"] == 2
-    assert manifest.changed_files(copy) == []
+    assert manifest.fields["quantization.timestep_sep"] == manifest.timestep_policy.timestep_sep
+    assert verify(copy).findings == []
     for rank in (0, 1):
         before, after = shard(published, rank), shard(copy, rank)
-        after.verify()
         assert (before.inventory.timesteps, after.inventory.timesteps) == (STEPS, 2)
         assert after.timestep_sep == manifest.timestep_policy.timestep_sep
         assert before.metadata["tp_rank"] == after.metadata["tp_rank"] == str(rank)
+
+
+def test_the_copy_can_be_evaluated_and_says_which_job_it_is_of(published: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(published)
+    run(".", "--infer_steps", "3")
+    copy = published.with_name("weights_3steps")
+    asked = parse(["evaluate", str(copy)])
+    job = asked.command.job(asked.options)
+    assert job.pipeline.infer_steps == 3
+    assert job.output.quant_weight_save_folder == copy
+    written = job_from_yaml((copy / "quant_job.yaml").read_text())
+    assert written.quantization.timestep_sep == shard(copy, 0).timestep_sep
+    assert written.output.quant_weight_save_folder == copy
+
+
+def test_a_copy_replaces_no_checkpoint_and_waits_for_no_job(published: Path, tmp_path: Path):
+    before = {path: path.stat().st_mtime_ns for path in published.rglob("*")}
+    with pytest.raises(InputError, match="holds a checkpoint"):
+        run(str(published), "--infer_steps", "2", "--to", str(published / ".." / published.name))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    with hold(tmp_path, "--to", "a job"), pytest.raises(FolderInUse):
+        run(str(published), "--infer_steps", "2", "--to", str(tmp_path))
 
 
 def test_steps_beyond_the_calibrated_noise_are_refused_and_nothing_is_published(published: Path, tmp_path: Path):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from launcher.cli.command_line import parse
+from launcher.files.digests import remember
+from launcher.files.manifest import read_manifest
+from launcher.files.run_folder import MANIFEST
 from launcher.inspection.verify import told, verify
 from quant_core.errors import InputError, VerificationError
 from tests.distributed.conftest import PublishedJob
@@ -52,6 +56,18 @@ def test_each_damage_is_found_and_its_file_and_tensor_named(name: str, jobs, tmp
     hits = [each for each in found if each.rule == wanted.rule and each.file.name.endswith(file)]
     assert any(each.tensor == wanted.tensor for each in hits), found
     assert all(each.what and each.why for each in found)
+
+
+def test_what_is_remembered_of_a_file_does_not_hide_that_its_content_changed(jobs, tmp_path: Path):
+    folder = copy(jobs["steps"], SCHEMES["steps"], tmp_path)
+    [published, *_] = read_manifest(folder.path / MANIFEST).files
+    path = folder.path / published.name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    time.sleep(0.2)  # twice the grain of a clock that is reckoned with
+    remember(path, published.sha256)
+    assert [each.file for each in verify(folder.path).findings if each.rule == "digests"] == [path]
 
 
 def test_all_that_is_wrong_is_listed_and_not_the_first(jobs, tmp_path: Path):

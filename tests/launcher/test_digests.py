@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.files.digests import digest_of_file, digest_of_records
+from launcher.files.digests import digest_of_file, digest_of_records, move, remember
 
 MB = 2**20
 
@@ -81,6 +81,46 @@ def append(path: Path) -> None:
 def test_a_change_is_noticed(file: Path, change: Callable[[Path], None]):
     change(file)
     assert digest_of_file(file) == sha256(file)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, str]:
+    """A file of 8 MB that was written long enough ago, and its digest, which its writer knows."""
+    path = tmp_path / "shard.safetensors"
+    path.write_bytes(os.urandom(8 * MB))
+    time.sleep(0.2)  # twice the grain of a clock that is reckoned with
+    return path, sha256(path)
+
+
+def test_what_its_writer_knows_of_a_file_is_known_also_where_it_is_moved(written: tuple[Path, str], tmp_path: Path):
+    path, digest = written
+    remember(path, digest)
+    move(path, tmp_path / "published")
+    before = bytes_read()
+    assert digest_of_file(tmp_path / "published") == digest
+    assert bytes_read() - before < MB
+
+
+def test_what_changed_between_writing_and_moving_is_noticed(written: tuple[Path, str], tmp_path: Path):
+    path, digest = written
+    remember(path, digest)
+    change_a_byte_and_put_the_time_back(path)
+    move(path, tmp_path / "published")
+    assert digest_of_file(tmp_path / "published") == sha256(tmp_path / "published") != digest
+
+
+def test_what_was_written_a_moment_ago_is_not_remembered(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"two")
+    remember(path, hashlib.sha256(b"one").hexdigest())
+    assert digest_of_file(path) == sha256(path)
+
+
+def test_a_fresh_digest_is_of_the_content_whatever_is_remembered(written: tuple[Path, str]):
+    path, digest = written
+    remember(path, "0" * 64)
+    assert digest_of_file(path) == "0" * 64
+    assert digest_of_file(path, fresh=True) == digest
 
 
 def test_what_changes_twice_within_one_grain_of_the_clock_is_noticed(tmp_path: Path):

@@ -55,6 +55,8 @@ def test_a_file_system_without_locks_keeps_no_job_from_working(
     monkeypatch.setattr(fcntl, "flock", refuse)
     said: list[str] = []
     with hold(tmp_path, "--flag", "mine", said.append) as holds:
-        assert holds or "cannot be locked" in said[0]
-    with hold(tmp_path, "--flag", "mine", said.append):
-        pass
+        assert not holds
+    with hold(tmp_path, "--flag", "another", said.append) as holds:
+        assert not holds
+    assert len(said) == 2
+    assert all(f"cannot be locked ([Errno {number}]" in line for line in said)

@@ -18,6 +18,7 @@ from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import (
     OUTSIDE_IDENTITY,
     calibration_fingerprint,
+    common_options,
     image_fingerprint,
     model_fields,
     quantization_fingerprint,
@@ -170,6 +171,22 @@ def test_files_that_are_brought_separate_jobs_by_content_and_scale_and_not_by_na
         assert not changed(before, asked.fingerprints(pipeline={flag: same}))
         for other in others:
             assert changed(before, asked.fingerprints(pipeline={flag: other})) == ALL
+
+
+def test_where_a_host_has_its_files_separates_no_ranks():
+    def of_a_host(folder: str) -> dict[str, Any]:
+        tree = {
+            "pipeline": {
+                "path": f"{folder}/model", "prompt_path": f"{folder}/p.txt", "info_file_save_path": f"{folder}/info",
+                "transformer": f"{folder}/t.safetensors", "lora": [f"{folder}/l.safetensors"],
+            },
+            "quantization": {"do_quant": True},
+            "output": {name: f"{folder}/{name}" for name in ("quant_weight_save_folder", "quant_dump_calib_folder")},
+            "evaluation": {"evaluate": 1, "evaluate_prompts": f"{folder}/q.txt"},
+        }  # fmt: skip
+        return common_options(job_config("flux", tree))
+
+    assert of_a_host("/disk1") == of_a_host("/disk2")
 
 
 def test_weights_in_whose_place_a_file_is_brought_do_not_count(asked: Asked, tmp_path: Path):

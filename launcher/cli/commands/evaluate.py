@@ -13,6 +13,7 @@ from launcher.config.option_flags import POSITIONAL
 from launcher.config.resolve import job_config
 from launcher.config.yaml_text import parse_yaml
 from launcher.devices.launch import Launch
+from model_adapters.quality.gate import OF_PICTURES
 from quant_core.checkpoint.json_file import read_object
 from quant_core.errors import InputError
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Beside the checkpoint; their names are the run folder's, which imports torch.
 _JOB, _MANIFEST = "quant_job.yaml", "quant_manifest.json"
+# How many pictures are made where neither the command nor the job says it.
+_PICTURES = 4
 
 
 class EvaluateOptions(Evaluation):
@@ -31,7 +34,10 @@ class EvaluateOptions(Evaluation):
     prompt_path: str | None = Field(default=None, description="file with the prompts that were calibrated")
     device: Literal["npu", "cuda", "cpu"] | None = Field(default=None, description="kind of device")
     evaluate: int | None = Field(
-        default=4, ge=0, description="number of pictures; 0: layers and outputs only, on the calibration data"
+        default=None,
+        ge=0,
+        description="number of pictures; 0: layers and outputs only, on the calibration data; left out: as in the job, "
+        f"or {_PICTURES}",
     )
 
 
@@ -43,16 +49,27 @@ def options(name: str) -> type[EvaluateOptions]:
 def job(options: EvaluateOptions) -> JobConfig:
     """Return the job that made the checkpoint, asked to evaluate it. Raises InputError where the folder holds none."""
     tree = _made_by(options.folder / _JOB)
-    manifest = read_object(options.folder / _MANIFEST)
+    manifest = _published(options.folder / _MANIFEST)
     changes: dict[str, dict[str, Any]] = {
         "pipeline": {"path": options.path, "prompt_path": options.prompt_path},
         "ranks": {"device": options.device, "tp_size": manifest.get("tp_size"), "layout": manifest.get("layout")},
-        "output": {"quant_weight_save_folder": options.folder},
+        # What that job was to ignore of earlier runs is no word on this one, which makes none of its images.
+        "output": {"quant_weight_save_folder": options.folder, "resume": "auto", "do_save_img": False},
     }
     for section, values in changes.items():
         tree[section] = {**(tree.get(section) or {}), **{name: v for name, v in values.items() if v is not None}}
-    tree["evaluation"] = {name: getattr(options, name) for name in Evaluation.model_fields}
+    tree["evaluation"] = _evaluation(tree.get("evaluation") or {}, options)
     return job_config(str(tree.get("model", "")), tree)
+
+
+def _evaluation(of_job: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
+    """Return what to measure: what was given, else what the job asked for, but nothing of pictures where none are."""
+    given = options.model_dump(include=set(Evaluation.model_fields), exclude_unset=True)
+    asked = {**of_job, **given}
+    if asked.get("evaluate") is None:
+        asked["evaluate"] = _PICTURES
+    without = OF_PICTURES | {"evaluate_prompts"} if asked["evaluate"] == 0 else set()
+    return {name: value for name, value in asked.items() if name in given or name not in without}
 
 
 def run(options: EvaluateOptions, launch: Launch | None) -> None:
@@ -77,3 +94,14 @@ def _made_by(path: Path) -> dict[str, Any]:
             why=str(error),
             advice="give the folder that a job published into (--quant_weight_save_folder)",
         ) from None
+
+
+def _published(path: Path) -> dict[str, Any]:
+    if path.exists():
+        return read_object(path)
+    raise InputError(
+        "no checkpoint is published here",
+        where=str(path),
+        why="the manifest is missing, which is written last",
+        advice="run the job, or publish its shards: python -m launcher merge FOLDER",
+    )
