@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant_core.checkpoint.entries import TIMESTEP_SEP_KEY, CheckpointFiles
+from quant_core.checkpoint.entries import NUMERICS_KEY, TIMESTEP_SEP_KEY, CheckpointFiles
 from quant_core.checkpoint.findings import Finding, check
 from quant_core.checkpoint.inventory import Inventory, StoredGroup, take_inventory
 from quant_core.checkpoint.json_file import read_object
@@ -65,7 +65,9 @@ class Checkpoint:
             yield from filter(None, bad)
             # Of values that are no scales or codes nothing follows.
             if not any(bad) and group.type in BY_TYPE:
-                yield from check(LAYER_RULES, StoredLayer(group, tensors), self.files.weights)
+                yield from check(
+                    LAYER_RULES, StoredLayer(group, tensors, self.metadata.get(NUMERICS_KEY)), self.files.weights
+                )
         for name in self._inventory.floats:
             if self._infos[name].dtype.is_floating_point:
                 yield from filter(None, [self._bad_value(name, self._tensors.read(name), FINITE)])

@@ -22,6 +22,7 @@ from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.checkpoint.entries import (
     FA_QUANT,
     FA_QUANT_TYPE_KEY,
+    NUMERICS_KEY,
     TIMESTEP_SEP_KEY,
     CheckpointFiles,
     description_file_name,
@@ -174,12 +175,15 @@ def _save(session: Session, timestep_sep: int | None, digests: WrittenDigests | 
     if save is None:
         return None
     extra = {name: attention.entries() for name, attention in session.attentions.items()}
+    # Whoever reads a bias that saturates has to know that it was meant to.
+    saturates = session.numerics.is_reference and any(scheme.observes_input for scheme in session.schemes)
+    numerics = {NUMERICS_KEY: session.numerics.name} if saturates else {}
     return write_checkpoint(
         list(entries(session.model, buffers=not session.numerics.is_reference, extra=extra)),
         checkpoint_files(save, quant_type),
         quant_type,
         header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},
-        metadata=({} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}) | save.metadata,
+        metadata=numerics | ({} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}) | save.metadata,
         part_file_size=save.part_file_size,
         digests=digests,
     )
