@@ -31,7 +31,7 @@ from quant_core.checkpoint.entries import (
     write_checkpoint,
 )
 from quant_core.checkpoint.tensor_file import WrittenDigests
-from quant_core.layers.calibrated import quantize_linear
+from quant_core.layers.calibrated import encode_linear, quantize_linear
 from quant_core.layers.deployed import deploy
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel
@@ -108,40 +108,40 @@ def smoothing_of(session: Session) -> Smoothing:
 
     A layer whose runtime does not multiply its input, or that is to be left alone, is not divided by anything.
     """
-    if session.config.smoothing is None:
+    config = session.config.smoothing
+    if config is None:
         return Smoothing()
-    found = smooth(
+    kept_plain = [
+        n for n in session.targets if not (session.scheme_of(n).multiplies_input and session.plan[n].smoothed)
+    ]
+    return smooth(
         session.model,
-        session.config.smoothing,
+        config,
         session.records,
         structure=session.structure,
         targets=session.targets,
+        plain=() if config.fused else kept_plain,
         numerics=session.numerics,
         codec=SCHEMES[session.config.scheme.key].codec,
         parallel=session.parallel,
         progress=session.progress,
     )
-    fused = session.config.smoothing.fused
-    kept = {
-        name: rescaling
-        for name, rescaling in found.rescalings.items()
-        if fused or (session.scheme_of(name).multiplies_input and session.plan[name].smoothed)
-    }
-    return Smoothing(kept, found.skipped)
 
 
 def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, QuantizedLayer]:
     layers = {}
     for done, name in enumerate(session.targets, start=1):
-        layers[name] = layer = quantize_linear(
+        linear = linear_at(session.model, name)
+        layers[name] = layer = encode_linear(
             name,
-            linear_at(session.model, name),
+            linear,
             session.scheme_of(name),
             session.numerics,
             scale_group=session.parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
-            runs=session.observes,
+            fake_OI=linear.weight.detach() if session.observes else None,
         )
+        quantize_linear(linear, layer, runs=session.observes)
         layer.observer = input_observer(session, layer)
         session.progress("weights", done, len(session.targets))
     return layers
