@@ -118,10 +118,6 @@ class Checkpoint:
         """Return a tensor as it is stored, by its full name, whatever its values are."""
         return self._tensors.read(name)
 
-    def read_float(self, name: str) -> Tensor:
-        """Return a tensor that was not quantized."""
-        return self.read_raw(name)
-
     def float_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the float model by its name there, in the model's dtype, one at a time."""
         for name, group in self.inventory.layers.items():
@@ -129,7 +125,7 @@ class Checkpoint:
             if "bias" in group.members:
                 yield f"{name}.bias", self._read_group(group, only=("bias",))["bias"]
         for name in self.inventory.floats:
-            yield name, self.read_float(name)
+            yield name, self.read_raw(name)
 
     def float_state_dict(self) -> dict[str, Tensor]:
         """Return all of `float_tensors` at once: a state dict that the float model loads."""
