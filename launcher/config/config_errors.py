@@ -167,4 +167,5 @@ def _advice(flag: Flag, value: object) -> str:
         return suggestion(str(value), flag.choices)
     if flag.field.is_required():
         return f"{flag.usage}: {flag.field.description}"
-    return f"{flag.field.description}; leave the flag out for the default, {flag.field.get_default()}"
+    default = flag.field.get_default(call_default_factory=True)
+    return f"{flag.field.description}; leave the flag out for the default, {default}"

@@ -77,9 +77,10 @@ def test_the_bytes_are_those_of_the_layers_on_both_ranks(job: tuple[Path, str]):
 
 def _bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     """Return the bytes of the tensors of those layers in one shard."""
-    wanted, found = set(names), checkpoint.inventory
-    stored = [*found.floats, *(member for group in found.layers.values() for member in group.members.values())]
-    infos = [checkpoint.info(name) for name in stored if name.rpartition(".")[0] in wanted]
+    found, wanted = checkpoint.inventory, set(names)
+    stored = [name for name in found.floats if name.rpartition(".")[0] in wanted]
+    stored += [member for name in wanted & set(found.layers) for member in found.layers[name].members.values()]
+    infos = [checkpoint.info(name) for name in stored]
     return sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
 
 

@@ -81,7 +81,7 @@ CASES: dict[str, tuple[list[str], str]] = {
 FILES = {
     "configuration that is no YAML": ("a: [b", "the configuration is not YAML"),
     "configuration that is a list": ("- a", "is a list, not a mapping"),
-    "costs that are one number": ("scheme_costs: 5", "scheme_costs"),
+    "costs that are one number": ("quantization: {scheme_costs: 5}", "--scheme_costs cannot be 5"),
     "configuration with an unknown key": ("ranks: {tp: 2}", "no option is called 'tp'"),
 }
 
@@ -106,3 +106,4 @@ def refused(words: list[str], message: str) -> None:
     assert message in caught.value.what
     assert caught.value.where
     assert caught.value.advice
+    assert "Undefined" not in str(caught.value)
