@@ -45,7 +45,9 @@ def _checked(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_costs(given: Any) -> Any:
-    """Return the costs by scheme; raises ConfigurationError for what is no scheme or no number above 0."""
+    """Return the costs by scheme; raises ConfigurationError for what is no scheme or no number from 0 on."""
+    if not isinstance(given, (Mapping, list, tuple)):
+        return given
     pairs = given.items() if isinstance(given, Mapping) else [str(word).partition("=")[::2] for word in given]
     found = {}
     for scheme, value in pairs:

@@ -31,6 +31,8 @@ from quant_core.schemes.treatment import Treatment
 AUTO = "auto"
 # What a checkpoint is called whose layers have schemes of their own: the loader knows no name for a mix.
 _MIX = "w8a8"
+# The outlier suppression that `auto` tries on each layer when none was asked for.
+_TRIED = "m4"
 
 if TYPE_CHECKING:
     QuantType = str
@@ -110,6 +112,11 @@ class Quantization(Section):
     def main_type(self) -> str:
         """Return the type of all layers that nothing else is said of; the checkpoint is called after its scheme."""
         return _MIX if self.is_auto else self.quant_type
+
+    @property
+    def smoothing_method(self) -> str | None:
+        """Return the outlier suppression that is used, or tried."""
+        return self.anti_method or (_TRIED if self.is_auto else None)
 
     @property
     def schemes(self) -> list[Scheme]:

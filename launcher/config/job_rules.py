@@ -13,8 +13,9 @@ from model_adapters.quality.gate import Thresholds
 from quant_core.errors import ConfigurationError
 from quant_core.schemes.option_rules import OptionNames, estimator_problems, schemes_that, smoothing_problems
 from quant_core.schemes.scheme import separator
+from quant_core.schemes.treatment import PLAIN
 
-_FLAGS = OptionNames("--quant_type", "--act_method", "--numerics", "--anti_fused", "--anti_method")
+_FLAGS = OptionNames("--quant_type", "--act_method", "--numerics", "--anti_fused", "--anti_method", "--layer_schemes")
 
 Rule = Callable[[JobConfig], Iterator[ConfigurationError]]
 
@@ -79,9 +80,7 @@ def smoothing_options_belong_to_their_method(job: JobConfig) -> Iterator[Configu
         "anti_groups": every_method,
         "anti_fused": every_method,
     }
-    method, options = job.quantization.anti_method, type(job.quantization).model_fields
-    if job.quantization.is_auto:
-        return
+    method, options = job.quantization.smoothing_method, type(job.quantization).model_fields
     for name, methods in readers.items():
         value = getattr(job.quantization, name)
         if value != options[name].default and method not in methods:
@@ -104,15 +103,21 @@ def options_fit_the_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
         numerics=options.numerics,
         called=_FLAGS,
     )
-    multiplies_input = options.anti_method is not None and not options.anti_fused
-    yield from smoothing_problems(options.quant_type, options.schemes, multiplies_input=multiplies_input, called=_FLAGS)
+    yield from smoothing_problems(
+        options.quant_type,
+        options.schemes,
+        multiplies_input=options.anti_method is not None and not options.anti_fused,
+        fused_with_plain=options.anti_fused and any(value.endswith(PLAIN) for value in options.layer_schemes.values()),
+        called=_FLAGS,
+    )
 
 
 def auto_measures_what_it_chooses_from(job: JobConfig) -> Iterator[ConfigurationError]:
     """Refuse options that `auto` does not measure, and its own options without it."""
     options, defaults = job.quantization, type(job.quantization).model_fields
     if options.is_auto:
-        names, why = ("anti_fused", "act_method", "numerics"), "its measurements are of true ranges and unfused factors"
+        names = ("anti_fused", "act_method", "numerics", *(["anti_groups"] if options.anti_groups != "every" else []))
+        why = "its measurements are of true ranges, and of unfused factors of every layer"
         advice = "drop it, or choose one --quant_type"
     else:
         names, why, advice = ("budget", "scheme_costs"), "only auto spends a budget", "--quant_type auto, or drop it"

@@ -23,6 +23,7 @@ from launcher.inspection.published import Published, read_published
 from launcher.inspection.rank_rules import RANK_RULES
 from launcher.inspection.runtime_words import Word, words
 from launcher.inspection.with_runtime import load_with_runtime
+from quant_core.checkpoint.entries import NUMERICS_KEY
 from quant_core.checkpoint.findings import Finding, check
 from quant_core.errors import VerificationError
 from quant_core.quality.ratio import Ratio, total
@@ -116,6 +117,8 @@ def _remarks(published: Published) -> Iterator[str]:
         yield "no manifest: digests, options and the division of layers were not compared"
     elif published.adapter is None:
         yield "the model is not installed here: the division of its layers was not compared"
+    if any(rank.checkpoint.metadata.get(NUMERICS_KEY) for rank in published.ranks):
+        yield "written with --numerics reference: biases that leave int32 are the reference tool's, and not counted"
     if (published.folder / STAGING).exists():
         yield f"{STAGING}/ holds shards that a run staged and did not publish"
 

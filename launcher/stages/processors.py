@@ -17,8 +17,8 @@ from quant_core.schemes.treatment import FLOAT, Treatment
 from quant_core.smoothing import METHODS
 
 Config = TypeVar("Config", bound=ProcessorConfig)
-# The outlier suppression that `auto` tries on each layer when none was asked for.
-_TRIED = "m4"
+# The separator where `auto` chooses rows for each step: it has measured them in every step.
+ROWS_IN_EVERY_STEP = 0
 
 
 def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[ProcessorConfig]:
@@ -27,10 +27,9 @@ def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[Pr
     found: list[ProcessorConfig] = [_scheme_config(scheme, options, disable_names=disabled_layers)]
     if with_attention:
         found.append(FA3ProcessorConfig())
-    method = options.anti_method or (_TRIED if options.is_auto else None)
-    if method is not None:
+    if options.smoothing_method is not None:
         suppression = _configured(
-            METHODS[method].config,
+            METHODS[options.smoothing_method].config,
             smoothing_groups="every" if options.is_auto else options.anti_groups,
             fused=options.anti_fused,
             alpha=options.anti_alpha,
@@ -52,8 +51,7 @@ def layer_schemes(options: Quantization) -> dict[str, SchemeConfig | Literal["fl
 def _scheme_config(scheme: Scheme, options: Quantization, **chosen: Any) -> SchemeConfig:
     act_method = options.act_method if scheme.observes_input else "minmax"
     cfg = W8A8QuantConfig(act_method=act_method)
-    # Where `auto` chooses rows for each step, it has measured them in every step.
-    separator = 0 if options.is_auto and options.timestep_sep is None else options.timestep_sep
+    separator = ROWS_IN_EVERY_STEP if options.is_auto and options.timestep_sep is None else options.timestep_sep
     separator = None if separator == AUTO else separator
     return _configured(scheme.config, cfg=cfg, timestep_sep=separator, **chosen)
 

@@ -83,8 +83,11 @@ def _in_memory(
     def progress(stage: str, done: int, total: int) -> None:
         _progress(job, stage, done, total)
 
+    def measuring(stage: str, done: int, total: int) -> None:
+        _progress(job, stage, done, total, of="choose")
+
     if options.is_auto or options.timestep_sep == AUTO:
-        options, decisions = choose(job, loaded, _session(job, options, records), parallel, progress)
+        options, decisions = choose(job, loaded, _session(job, options, records), parallel, measuring)
         job.watch.enter("quantize")
     with job.model.computing():
         result = quant_model(
@@ -129,9 +132,9 @@ def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[Qua
     return result, part
 
 
-def _progress(job: Job, stage: str, done: int, total: int) -> None:
+def _progress(job: Job, stage: str, done: int, total: int, *, of: str = "quantize") -> None:
     """Show how far the quantizer is; between two records the ranks of one copy may stop together."""
-    job.watch.progress(f"quantize: {stage}", done, total)
+    job.watch.progress(f"{of}: {stage}", done, total)
     job.watch.safe_point(job.ranks.tp_control)
 
 

@@ -52,11 +52,6 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | float = 0.0, *, qmin: in
     return (x / scale).add_(offset).round_().clamp_(qmin, QMAX)
 
 
-def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-    """Return the numbers that codes stand for: (codes - offset) * scale."""
-    return (codes - offset) * scale
-
-
 def fake_quantize_(x: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
     """Replace x by what its codes stand for, and return it."""
     return x.div_(scale).add_(offset).round_().clamp_(QMIN, QMAX).sub_(offset).mul_(scale)

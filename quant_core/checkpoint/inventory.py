@@ -86,6 +86,7 @@ class _Survey:
         self.findings.append(Finding(rule, self.files.weights, tensor, what, why))
 
     def inventory(self) -> Inventory | None:
+        """Return what is there and sound, noting all that is wrong; None if nothing can be made of it."""
         quant_type = self.description.get(MODEL_TYPE_KEY)
         if not isinstance(quant_type, str) or quant_type not in BY_TYPE:
             wanted = suggestion(str(quant_type), BY_TYPE)

@@ -1,8 +1,8 @@
 """The rules inside one stored layer: what follows from what, and what the runtime's operators take.
 
 `deq_scale` and `quant_bias` follow from the other tensors without a count of error (spec: how the consumer computes),
-so they are computed anew and compared bit for bit. A file does not say with which numerics it was written: each layer
-may follow either.
+so they are computed anew and compared bit for bit. Each layer may follow either numerics: only a file of the reference
+one may say which it was.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _LONGEST_AXIS = 65535
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A layer's tensors, by their names in the rules."""
+    """A layer's tensors, by their names in the rules; numerics: what the file says of itself, if anything."""
 
     group: StoredGroup
     tensors: Mapping[str, Tensor]
+    numerics: str | None = None
 
 
 def _deq_scale_follows(layer: StoredLayer) -> Iterator[Broken]:
@@ -45,31 +46,40 @@ def _deq_scale_follows(layer: StoredLayer) -> Iterator[Broken]:
 
 
 def _quant_bias_follows(layer: StoredLayer) -> Iterator[Broken]:
+    if "quant_bias" in layer.tensors:
+        yield from _follows(layer, "quant_bias", lambda numerics: _quant_bias(layer, numerics))
+
+
+def _quant_bias(layer: StoredLayer, numerics: Numerics) -> Tensor:
     t = layer.tensors
-    if "quant_bias" not in t:
-        return
-
-    def expected(numerics: Numerics) -> Tensor:
-        deq_scale_TO = unpack_deq_scale(t["deq_scale"]).reshape(-1, len(t["weight"]))
-        return numerics.quant_bias(t.get("bias"), deq_scale_TO, t["weight"], t["input_offset"].reshape(-1, 1))
-
-    yield from _follows(layer, "quant_bias", expected)
+    deq_scale_TO = unpack_deq_scale(t["deq_scale"]).reshape(-1, len(t["weight"]))
+    return numerics.quant_bias(t.get("bias"), deq_scale_TO, t["weight"], t["input_offset"].reshape(-1, 1))
 
 
 def _follows(layer: StoredLayer, name: str, expected: Callable[[Numerics], Tensor]) -> Iterator[Broken]:
     """Object to a tensor that neither numerics computes so, at its first place that differs."""
-    stored = layer.tensors[name]
-    wrong = [stored.flatten() != expected(numerics).flatten() for numerics in NUMERICS.values()]
-    if all(bool(places.any()) for places in wrong):
-        place, count = int(wrong[0].nonzero()[0]), int(wrong[0].sum())
-        full, value = layer.group.members[name], stored.flatten()[place].item()
-        yield Broken(full, f"'{full}' holds {value}, which does not follow ({count} of {stored.numel()} so)")
+    stored, wrong = layer.tensors[name].flatten(), []
+    for numerics in NUMERICS.values():
+        wrong.append(stored != expected(numerics).flatten())
+        if not wrong[-1].any():
+            return
+    place, count = int(wrong[0].nonzero()[0]), int(wrong[0].sum())
+    full, value = layer.group.members[name], stored[place].item()
+    yield Broken(full, f"'{full}' holds {value}, which does not follow ({count} of {stored.numel()} so)")
 
 
 def _quant_bias_has_room(layer: StoredLayer) -> Iterator[Broken]:
-    """Object to a bias at an end of int32, or with which the sum of some input's codes would leave it."""
+    """Object to a bias at an end of int32, or with which the sum of some input's codes would leave it.
+
+    Where the file says that it equals the reference tool's, such a bias is what that tool stores.
+    """
     if "quant_bias" not in layer.tensors:
         return
+    reference = NUMERICS["reference"]
+    if layer.numerics == reference.name:
+        stored = layer.tensors["quant_bias"].flatten()
+        if torch.equal(stored, _quant_bias(layer, reference).flatten()):
+            return
     full, w_OI = layer.group.members["quant_bias"], layer.tensors["weight"]
     bias_TO = layer.tensors["quant_bias"].reshape(-1, len(w_OI)).to(torch.int64)
     above_O, below_O = (part.sum(1, dtype=torch.int64) for part in (w_OI.clamp(min=0), w_OI.clamp(max=0)))

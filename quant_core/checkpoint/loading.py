@@ -37,7 +37,7 @@ def load_deployed(model: nn.Module, files: CheckpointFiles, *, load_floats: bool
     for name in checkpoint.inventory.layers:
         deploy_linear(linear_at(model, name), checkpoint.read_layer(name))
     for name in checkpoint.inventory.floats if load_floats else ():
-        _put(model, name, checkpoint.read_float(name))
+        _put(model, name, checkpoint.read_raw(name))
     return checkpoint
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant_core.checkpoint.entries import TIMESTEP_SEP_KEY, CheckpointFiles
+from quant_core.checkpoint.entries import NUMERICS_KEY, TIMESTEP_SEP_KEY, CheckpointFiles
 from quant_core.checkpoint.findings import Finding, check
 from quant_core.checkpoint.inventory import Inventory, StoredGroup, take_inventory
 from quant_core.checkpoint.json_file import read_object
@@ -65,7 +65,9 @@ class Checkpoint:
             yield from filter(None, bad)
             # Of values that are no scales or codes nothing follows.
             if not any(bad) and group.type in BY_TYPE:
-                yield from check(LAYER_RULES, StoredLayer(group, tensors), self.files.weights)
+                yield from check(
+                    LAYER_RULES, StoredLayer(group, tensors, self.metadata.get(NUMERICS_KEY)), self.files.weights
+                )
         for name in self._inventory.floats:
             if self._infos[name].dtype.is_floating_point:
                 yield from filter(None, [self._bad_value(name, self._tensors.read(name), FINITE)])
@@ -116,10 +118,6 @@ class Checkpoint:
         """Return a tensor as it is stored, by its full name, whatever its values are."""
         return self._tensors.read(name)
 
-    def read_float(self, name: str) -> Tensor:
-        """Return a tensor that was not quantized."""
-        return self.read_raw(name)
-
     def float_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the float model by its name there, in the model's dtype, one at a time."""
         for name, group in self.inventory.layers.items():
@@ -127,7 +125,7 @@ class Checkpoint:
             if "bias" in group.members:
                 yield f"{name}.bias", self._read_group(group, only=("bias",))["bias"]
         for name in self.inventory.floats:
-            yield name, self.read_float(name)
+            yield name, self.read_raw(name)
 
     def float_state_dict(self) -> dict[str, Tensor]:
         """Return all of `float_tensors` at once: a state dict that the float model loads."""

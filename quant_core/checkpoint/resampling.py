@@ -29,6 +29,7 @@ from quant_core.errors import InputError
 from quant_core.schemes import BY_TYPE
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation
+from quant_core.schemes.tensor_rules import STATIC_RULES
 
 # In the header of the tensors: the noise level of each step, as JSON.
 SIGMAS_KEY = "sigmas"
@@ -82,6 +83,7 @@ class _Rows:
     high_T: Tensor
 
     def range(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the low and the high end of a step's range, scalars."""
         return self.low_T[step], self.high_T[step]
 
 
@@ -103,7 +105,7 @@ def write_resampled(checkpoint: Checkpoint, levels: Levels, files: CheckpointFil
         with TensorFile(path, described, header, in_front=CODES) as file:
             for name in names:
                 if name not in changed:
-                    file.write(name, checkpoint.read_float(name))
+                    file.write(name, checkpoint.read_raw(name))
             for name, group in layers.items():
                 for key, tensor in _resampled(checkpoint, name, group, levels).items():
                     file.write(group.members[key], tensor)
@@ -115,7 +117,7 @@ def write_resampled(checkpoint: Checkpoint, levels: Levels, files: CheckpointFil
 
 def _described(checkpoint: Checkpoint, name: str, steps: int | None) -> Tensor:
     info, shape = checkpoint.info(name), list(checkpoint.info(name).shape)
-    if steps is not None and name.rpartition(".")[2] in ("input_scale", "input_offset", "quant_bias", "deq_scale"):
+    if steps is not None and name.rpartition(".")[2] in STATIC_RULES:
         shape[0] = steps
     return torch.empty(shape, dtype=info.dtype, device="meta")
 

@@ -61,14 +61,16 @@ def write_tensors(
     """Publish the tensors as the file `path`, or as parts of at most `part_bytes` when they do not fit in one.
 
     The tensors may be on any device and in any layout, and may share memory: each is copied to the host alone, when it
-    is its turn. digests: takes those of the file, if it is one. Returns the file's path, or the index's; warns when
-    there are parts.
+    is its turn. digests: takes those of the tensors, and of the file, if it is one. Returns the file's path, or the
+    index's; warns when there are parts.
     """
     parts = split(tensors, part_bytes)
     index_path(path).unlink(missing_ok=True)
     files = [path] if len(parts) == 1 else _part_paths(path, len(parts))
     for file, names in zip(files, parts):
         _write_one(file, {name: tensors[name] for name in names}, metadata, digests)
+    if digests is not None and len(parts) > 1:
+        digests.file = None
     if len(parts) > 1:
         _write_index(path, files, parts, tensors)
     for stale in _other_forms(path, files):

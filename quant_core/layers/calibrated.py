@@ -38,24 +38,11 @@ class CalibratedLinear(nn.Linear):
 
 
 @torch.no_grad()
-def quantize_linear(
-    name: str,
-    linear: nn.Linear,
-    scheme: Scheme,
-    numerics: Numerics,
-    *,
-    scale_group: Group | None = None,
-    rescaling: Rescaling | None = None,
-    runs: bool = True,
-) -> QuantizedLayer:
-    """Quantize the weight of a linear in place and make it a `CalibratedLinear`.
+def quantize_linear(linear: nn.Linear, layer: QuantizedLayer, *, runs: bool) -> None:
+    """Make a linear a `CalibratedLinear`, and move the layer's codes to the host.
 
-    scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first. runs:
-    whether records will be replayed through the layer; if not, its codes take the place of the weight at once.
-    Raises InputError for a weight that is not finite.
+    runs: whether records will be replayed through the layer; if not, its codes take the place of the weight at once.
     """
-    fake_OI = linear.weight.detach() if runs else None
-    layer = encode_linear(name, linear, scheme, numerics, scale_group=scale_group, rescaling=rescaling, fake_OI=fake_OI)
     if not runs:
         linear.weight = nn.Parameter(layer.codes_OI, requires_grad=False)
     if layer.bias_O is not None:
@@ -64,9 +51,9 @@ def quantize_linear(
     layer.codes_OI = layer.codes_OI.cpu()
     linear.__class__ = CalibratedLinear
     linear.layer = layer  # type: ignore[assignment]
-    return layer
 
 
+@torch.no_grad()
 def encode_linear(
     name: str,
     linear: nn.Linear,
@@ -77,9 +64,11 @@ def encode_linear(
     rescaling: Rescaling | None = None,
     fake_OI: Tensor | None = None,
 ) -> QuantizedLayer:
-    """Return what a linear would be, quantized, its codes where the weight is; see `quantize_linear`.
+    """Return what a linear is, quantized, its codes where the weight is.
 
-    fake_OI: takes the weight that the codes stand for; without it, nothing of the linear is changed.
+    scale_group: ranks over which the row maxima must agree. rescaling: what smoothing does to the layer first. fake_OI:
+    takes the weight that the codes stand for, and may be the linear's own; without it, nothing of the linear changes.
+    Raises InputError for a weight that is not finite.
     """
     float_OI, mul_scale_I = linear.weight.detach(), None
     bias_O = None if linear.bias is None else linear.bias.detach()

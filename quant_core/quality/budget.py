@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# How long a layer of each scheme takes, where a static one takes 1. Nobody measured them on a card: static needs one
-# quantizing kernel, dynamic measures each token first, the others multiply floats at half of int8's speed, and a float
-# layer reads twice the bytes.
-COSTS: Mapping[str, float] = {"w8a8": 1.0, "w8a8_timestep": 1.0, "w8a8_dynamic": 1.15, "w8a16": 2.0, "float": 2.2}
-# The schemes that quantize a layer's input in a range from calibration.
-STATIC = frozenset({"w8a8", "w8a8_timestep"})
+from quant_core.schemes import SCHEMES
+from quant_core.schemes.scheme import Inputs
+from quant_core.schemes.treatment import FLOAT
+
+# A float layer multiplies as a weight-only one does, and reads twice the bytes.
+COSTS: Mapping[str, float] = {name: scheme.cost for name, scheme in SCHEMES.items()} | {FLOAT: 2.2}
+# The schemes that quantize a layer's input in a range from calibration, and the one that measures each token.
+STATIC = frozenset(name for name, scheme in SCHEMES.items() if scheme.observes_input)
+DYNAMIC = next(name for name, scheme in SCHEMES.items() if scheme.inputs is Inputs.TOKENS)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Budget:
         if self.cost is not None:
             return self.cost
         static = min(costs[scheme] for scheme in STATIC)
-        return static + self.dynamic * (costs["w8a8_dynamic"] - static)
+        return static + self.dynamic * (costs[DYNAMIC] - static)
 
 
 # How much larger than the best cheapest treatments the layers may be when nobody says it: room for small float ones.

@@ -15,11 +15,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from quant_core.errors import ConfigurationError
 from quant_core.quality.budget import COSTS, GROWTH, STATIC, Budget
 from quant_core.schemes.treatment import Treatment
 
 # An improvement below this part of a layer's error is no reason for a treatment that is less plain or costs more.
 _LEAST_GAIN = 0.02
+# Sums may exceed a limit by this factor, which rounding makes.
+_ROUNDING = 1 + 1e-9
 
 
 @dataclass(frozen=True)
@@ -102,58 +105,74 @@ class Choice:
 def choose(
     found: Mapping[str, tuple[float, Sequence[Candidate]]], budget: Budget, costs: Mapping[str, float] = COSTS
 ) -> Choice:
-    """Choose for each layer among its candidates. found: work and candidates by layer, plain ones first."""
-    work = {name: of_layer for name, (of_layer, _) in found.items()}
-    total = math.fsum(work.values())
+    """Choose for each layer among its candidates. found: work and candidates by layer, plain ones first.
+
+    Raises ConfigurationError when the layers do not fit in the budget's bytes.
+    """
     useful = {name: _useful(candidates) for name, (_, candidates) in found.items()}
     chosen = {name: candidates[0] for name, candidates in useful.items()}
     if budget.bytes is not None and math.fsum(c.bytes for c in chosen.values()) > budget.bytes:
         chosen = {name: min(candidates, key=lambda c: (c.cost, c.bytes)) for name, candidates in useful.items()}
-    most_bytes = budget.bytes or GROWTH * math.fsum(c.bytes for c in chosen.values())
-    spend = _Spending(budget, budget.most_cost(costs), most_bytes, total, chosen, work)
+    spend = _Spending(budget, budget.most_cost(costs), {name: work for name, (work, _) in found.items()}, chosen)
     while not spend.is_enough():
         moves = [
             (_worth(chosen[name], other), name, other)
             for name, candidates in useful.items()
             for other in candidates
-            if other.error < chosen[name].error and spend.allows(name, other)
+            if other.error < chosen[name].error and spend.allows(name, chosen[name], other)
         ]
         if not moves:
             break
         _, name, other = max(moves, key=lambda move: move[0])
+        spend.move(name, chosen[name], other)
         chosen[name] = other
     layers = [
         LayerChoice(name, of_layer, candidates, chosen[name], _reason(chosen[name], candidates, useful[name]))
         for name, (of_layer, candidates) in found.items()
     ]
-    return Choice(layers)
+    choice = Choice(layers)
+    if budget.bytes is not None and choice.bytes > budget.bytes * _ROUNDING:
+        raise ConfigurationError(
+            f"the layers do not fit in {budget.bytes:.0f} bytes",
+            where=f"budget, {len(layers)} layers",
+            why=f"the smallest of those that are cheapest to run take {choice.bytes:.0f}",
+            advice=f"bytes={math.ceil(choice.bytes)} or more, or no limit",
+        )
+    return choice
 
 
-@dataclass(frozen=True)
 class _Spending:
-    """Tell what the budget allows on top of what is chosen; `chosen` changes while it is asked."""
+    """Tell what the budget allows on top of what is spent: error, cost, work that is not static, and bytes."""
 
-    budget: Budget
-    most_cost: float
-    most_bytes: float
-    total: float
-    chosen: Mapping[str, Candidate]
-    work: Mapping[str, float]
+    def __init__(
+        self, budget: Budget, most_cost: float, work: Mapping[str, float], chosen: Mapping[str, Candidate]
+    ) -> None:
+        self._work, total = work, math.fsum(work.values())
+        sums = zip(*(self._amounts(name, candidate) for name, candidate in chosen.items()))
+        self._error, *self._spent = [math.fsum(amounts) for amounts in sums]
+        most_bytes = GROWTH * self._spent[-1] if budget.bytes is None else budget.bytes
+        self._most = [limit * _ROUNDING for limit in (most_cost * total, budget.dynamic * total, most_bytes)]
+        self._enough = None if budget.sqnr is None else 10 ** (-budget.sqnr / 10)
 
     def is_enough(self) -> bool:
-        least = self.budget.sqnr
-        return least is not None and math.fsum(c.error for c in self.chosen.values()) <= 10 ** (-least / 10)
+        """Tell whether the wanted quality is reached."""
+        return self._enough is not None and self._error <= self._enough
 
-    def allows(self, name: str, other: Candidate) -> bool:
-        now = {**self.chosen, name: other}
-        cost = math.fsum(c.cost for c in now.values()) / self.total
-        moving = math.fsum(self.work[n] for n, c in now.items() if not c.is_static) / self.total
-        size = math.fsum(c.bytes for c in now.values())
-        limits = ((cost, self.most_cost), (moving, self.budget.dynamic), (size, self.most_bytes))
-        # What is already beyond a limit may not grow, and an improvement that costs nothing is always allowed.
-        old = self.chosen[name]
-        grows = (other.cost > old.cost, old.is_static and not other.is_static, other.bytes > old.bytes)
-        return all(value <= most * (1 + 1e-9) or not more for (value, most), more in zip(limits, grows))
+    def allows(self, name: str, old: Candidate, new: Candidate) -> bool:
+        """Tell whether a layer may change; what is beyond a limit may not grow, and what costs nothing is allowed."""
+        _, *before = self._amounts(name, old)
+        _, *after = self._amounts(name, new)
+        return all(b <= a or spent - a + b <= most for spent, most, a, b in zip(self._spent, self._most, before, after))
+
+    def move(self, name: str, old: Candidate, new: Candidate) -> None:
+        """Spend what a change costs."""
+        error, *spent = (b - a for a, b in zip(self._amounts(name, old), self._amounts(name, new)))
+        self._error += error
+        self._spent = [each + more for each, more in zip(self._spent, spent)]
+
+    def _amounts(self, name: str, candidate: Candidate) -> tuple[float, float, float, float]:
+        moving = 0.0 if candidate.is_static else self._work[name]
+        return candidate.error, candidate.cost, moving, candidate.bytes
 
 
 def decibels(error: float) -> float:
@@ -187,6 +206,8 @@ def _worth(old: Candidate, new: Candidate) -> float:
 
 
 def _reason(chosen: Candidate, candidates: Sequence[Candidate], useful: Sequence[Candidate]) -> str:
+    if len(candidates) == 1:
+        return "nothing else may be chosen"
     best = min(candidates, key=lambda candidate: candidate.error)
     smoothed = [c for c in candidates if c.treatment == Treatment(chosen.treatment.scheme, smoothed=True)]
     plain = [c for c in candidates if c.treatment == Treatment(chosen.treatment.scheme)]

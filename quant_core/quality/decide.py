@@ -4,16 +4,17 @@
 
 Ranges come from one half of the records and noise is measured on the other, at most RECORDS_PER_STEP of at most
 MOST_STEPS steps; gains on one record of each of these steps. Numbers are summed over all ranks, so that all come to
-the same choice.
+the same choice. Layers whose treatment is given are measured with it, and with what it is compared with.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,21 @@ from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.layers.deployed import DeployedLayer
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel, reduce_over
-from quant_core.quality.budget import COSTS, Budget
+from quant_core.quality.budget import COSTS, DYNAMIC, Budget
 from quant_core.quality.choice import Candidate, Choice, choose
 from quant_core.quality.output_error import add_up, in_place_of, layer_noise, of_tokens, of_weight, output_gains
 from quant_core.quality.ratio import StepRatios
-from quant_core.quality.replayed import compare_outputs, evenly_spaced, held_together, kept_outputs
+from quant_core.quality.replayed import HELD_BYTES, compare_outputs, evenly_spaced, held_together, kept_outputs
 from quant_core.quality.separator import every_step
 from quant_core.quality.treatments import (
     ChannelRanges,
     channel_ranges,
-    steps_of_records,
+    planned,
     treated,
     treatments,
 )
 from quant_core.schemes import SCHEMES
+from quant_core.schemes.scheme import Inputs
 from quant_core.schemes.treatment import FLOAT, Treatment
 from quant_core.session.checks import check_float, check_numerics, check_records
 from quant_core.session.config import SessionConfig
@@ -47,18 +49,20 @@ from quant_core.structure import ModelStructure, find_structure
 
 RECORDS_PER_STEP = 6
 MOST_STEPS = 8
-_WEIGHT_ONLY = Treatment("w8a16")
-# Codes of so many layers are held on the host while the sampled records are replayed.
-_HELD_BYTES = 2 * 2**30
+_WEIGHT_ONLY = Treatment(next(name for name, scheme in SCHEMES.items() if scheme.inputs is Inputs.FLOAT))
 
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Hold what was measured of one layer: its work, and by treatment and step the error at the output, a share."""
+    """Hold what was measured of one layer: its work, and by treatment and step the error at the output, a share.
+
+    given: the treatment that it has, whatever else was measured; None: one is to be chosen.
+    """
 
     work: float
     errors: Mapping[Treatment, Mapping[int | None, float]]
     bytes: Mapping[Treatment, float]
+    given: Treatment | None = None
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,27 @@ class Measurement:
 
         The codes of all layers are held on the host. Rows of steps count as static in every step.
         """
-        session, model = self.session, self.session.model
-        records = _some(self.held_out, self.steps, 1)
-        with kept_outputs(model) as exact:
-            replay(model, records, stage="float outputs", progress=session.progress)
+        session, model, exact = self.session, self.session.model, self._exact
         with ExitStack() as stack:
             for name, treatment in chosen.items():
                 if treatment.scheme != FLOAT:
                     layer = treated(session, name, [treatment], self.ranges[name], self.smoothing)[treatment]
                     hook = linear_at(model, name).register_forward_hook(in_place_of(layer), prepend=True)
                     stack.callback(hook.remove)
-            ratios = compare_outputs(model, records, exact, progress=session.progress)
+            ratios = compare_outputs(model, self._tried, exact, progress=session.progress)
         add_up([ratios], self.steps, replace(session.parallel, tp_group=None))
         return ratios
+
+    @cached_property
+    def _tried(self) -> list[Record]:
+        return _some(self.held_out, self.steps, 1)
+
+    @cached_property
+    def _exact(self) -> list[Tensor]:
+        """The float model's outputs, on the host, once for all that is tried."""
+        with kept_outputs(self.session.model) as exact:
+            replay(self.session.model, self._tried, stage="float outputs", progress=self.session.progress)
+        return exact
 
 
 @torch.no_grad()
@@ -98,14 +110,15 @@ def measure_layers(
     model: nn.Module,
     config: SessionConfig,
     *,
+    given: Collection[str] = (),
     structure: ModelStructure | None = None,
     parallel: Parallel | None = None,
     progress: Progress = silent,
 ) -> Measurement:
     """Measure every treatment of every layer that the session would quantize; the model stays float.
 
-    config: a session whose outlier suppression, if any, is tried on each layer. Raises InputError for records that do
-    not cover every layer and step.
+    config: a session whose outlier suppression, if any, is tried on each layer. given: the layers that keep the
+    treatment they have in the session. Raises InputError for records that do not cover every layer and step.
     """
     session = Session(model, config, structure or find_structure(model), parallel or Parallel(), progress)
     check_float(model)
@@ -113,10 +126,12 @@ def measure_layers(
     check_records(session)
     fitted, held_out = _halves(session.records)
     smoothing, ranges = smoothing_of(session), channel_ranges(session, fitted)
-    steps = steps_of_records(session)
     kept = sorted(evenly_spaced(session.steps, MOST_STEPS)) or [None]
-    possible = [name for name in SCHEMES if not SCHEMES[name].per_step or None not in steps]
-    wanted = {name: treatments(name, ranges[name], smoothing, possible) for name in session.targets}
+    plan = {name: planned(session, name, smoothing) for name in given}
+    wanted = {
+        name: _compared(plan[name]) if name in plan else treatments(session, name, ranges[name], smoothing)
+        for name in session.targets
+    }
     sizes, noise = _measure_noise(session, smoothing, ranges, wanted, held_out, kept)
     probed = _some(held_out, kept, 1)
     of_codes, of_inputs = (
@@ -130,10 +145,17 @@ def measure_layers(
             {t: gains.errors(name, noise[name], t) for t in wanted[name]}
             | {Treatment(FLOAT): dict.fromkeys(kept, 0.0)},
             sizes[name],
+            plan.get(name),
         )
         for name in session.targets
     }
     return Measurement(layers, session, smoothing, ranges, held_out, kept)
+
+
+def _compared(treatment: Treatment) -> list[Treatment]:
+    """Return a given treatment and what is needed beside it: its steps that run dynamic, and the noise of its codes."""
+    dynamic = [treatment._replace(scheme=DYNAMIC)] if SCHEMES[treatment.scheme].per_step else []
+    return list(dict.fromkeys([treatment, *dynamic, _WEIGHT_ONLY]))
 
 
 @dataclass(frozen=True)
@@ -165,7 +187,10 @@ def choose_layers(found: Measurement, budget: Budget, costs: Mapping[str, float]
     Where outlier suppression was tried, the choice without any stands against it, and the better one is returned.
     """
     rows = candidates(found.layers, costs)
-    plain = {name: (work, [c for c in of_layer if not c.treatment.smoothed]) for name, (work, of_layer) in rows.items()}
+    plain = {
+        name: (work, [c for c in of_layer if not c.treatment.smoothed or found.layers[name].given])
+        for name, (work, of_layer) in rows.items()
+    }
     choices = [choose(each, budget, costs) for each in ([rows] if plain == rows else [rows, plain])]
     for choice in choices:
         choice.measured = found.output({c.name: c.chosen.treatment for c in choice.layers}).overall.decibels
@@ -175,13 +200,14 @@ def choose_layers(found: Measurement, budget: Budget, costs: Mapping[str, float]
 def candidates(
     found: Mapping[str, LayerErrors], costs: Mapping[str, float]
 ) -> dict[str, tuple[float, list[Candidate]]]:
-    """Return each layer's work and candidates; errors of steps count alike."""
+    """Return each layer's work and candidates, one where the treatment is given; errors of steps count alike."""
     return {
         name: (
             layer.work,
             [
                 Candidate(t, math.fsum(errors.values()) / len(errors), layer.work * costs[t.scheme], layer.bytes[t])
                 for t, errors in layer.errors.items()
+                if layer.given in (None, t)
             ],
         )
         for name, layer in found.items()
@@ -196,7 +222,7 @@ def step_errors(
     chosen: the treatment of each layer that is quantized. Steps between the sampled ones are interpolated.
     """
     sums: list[dict[int, float]] = []
-    for scheme in (None, "w8a8_dynamic"):
+    for scheme in (None, DYNAMIC):
         by_step: Counter[int] = Counter()
         for name, treatment in chosen.items():
             knows_step = treatment.scheme != FLOAT and SCHEMES[treatment.scheme].per_step
@@ -219,7 +245,7 @@ def _measure_noise(
     noise: dict[str, dict[Treatment, StepRatios]] = {}
     records = _some(held_out, steps, RECORDS_PER_STEP)
     weights = {name: 2 * linear_at(session.model, name).weight.numel() for name in wanted}
-    for names in held_together(weights, _HELD_BYTES):
+    for names in held_together(weights, HELD_BYTES):
         layers = {name: treated(session, name, wanted[name], ranges[name], smoothing) for name in names}
         sizes |= {name: _bytes(session, name, of_layer) for name, of_layer in layers.items()}
         noise |= layer_noise(session.model, layers, records, steps, session.parallel, progress=session.progress)
@@ -227,8 +253,11 @@ def _measure_noise(
 
 
 def _bytes(session: Session, name: str, layers: Mapping[Treatment, DeployedLayer]) -> dict[Treatment, float]:
-    found: dict[Treatment, float] = {t: float(_size(layer.tensors)) for t, layer in layers.items()}
-    return found | {Treatment(FLOAT): float(_size(linear_at(session.model, name).state_dict()))}
+    """Return the bytes of each treatment of a layer, on all ranks that hold a part of it."""
+    found = {t: _size(layer.tensors) for t, layer in layers.items()}
+    found[Treatment(FLOAT)] = _size(linear_at(session.model, name).state_dict())
+    sums = reduce_over(session.parallel.tp_group, "sum", torch.tensor(list(found.values())))
+    return dict(zip(found, map(float, sums.tolist())))
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:

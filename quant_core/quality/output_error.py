@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant_core.arithmetic.scales import fake_quantize_tokens
+from quant_core.arithmetic.weight_codec import INT8_ROWS
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.calibration.timestep import TimestepManager
 from quant_core.layers.deployed import DeployedLayer
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel, reduce_over
-from quant_core.quality.ratio import Ratio, StepRatios, compare
-from quant_core.quality.replayed import kept_outputs
+from quant_core.quality.ratio import Ratio, StepRatios, compare_each
+from quant_core.quality.replayed import float_output, kept_outputs
 from quant_core.quality.treatments import Layers
 from quant_core.schemes.treatment import Treatment
 
@@ -77,9 +78,9 @@ def layer_noise(
 def _comparing(deployed: Mapping[Treatment, Any], ratios: Mapping[Treatment, StepRatios]) -> Callable:
     def hook(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x, step = inputs[0].float(), TimestepManager.get_timestep_idx()
-        exact = F.linear(x, linear.weight.float(), None if linear.bias is None else linear.bias.float())
-        for treatment, layer in deployed.items():
-            ratios[treatment].add(step, compare(exact, _on(layer, x.device)(x, step)))
+        found = compare_each(float_output(linear, x), (_on(layer, x.device)(x, step) for layer in deployed.values()))
+        for treatment, ratio in zip(deployed, found):
+            ratios[treatment].add(step, ratio)
 
     return hook
 
@@ -117,11 +118,14 @@ def output_gains(
     exact_orthogonal = len(names) < len(signs_PL)
     added, shares = ({name: StepRatios() for name in names} for _ in range(2))
     for done, record in enumerate(records, start=1):
+        energies: dict[str, Tensor] = {}
         with kept_outputs(model) as outputs:
             replay(model, [record], stage="")
             for signs_L in signs_PL:
-                with _noise_in(model, error, dict(zip(names, signs_L.tolist())), added):
+                with _noise_in(model, error, dict(zip(names, signs_L.tolist())), energies):
                     replay(model, [record], stage="")
+        for name, energy in zip(energies, torch.stack(list(energies.values())).tolist()):
+            added[name].add(record.step, Ratio(energy))
         exact = outputs[0].float()
         changes_PD = torch.stack([(output.float() - exact).flatten() for output in outputs[1:]])
         share_L = _energies(signs_PL, changes_PD, exact_orthogonal)
@@ -160,13 +164,16 @@ def _energies(signs_PL: Tensor, changes_PD: Tensor, orthogonal: bool) -> Tensor:
 
 @contextmanager
 def _noise_in(
-    model: nn.Module, error: LayerError, signs: Mapping[str, float], added: Mapping[str, StepRatios]
+    model: nn.Module, error: LayerError, signs: Mapping[str, float], energies: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Add to each layer's output its error, with the given sign."""
+    """Add to each layer's output its error, with the given sign, and to `energies` what it amounts to, by layer.
+
+    The sums stay on the device: reading one waits for it.
+    """
     with ExitStack() as stack:
         for name, sign in signs.items():
             # In front of a collective, which combines what every rank added to its own part.
-            hook = linear_at(model, name).register_forward_hook(_adding(error, sign, added[name]), prepend=True)
+            hook = linear_at(model, name).register_forward_hook(_adding(name, error, sign, energies), prepend=True)
             stack.callback(hook.remove)
         yield
 
@@ -178,13 +185,15 @@ def of_tokens(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def of_weight(linear: nn.Linear, x: Tensor) -> Tensor:
     """Return the error of a layer's output when its weight is quantized by rows."""
-    return F.linear(x, fake_quantize_tokens(linear.weight) - linear.weight)
+    w_OI = linear.weight.float()
+    return F.linear(x, (INT8_ROWS.round_trip(w_OI) - w_OI).to(linear.weight.dtype))
 
 
-def _adding(error: LayerError, sign: float, ratios: StepRatios) -> Callable:
+def _adding(name: str, error: LayerError, sign: float, energies: dict[str, Tensor]) -> Callable:
     def hook(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         noise = error(linear, inputs[0])
-        ratios.add(TimestepManager.get_timestep_idx(), compare(noise, torch.zeros_like(noise)))
+        energy = noise.float().square().sum()
+        energies[name] = energies[name] + energy if name in energies else energy
         return output + sign * noise
 
     return hook

@@ -51,8 +51,17 @@ class Ratio:
 
 def compare(exact: Tensor, approximate: Tensor) -> Ratio:
     """Return the ratio of one pair of tensors, both (..., features)."""
-    exact, approximate = exact.float(), approximate.float()
-    return Ratio(_squares(exact), _squares(exact - approximate))
+    return compare_each(exact, [approximate])[0]
+
+
+def compare_each(exact: Tensor, approximates: Iterable[Tensor]) -> list[Ratio]:
+    """Return the ratio of each of several approximations, of which one is held at a time; the device is read once."""
+    import torch
+
+    exact = exact.float()
+    rows = [_of_rows(exact), *(_of_rows(exact - approximate.float()) for approximate in approximates)]
+    signal, *noises = (part.sum().item() for part in torch.stack(rows).cpu().double())
+    return [Ratio(signal, noise) for noise in noises]
 
 
 def total(ratios: Iterable[Ratio]) -> Ratio:
@@ -86,5 +95,5 @@ class StepRatios:
         return {step: self.by_step[step] for step in sorted(step for step in self.by_step if step is not None)}
 
 
-def _squares(values: Tensor) -> float:
-    return values.square().sum(dim=-1).cpu().double().sum().item()
+def _of_rows(values: Tensor) -> Tensor:
+    return values.square().sum(dim=-1)

@@ -120,13 +120,17 @@ def held_together(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return groups
 
 
+def float_output(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Return what a float layer makes of a float32 input (..., I), in float32."""
+    return F.linear(x, linear.weight.float(), None if linear.bias is None else linear.bias.float())
+
+
 def _comparing(name: str, deployed: Callable[[str], LayerOutput], ratios: StepRatios, combine: Combine) -> Any:
     """Return a forward hook that compares a float linear with its deployed self, in float32."""
 
     def hook(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x, step = inputs[0].float(), TimestepManager.get_timestep_idx()
-        bias_O = None if linear.bias is None else linear.bias.float()
-        exact = combine(linear, inputs, F.linear(x, linear.weight.float(), bias_O))
+        exact = combine(linear, inputs, float_output(linear, x))
         ratios.add(step, compare(exact, combine(linear, inputs, deployed(name)(x, step))))
 
     return hook

@@ -18,6 +18,7 @@ class OptionNames(NamedTuple):
     numerics: str = "numerics"
     fused: str = "fused=True"
     smoothing: str = "the outlier suppression"
+    layer_schemes: str = "layer_schemes"
 
 
 def schemes_that(have: Callable[[Scheme], bool]) -> str:
@@ -56,9 +57,20 @@ def smoothing_problems(
     schemes: Sequence[Scheme],
     *,
     multiplies_input: bool,
+    fused_with_plain: bool = False,
     called: OptionNames = OptionNames(),  # noqa: B008, it is immutable
 ) -> Iterator[ConfigurationError]:
-    """Yield what does not fit a smoothing, as `estimator_problems`. multiplies_input: smoothing, not fused."""
+    """Yield what does not fit a smoothing, as `estimator_problems`.
+
+    multiplies_input: smoothing, not fused. fused_with_plain: fused, where some layers are to be left without it.
+    """
+    if fused_with_plain:
+        yield ConfigurationError(
+            f"no layer can be left without outlier suppression with {called.fused}",
+            where=f"{called.smoothing}, {called.layer_schemes}",
+            why="the layer in front divides what it makes, and so the input of every layer behind it",
+            advice=f"drop {called.fused}, or say nothing of plain layers",
+        )
     if multiplies_input and not any(scheme.multiplies_input for scheme in schemes):
         yield ConfigurationError(
             f"{quant_type} can only be smoothed with {called.fused}",

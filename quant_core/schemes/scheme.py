@@ -110,7 +110,7 @@ class Scheme:
     them, in the checkpoint's order. output: what the runtime makes of an input (..., I) and the stored tensors,
     (..., O) in the input's dtype. codec: how weights become codes. multiplies_input: the runtime multiplies a smoothed
     layer's input. with_attention: attention scales may go with it. least_outputs: the runtime loads a layer of fewer,
-    and fails when it computes.
+    and fails when it computes. cost: how long a layer takes, where a static one takes 1; nobody measured it on a card.
     """
 
     config: type[SchemeConfig]
@@ -123,6 +123,7 @@ class Scheme:
     multiplies_input: bool = True
     with_attention: bool = False
     least_outputs: int = 1
+    cost: float = 1.0
 
     @property
     def name(self) -> str:

@@ -99,15 +99,19 @@ class SessionConfig(StrictModel):
 
     @model_validator(mode="after")
     def _options_fit(self) -> SessionConfig:
-        multiplies_input = self.smoothing is not None and not self.smoothing.fused
+        fused = self.smoothing is not None and self.smoothing.fused
         problems = [
             estimator_problems(c.key, [SCHEMES[c.key]], act_method=c.cfg.act_method, numerics=self.numerics)
             for c in self.schemes
         ]
         schemes = [SCHEMES[config.key] for config in self.schemes]
-        for problem in chain(
-            *problems, smoothing_problems(self.scheme.key, schemes, multiplies_input=multiplies_input)
-        ):
+        smoothing = smoothing_problems(
+            self.scheme.key,
+            schemes,
+            multiplies_input=self.smoothing is not None and not fused,
+            fused_with_plain=fused and not all(config.smoothed for config in self.schemes),
+        )
+        for problem in chain(*problems, smoothing):
             raise problem
         separators = {config.timestep_sep for config in self.schemes if isinstance(config, PerStepConfig)}
         if len(separators) > 1:

@@ -57,13 +57,14 @@ def reduce_ranges(session: Session, layers: Mapping[str, QuantizedLayer]) -> Non
     calls = reduce_over(parallel.dp_group, "sum", calls)
     if (missing := (calls == 0).nonzero()).numel():
         name, _, step = observed[int(missing[0])]
-        raise _never_ran(name, step, len(missing))
+        raise never_ran(name, step, len(missing))
     reduce_many(parallel.dp_group, (part for _, observer, step in observed for part in observer.state(step)))
     shared = [(observer, step) for name, observer, step in observed if parallel.scale_group(name) is not None]
     reduce_many(parallel.tp_group, (part for observer, step in shared for part in observer.state(step)))
 
 
-def _never_ran(layer: str, step: int | None, count: int) -> InputError:
+def never_ran(layer: str, step: int | None, count: int) -> InputError:
+    """Return the error that says that records ran a layer in none of the calls that a range would come from."""
     return InputError(
         f"the calibration never ran layer '{layer}'" + ("" if step is None else f" in step {step}"),
         where=f"calib_data ({count} missing layer and step pairs in all)",

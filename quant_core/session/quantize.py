@@ -22,6 +22,7 @@ from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.checkpoint.entries import (
     FA_QUANT,
     FA_QUANT_TYPE_KEY,
+    NUMERICS_KEY,
     TIMESTEP_SEP_KEY,
     CheckpointFiles,
     description_file_name,
@@ -30,7 +31,7 @@ from quant_core.checkpoint.entries import (
     write_checkpoint,
 )
 from quant_core.checkpoint.tensor_file import WrittenDigests
-from quant_core.layers.calibrated import quantize_linear
+from quant_core.layers.calibrated import encode_linear, quantize_linear
 from quant_core.layers.deployed import deploy
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel
@@ -107,40 +108,40 @@ def smoothing_of(session: Session) -> Smoothing:
 
     A layer whose runtime does not multiply its input, or that is to be left alone, is not divided by anything.
     """
-    if session.config.smoothing is None:
+    config = session.config.smoothing
+    if config is None:
         return Smoothing()
-    found = smooth(
+    kept_plain = [
+        n for n in session.targets if not (session.scheme_of(n).multiplies_input and session.plan[n].smoothed)
+    ]
+    return smooth(
         session.model,
-        session.config.smoothing,
+        config,
         session.records,
         structure=session.structure,
         targets=session.targets,
+        plain=() if config.fused else kept_plain,
         numerics=session.numerics,
         codec=SCHEMES[session.config.scheme.key].codec,
         parallel=session.parallel,
         progress=session.progress,
     )
-    fused = session.config.smoothing.fused
-    kept = {
-        name: rescaling
-        for name, rescaling in found.rescalings.items()
-        if fused or (session.scheme_of(name).multiplies_input and session.plan[name].smoothed)
-    }
-    return Smoothing(kept, found.skipped)
 
 
 def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, QuantizedLayer]:
     layers = {}
     for done, name in enumerate(session.targets, start=1):
-        layers[name] = layer = quantize_linear(
+        linear = linear_at(session.model, name)
+        layers[name] = layer = encode_linear(
             name,
-            linear_at(session.model, name),
+            linear,
             session.scheme_of(name),
             session.numerics,
             scale_group=session.parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
-            runs=session.observes,
+            fake_OI=linear.weight.detach() if session.observes else None,
         )
+        quantize_linear(linear, layer, runs=session.observes)
         layer.observer = input_observer(session, layer)
         session.progress("weights", done, len(session.targets))
     return layers
@@ -174,12 +175,15 @@ def _save(session: Session, timestep_sep: int | None, digests: WrittenDigests | 
     if save is None:
         return None
     extra = {name: attention.entries() for name, attention in session.attentions.items()}
+    # Whoever reads a bias that saturates has to know that it was meant to.
+    saturates = session.numerics.is_reference and any(scheme.observes_input for scheme in session.schemes)
+    numerics = {NUMERICS_KEY: session.numerics.name} if saturates else {}
     return write_checkpoint(
         list(entries(session.model, buffers=not session.numerics.is_reference, extra=extra)),
         checkpoint_files(save, quant_type),
         quant_type,
         header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},
-        metadata=({} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}) | save.metadata,
+        metadata=numerics | ({} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}) | save.metadata,
         part_file_size=save.part_file_size,
         digests=digests,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from quant_core.errors import ConfigurationError
 from quant_core.naming import linear_names, matches, select
 from quant_core.schemes.scheme import SchemeConfig
 
@@ -30,10 +31,13 @@ def layer_plan(model: nn.Module, config: SessionConfig) -> dict[str, SchemeConfi
     """Return the scheme of each linear layer to quantize, in model order.
 
     The first pattern of `layer_schemes` that matches a layer decides; then `disable_names` keep layers float; all
-    others get the session's one scheme. Raises ConfigurationError for a pattern that matches no layer.
+    others get the session's one scheme. Raises ConfigurationError for a pattern that matches no layer, or a scheme for
+    the last one only.
     """
-    names, rules = linear_names(model), config.layer_schemes
-    select(names, rules, where=f"layer_schemes, model {type(model).__name__}")
+    names, rules, where = linear_names(model), config.layer_schemes, f"layer_schemes, model {type(model).__name__}"
+    for pattern, scheme in rules.items():
+        if select(names, [pattern], where=where) == names[-1:] and isinstance(scheme, SchemeConfig):
+            raise _stays_float(names[-1], pattern, where)
     others = dict.fromkeys(target_layers(model, config.scheme.disable_names), config.scheme)
     plan: dict[str, SchemeConfig] = {}
     for name in names[:-1]:
@@ -41,3 +45,12 @@ def layer_plan(model: nn.Module, config: SessionConfig) -> dict[str, SchemeConfi
         if isinstance(found, SchemeConfig):
             plan[name] = found
     return plan
+
+
+def _stays_float(last: str, pattern: str, where: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"'{pattern}' gives a scheme to '{last}' only, which stays float",
+        where=where,
+        why="the last linear makes the model's output, and is never quantized",
+        advice=f"drop the pattern, or say {pattern}=float",
+    )

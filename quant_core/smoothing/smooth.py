@@ -54,6 +54,7 @@ def smooth(
     *,
     structure: ModelStructure | None,
     targets: Collection[str],
+    plain: Collection[str] = (),
     numerics: Numerics,
     codec: Int8Rows = INT8_ROWS,
     parallel: Parallel | None = None,
@@ -61,27 +62,32 @@ def smooth(
 ) -> Smoothing:
     """Choose the factors of a float model by replaying each record once; the model is not changed.
 
-    targets: the linears that will be quantized; codec: how their weights will become codes. Raises ConfigurationError
-    when there is nothing to smooth or to fuse into, InputError when the records do not run every group.
+    targets: the linears that will be quantized; plain: those of them that are to stay as they are; codec: how their
+    weights will become codes. A group of which all members are plain is not measured. Raises ConfigurationError when
+    there is nothing to smooth or to fuse into, InputError when the records do not run every group.
     """
     resolved = groups_to_smooth(model, config, structure=structure, targets=targets)
     assert structure is not None, "a model without a structure is refused"
     parallel = parallel or Parallel()
     method = METHODS[config.key]
+    groups = [group for group in resolved.smoothed if not set(group.linears) <= set(plain)]
+    if not groups:
+        return Smoothing(skipped=resolved.skipped)
     statistics = {
         shared[0]: _fresh_statistics(model, shared[0], method, config, numerics)
-        for group in resolved.smoothed
+        for group in groups
         for shared in group.inputs
     }
     _measure(model, statistics, records, count_before(parallel.dp_group, len(records)), progress)
     _combine(statistics, parallel)
     rescalings: dict[str, Rescaling] = {}
-    for group in resolved.smoothed:
+    for group in groups:
         measured = _measured(model, group, statistics, structure, numerics, codec, parallel)
         # Equal to the last bit on all ranks that hold rows of the same layers, whatever order they added in.
         factor_I = reduce_over(measured.tp_group, "max", method.factor(measured, config))
         for name, rescaling in _rescale(model, group, factor_I, numerics, config).items():
-            rescalings[name] = rescalings.get(name, Rescaling()).then(rescaling)
+            if name not in plain:
+                rescalings[name] = rescalings.get(name, Rescaling()).then(rescaling)
     return Smoothing(rescalings, resolved.skipped)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,20 @@ def test_the_table_has_a_reason_and_the_error_of_each_candidate_for_every_layer(
     assert sum(row["work"] for row in found["decisions"]) == pytest.approx(1, abs=1e-3)
     assert any("w8a8_timestep:plain" in row["error_db"] for row in found["decisions"])
     assert found["expected"]["static_share"] >= 0.5
+
+
+def test_the_bytes_are_those_of_the_layers_on_both_ranks(job: tuple[Path, str]):
+    names = table(job)["layer_schemes"]
+    assert table(job)["expected"]["bytes"] == sum(_bytes(opened(job, rank), names) for rank in RANKS)
+
+
+def _bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    """Return the bytes of the tensors of those layers in one shard."""
+    found, wanted = checkpoint.inventory, set(names)
+    stored = [name for name in found.floats if name.rpartition(".")[0] in wanted]
+    stored += [member for name in wanted & set(found.layers) for member in found.layers[name].members.values()]
+    infos = [checkpoint.info(name) for name in stored]
+    return sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
 
 
 def test_the_first_static_step_is_the_advised_one_on_every_rank(job: tuple[Path, str]):

@@ -46,6 +46,18 @@ CASES: dict[str, tuple[list[str], str]] = {
     "boundary beyond the steps": ([*JOB, "--timestep_sep", "9"], "lies beyond the last of 2 steps"),
     "exponent without its method": ([*JOB, "--anti_alpha", "0.5"], "--anti_alpha 0.5 has no meaning"),
     "exponent beyond 1": ([*JOB, "--anti_method", "m4", "--anti_alpha", "2"], "--anti_alpha cannot be '2'"),
+    "groups of smoothing that auto chooses": (
+        [*JOB, "--quant_type", "auto", "--anti_groups", "all"],
+        "--anti_groups has no meaning for auto",
+    ),
+    "exponent that auto does not try": (
+        [*JOB, "--quant_type", "auto", "--anti_beta", "0.5"],
+        "--anti_beta 0.5 has no meaning for m4",
+    ),
+    "plain layers behind fused smoothing": (
+        [*JOB, "--quant_type", "w8a8", "--anti_method", "m4", "--anti_fused", "--layer_schemes", "*.to_k=w8a8:plain"],
+        "no layer can be left without outlier suppression with --anti_fused",
+    ),
     "one of several processors": ([*JOB, "--device_id", "1"], "--device_id 1 has no meaning"),
     "threshold without an evaluation": ([*JOB, "--min_psnr", "30"], "--min_psnr has no meaning without --evaluate"),
     "evaluation without a checkpoint": (
@@ -69,6 +81,7 @@ CASES: dict[str, tuple[list[str], str]] = {
 FILES = {
     "configuration that is no YAML": ("a: [b", "the configuration is not YAML"),
     "configuration that is a list": ("- a", "is a list, not a mapping"),
+    "costs that are one number": ("quantization: {scheme_costs: 5}", "--scheme_costs cannot be 5"),
     "configuration with an unknown key": ("ranks: {tp: 2}", "no option is called 'tp'"),
 }
 
@@ -93,3 +106,4 @@ def assert_refused(words: list[str], message: str) -> None:
     assert message in caught.value.what
     assert caught.value.where
     assert caught.value.advice
+    assert "Undefined" not in str(caught.value)

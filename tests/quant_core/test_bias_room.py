@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quant_core import SessionConfig, TimestepManager, open_checkpoint, quant_model
 from quant_core.arithmetic.numerics import NUMERICS
 from quant_core.arithmetic.weight_codec import INT8_ROWS
+from quant_core.errors import VerificationError
 from tests.support.small_model import SCHEMES, STEPS, SmallModel, records, session
 
 TINY_ROW, BIAS = 3, 1.0
@@ -67,10 +69,17 @@ def test_other_rows_keep_their_codes_and_scales_to_the_last_bit(scheme: str, dty
     assert tensors["quant_bias"].abs().max() <= 2**30 + 255 * 127 * 8
 
 
-def test_the_reference_numerics_keeps_the_scale_and_overflows():
-    tensors = quantized("w8a8", torch.float32, numerics="reference")[1].layers["first"].tensors
+def test_the_reference_numerics_keeps_the_scale_and_overflows_and_the_file_says_that_it_may(tmp_path: Path):
+    result = quantized("w8a8", torch.float32, tmp_path, numerics="reference")[1]
+    tensors = result.layers["first"].tensors
     assert tensors["quant_bias"][TINY_ROW] in (-(2**31), 2**31 - 1)
     assert tensors["weight_scale"][TINY_ROW] == 2.0**-23
+    open_checkpoint(result.files).verify()
+    # Only the file's own word makes it right: what no numerics is said of must have room.
+    stored = load_file(result.files.weights)
+    save_file(stored, result.files.weights)
+    with pytest.raises(VerificationError, match=r"first.quant_bias' is saturated in 1 of"):
+        open_checkpoint(result.files).verify()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from quant_core.errors import ConfigurationError
 from quant_core.quality.budget import BUDGETS, COSTS, Budget
 from quant_core.quality.choice import Candidate, Choice, choose
 from quant_core.schemes.treatment import Treatment
@@ -61,6 +62,20 @@ def test_bytes_are_a_limit_of_their_own():
     free = choose(TWO, Budget(cost=9.0, bytes=99))
     assert set(chosen(free).values()) == {"float"}
     assert set(chosen(choose(TWO, Budget(cost=9.0, bytes=2.5))).values()) == {"w8a8_dynamic"}
+
+
+@pytest.mark.parametrize("most", [0, 1.5])
+def test_layers_that_do_not_fit_in_the_bytes_are_refused_with_what_they_need(most: float):
+    with pytest.raises(ConfigurationError, match=f"do not fit in {most:.0f} bytes") as caught:
+        choose(TWO, Budget(bytes=most))
+    assert "bytes=2 or more" in str(caught.value)
+
+
+def test_a_layer_of_one_candidate_is_spent_for_and_has_it():
+    """The budget allows half of the work to be dynamic, and the given layer takes all of it."""
+    found = choose({"a": TWO["a"], "b": layer(1, w8a8_dynamic=3e-4)}, Budget(dynamic=0.5))
+    assert chosen(found) == {"a": "w8a8", "b": "w8a8_dynamic"}
+    assert found.layers[1].reason == "nothing else may be chosen"
 
 
 def test_a_layer_that_smoothing_makes_worse_is_left_plain_and_the_table_says_so():

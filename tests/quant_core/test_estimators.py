@@ -21,7 +21,7 @@ from quant_core import (
     W8A8QuantConfig,
 )
 from quant_core.arithmetic.numerics import NUMERICS
-from quant_core.arithmetic.scales import asymmetric_offset, asymmetric_scale, dequantize, quantize
+from quant_core.arithmetic.scales import asymmetric_offset, asymmetric_scale, fake_quantize_
 from quant_core.arithmetic.weight_codec import INT8_ROWS
 from quant_core.parallel.groups import Parallel
 from quant_core.ranges import ESTIMATORS, RangeEstimator
@@ -72,7 +72,7 @@ def true_error(x: Tensor, low: float, high: float) -> float:
     ends = torch.tensor([low, high])
     scale = asymmetric_scale(ends[0], ends[1])
     offset = asymmetric_offset(ends[0], scale).clamp(-128, 127)
-    return (dequantize(quantize(x, scale, offset), scale, offset) - x).double().square().mean().item()
+    return (fake_quantize_(x.clone(), scale, offset) - x).double().square().mean().item()
 
 
 @each_estimator
@@ -200,7 +200,7 @@ def output_error(x: Tensor, linear: nn.Linear, ends: tuple[Tensor, Tensor]) -> f
     """Quantize the input and measure the error of the output."""
     scale = asymmetric_scale(*ends)
     offset = asymmetric_offset(ends[0], scale).clamp(-128, 127)
-    fake = dequantize(quantize(x, scale, offset), scale, offset)
+    fake = fake_quantize_(x.clone(), scale, offset)
     return (linear(fake) - linear(x)).square().mean().item()
 
 

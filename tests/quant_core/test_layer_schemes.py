@@ -14,6 +14,9 @@ from quant_core import M4ProcessorConfig, SaveProcessorConfig, SessionConfig, Ti
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import ConfigurationError
+from quant_core.parallel.groups import Parallel
+from quant_core.session.quantize import smoothing_of
+from quant_core.session.session import Session
 from quant_core.session.streaming import quantize_streaming, reads_activations
 from quant_core.session.targets import layer_plan
 from quant_core.structure import find_structure
@@ -107,6 +110,13 @@ def test_a_pattern_that_matches_no_layer_is_refused_with_the_nearest_name():
     assert "attn.to_q (nearest name)" in str(caught.value)
 
 
+@pytest.mark.parametrize("pattern", ["proj_out", "proj_ou?"])
+def test_a_scheme_for_the_last_linear_only_is_refused_and_float_is_not(pattern: str):
+    with pytest.raises(ConfigurationError, match="gives a scheme to 'proj_out' only, which stays float"):
+        layer_plan(build("flux"), session(None, {pattern: "w8a16"}))
+    assert "proj_out" not in layer_plan(build("flux"), session(None, {pattern: "float"}))
+
+
 def test_a_mix_that_reads_no_activations_streams_to_the_bytes_of_a_held_model(tmp_path: Path):
     rules = {"*.norm*.linear": "w8a16", "*.to_k": "float"}
     model = build("flux")
@@ -151,6 +161,22 @@ def test_smoothing_leaves_alone_the_layers_that_multiply_nothing_and_those_that_
 def test_rules_that_contradict_are_refused(rules: dict[str, Any], main: str, says: str):
     with pytest.raises(ValueError, match=says):
         session(None, rules, main)
+
+
+def test_plain_layers_are_refused_beside_smoothing_that_the_layers_in_front_do():
+    rules = {"*.to_k": SCHEMES["w8a8"](smoothed=False)}
+    with pytest.raises(ValueError, match="no layer can be left without outlier suppression with fused=True"):
+        session(None, rules, m4=M4ProcessorConfig(fused=True))
+
+
+def test_no_records_are_replayed_for_factors_that_no_layer_takes():
+    told: set[str] = set()
+    model = build("flux")
+    for rule, measured in (("w8a8_dynamic", True), ("w8a16", False)):
+        config = session(None, {"*": rule}, m4=M4ProcessorConfig(smoothing_groups="every"))
+        told.clear()
+        smoothing_of(Session(model, config, find_structure(model), Parallel(), lambda stage, *_: told.add(stage)))
+        assert bool(told) == measured
 
 
 def test_smoothing_every_layer_needs_no_group_and_survives_a_float_member(tmp_path: Path):

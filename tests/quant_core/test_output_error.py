@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,46 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant_core import M4ProcessorConfig, SessionConfig, quant_model
+from quant_core import M4ProcessorConfig, SessionConfig, TimestepManager, quant_model
 from quant_core.calibration.records import as_records
 from quant_core.calibration.replay import replay
+from quant_core.errors import InputError
 from quant_core.quality.budget import BUDGETS, Budget
 from quant_core.quality.decide import LayerErrors, choose_layers, measure_layers
 from quant_core.quality.output_error import MOST_PROBES, _energies, probe_signs
 from quant_core.quality.replayed import compare_outputs, kept_outputs
 from quant_core.schemes.treatment import FLOAT, Treatment
-from quant_core.structure import ModelStructure
+from tests.support.mixer import PER_STEP, STEPS, STRUCTURE, TOKENS, WIDTH, Mixer, records
 from tests.support.small_model import SCHEMES
 
-STRUCTURE = ModelStructure(model_class="Mixer")
 LAYERS = ("first", "second")
-STEPS, PER_STEP, TOKENS, WIDTH = 3, 12, 32, 64
-
-
-class Mixer(nn.Module):
-    """Two layers behind each other, wide enough that the sum over channels and tokens is not a matter of luck."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.first, self.second = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
-        self.last = nn.Linear(WIDTH, WIDTH)
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator) / WIDTH**0.5
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(x + self.second(torch.relu(self.first(x))))
-
-
-def records() -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(1)
-    shape = (1, TOKENS, WIDTH)
-    return [
-        {"args": [torch.randn(shape, generator=generator) * (1 + step)], "timestep_idx": step}
-        for step in range(STEPS)
-        for _ in range(PER_STEP)
-    ]
 
 
 def session(rules: Mapping[str, Any] | None = None) -> SessionConfig:
@@ -105,6 +79,36 @@ def test_no_static_treatment_is_offered_whose_range_would_rest_on_few_tokens():
     config = SessionConfig(processor_cfg_map={"w8a8": SCHEMES["w8a8"]()}, calib_data=data)
     found = measure_layers(Mixer(), config, structure=STRUCTURE).layers
     assert {treatment.scheme for treatment in found["first"].errors} == {"w8a8_dynamic", "w8a16", "float"}
+
+
+def test_no_treatment_is_offered_that_the_runtime_cannot_compute_for_one_output():
+    model = Mixer()
+    model.second, model.last = nn.Linear(2 * WIDTH, 1), nn.Linear(WIDTH, WIDTH)
+    found = measure_layers(model.requires_grad_(False), session(), structure=STRUCTURE).layers
+    assert {treatment.scheme for treatment in found["second"].errors} == {"w8a8", "w8a16", "float"}
+
+
+def test_a_layer_that_no_record_of_a_step_runs_is_named():
+    class Lazy(Mixer):
+        def forward(self, x: Tensor) -> Tensor:
+            runs = TimestepManager.get_timestep_idx() != 1
+            return super().forward(x) if runs else self.last(torch.relu(self.first(x))[..., :WIDTH])
+
+    with pytest.raises(InputError, match="never ran layer 'second' in step 1"):
+        measure_layers(Lazy(), session(), structure=STRUCTURE)
+
+
+def test_a_given_layer_has_its_treatment_and_the_float_model_runs_once_for_all_choices():
+    told: Counter[str] = Counter()
+    config = session({"first": "w8a16"})
+    found = measure_layers(
+        Mixer(), config, given=["first"], structure=STRUCTURE, progress=lambda stage, *_: told.update([stage])
+    )
+    choice = choose_layers(found, BUDGETS["quality"])
+    assert choice.layers[0].chosen.treatment.scheme == "w8a16"
+    assert len(choice.layers[1].candidates) > 3
+    assert choice.static_share < 1
+    assert told["float outputs"] == STEPS
 
 
 def test_work_counts_the_multiplications_of_all_records(errors: dict[str, LayerErrors]):

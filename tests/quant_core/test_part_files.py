@@ -20,6 +20,7 @@ from quant_core import quant_model
 from quant_core.checkpoint.entries import CheckpointFiles, Entry, write_checkpoint
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import open_checkpoint
+from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.checkpoint.tensor_parts import GB, TensorFiles, split, write_tensors
 from quant_core.errors import InputError, VerificationError
 from tests.support.small_model import SmallModel, session
@@ -92,6 +93,17 @@ def test_another_form_leaves_nothing_of_the_one_before(tmp_path: Path):
     quantized(tmp_path, None)
     one = [f"{STEM}-notes.safetensors", f"{STEM}.safetensors", "quant_model_description_w8a8.json"]
     assert names_in(tmp_path) == sorted(one)
+
+
+def test_no_digest_stands_for_a_file_that_is_in_parts(tmp_path: Path):
+    tensors = {name: torch.ones(256) for name in "ab"}
+    for part_bytes, is_one in ((1024, False), (4096, True)):
+        digests = WrittenDigests(wanted=lambda name, tensor: True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            write_tensors(tmp_path / "w.safetensors", tensors, metadata={}, part_bytes=part_bytes, digests=digests)
+        assert (digests.file is not None) == is_one
+        assert set(digests.tensors) == set(tensors)
 
 
 def test_every_file_has_the_mode_that_the_consumer_accepts(tmp_path: Path):

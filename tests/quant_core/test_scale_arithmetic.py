@@ -16,7 +16,6 @@ from quant_core.arithmetic.scales import (
     QMIN,
     asymmetric_offset,
     asymmetric_scale,
-    dequantize,
     include_zero,
     pack_deq_scale,
     quantize,
@@ -29,6 +28,11 @@ from quant_core.arithmetic.weight_codec import INT8_ROWS
 ROUNDING = 1e-4
 # Ranges narrower than EPS steps are constants by definition; wider than this, float32 itself overflows in a product.
 MODERATE = st.floats(-1e6, 1e6, width=32)
+
+
+def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+    """Return the numbers that codes stand for."""
+    return (codes - offset) * scale
 
 
 @st.composite
