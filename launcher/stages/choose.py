@@ -161,7 +161,7 @@ def decisions(choice: Choice, options: Quantization) -> dict[str, Any]:
         "decisions": [
             {
                 "layer": layer.name,
-                "chosen": layer.written,
+                "chosen": str(layer.chosen.treatment),
                 "work": round(layer.work / total, 6),
                 "error_db": {str(each.treatment): round(each.sqnr, 1) for each in layer.candidates if each.error},
                 "reason": layer.reason,

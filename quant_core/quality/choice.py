@@ -55,13 +55,6 @@ class LayerChoice:
     chosen: Candidate
     reason: str
 
-    @property
-    def written(self) -> str:
-        """Return what was chosen as `--layer_schemes` reads it."""
-        treatment = self.chosen.treatment
-        is_choice = any(candidate.treatment.smoothed for candidate in self.candidates)
-        return str(treatment) if is_choice else treatment.scheme
-
 
 @dataclass
 class Choice:
@@ -99,7 +92,7 @@ class Choice:
     @property
     def layer_schemes(self) -> dict[str, str]:
         """Return the map that `--layer_schemes` reads."""
-        return {layer.name: layer.written for layer in self.layers}
+        return {layer.name: str(layer.chosen.treatment) for layer in self.layers}
 
 
 def choose(

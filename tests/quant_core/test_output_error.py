@@ -150,6 +150,8 @@ def test_a_choice_that_the_whole_model_shows_to_be_worse_than_one_without_smooth
     choice = choose_layers(misled, BUDGETS["speed"])
     assert not any(layer.chosen.treatment.smoothed for layer in choice.layers)
     assert choice.measured > 20
+    # The job still has outlier suppression: the table has to keep it away from each layer.
+    assert {Treatment.of(text).smoothed for text in choice.layer_schemes.values()} == {False}
 
 
 @pytest.mark.parametrize("layers", [5, 63, 200])
