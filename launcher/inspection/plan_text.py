@@ -65,6 +65,8 @@ def _bytes(plan: Plan, memory: MemoryModel, device: str) -> Iterator[str]:
         return f"{size / _GIB:.2f} GiB"
 
     yield f"each rank: {gib(memory.weights)} of float weights, {gib(memory.activations)} in a forward (forecast)"
+    if plan.streams:
+        yield "  quantized layer by layer from disk, without holding the model"
     stages = _peaks(plan, memory)
     if device == "cpu" and stages:
         yield f"  host, at most: {gib(max(alone for alone, _, _ in stages) + _PROCESS * _GIB)}"

@@ -153,6 +153,7 @@ def test_a_model_that_streams_takes_no_calls_and_little_memory(folder: Path):
     said = "\n".join(told(plan, "npu"))
     assert plan.streams
     assert "calls of the transformer: none" in said
+    assert "layer by layer from disk" in said
 
 
 def test_a_problem_of_the_fallback_is_one_problem_and_not_an_end(folder: Path, tmp_path: Path):
