@@ -71,7 +71,8 @@ class Plan:
 
     quant_type: empty for a job of images alone. batches: of this rank. What it does: calibrates, then quantizes by
     replaying that (replays) or layer by layer from disk (streams), after measuring what to choose (measures); paints
-    images; evaluates on so many batches of this rank, 0: on the calibration data, None: not.
+    images; keeps the weights on the host (offloads); evaluates on so many batches of this rank, 0: on the calibration
+    data, None: not.
     """
 
     model: str
@@ -88,6 +89,7 @@ class Plan:
     replays: bool = False
     streams: bool = False
     paints: bool = False
+    offloads: bool = False
     evaluates: int | None = None
     batches: int = 0
     steps: int = 0
@@ -129,6 +131,7 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
     plan.measures = options.do_quant and AUTO in (options.quant_type, options.timestep_sep)
     adapter = load_adapter(config.model)
     hardware = pipeline.hardware
+    plan.offloads = hardware is not None and hardware.cpu_offload
     launch = Launch(world=world or config.ranks.tp_size or (hardware.tp_size if hardware else 1))
     if found := plan.attempt(lambda: lay_out(config, launch)):
         plan.mesh, plan.mesh_reason = found

@@ -10,8 +10,9 @@ from launcher.inspection.plan import Plan
 from model_adapters.memory.memory_model import MemoryModel
 
 _GIB = 2**30
-# What a process takes before it holds a tensor: Python, torch, diffusers.
-_PROCESS = 0.4
+# What a process takes on the host before it holds a tensor: Python, torch, diffusers; with a card its driver's
+# libraries too, as measured with CUDA 13 on an H100.
+_PROCESS, _PROCESS_WITH_CARD = round(0.4 * _GIB), round(2.1 * _GIB)
 
 
 def told(plan: Plan, device: str) -> Iterator[str]:
@@ -69,10 +70,10 @@ def _bytes(plan: Plan, memory: MemoryModel, device: str) -> Iterator[str]:
         yield "  quantized layer by layer from disk, without holding the model"
     stages = _peaks(plan, memory)
     if device == "cpu" and stages:
-        yield f"  host, at most: {gib(max(alone for alone, _, _ in stages) + _PROCESS * _GIB)}"
+        yield f"  host, at most: {gib(max(alone for alone, _, _ in stages) + _PROCESS)}"
     elif stages:
         yield f"  {device}, at most: {gib(max(card for _, card, _ in stages))}"
-        yield f"  host, at most: {gib(max(host for _, _, host in stages) + _PROCESS * _GIB)}"
+        yield f"  host, at most: {gib(max(host for _, _, host in stages) + _PROCESS_WITH_CARD)}"
     if plan.paints or plan.evaluates:
         yield "  the decoder of pictures comes on top"
     if plan.quant_type:
@@ -81,15 +82,22 @@ def _bytes(plan: Plan, memory: MemoryModel, device: str) -> Iterator[str]:
 
 
 def _peaks(plan: Plan, memory: MemoryModel) -> list[tuple[int, int, int]]:
-    """Return the most bytes of each stage of the job: on a host without cards; on a card, and on the host beside it."""
-    replaying = max(memory.loading, memory.weights + memory.activations + memory.workspace)
-    comparing = max(memory.loading, memory.weights + memory.comparing)
+    """Return the most bytes of each stage of the job: on a host without cards; on a card, and on the host beside it.
+
+    With CPU offload the weights stay on the host. The pipeline still moves all of them to the card while it runs them;
+    only what runs the transformer alone, to quantize it or to compare its layers, goes block by block.
+    """
+    home, loading, there = (
+        (memory.weights, 0, memory.visiting) if plan.offloads else (0, memory.loading, memory.weights)
+    )
+    replaying = max(loading, there + memory.activations + memory.workspace)
+    evaluating = max(memory.running if plan.evaluates else 0, loading, there + memory.comparing)
     stages = (
-        (plan.paints, (memory.running, memory.running, 0)),
-        (plan.calibrates, (memory.calibrating, memory.running, memory.record)),
-        (plan.replays, (memory.quantizing, replaying, memory.codes + memory.dump)),
+        (plan.paints, (memory.running, memory.running, home)),
+        (plan.calibrates, (memory.calibrating, memory.running, home + memory.record)),
+        (plan.replays, (memory.quantizing, replaying, home + memory.codes + memory.dump)),
         (plan.streams, (memory.streaming, memory.widest + memory.workspace, memory.streaming)),
-        (plan.evaluates is not None, (memory.evaluating, comparing, memory.kept)),
+        (plan.evaluates is not None, (memory.evaluating, evaluating, home + memory.kept)),
     )
     return [peaks for is_done, peaks in stages if is_done]
 

@@ -24,6 +24,7 @@ from model_adapters.inputs import size
 from model_adapters.memory.live_bytes import peak_bytes
 from model_adapters.options import PipelineOptions
 from model_adapters.pipeline.arithmetic import other_arithmetic
+from model_adapters.pipeline.offload import blocks_of
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.naming import linear_at
@@ -39,13 +40,15 @@ from quant_core.session.targets import layer_plan
 class MemoryModel:
     """Bytes of one rank.
 
-    weights: this rank's float part; activations: the most that one forward holds beside them; record: what one batch
-    adds to the dump; dump: all of it; codes: int8 weights beside the float ones; workspace: the most that quantizing
-    one layer or one input takes; widest: the largest tensor; widest_codes: of the largest layer; quantized: what is
-    published; comparing: what activations are while an evaluation compares layers, or computes the noise floor.
+    weights: this rank's float part; visiting: the most of it that is on a card which runs it block by block;
+    activations: the most that one forward holds beside them; record: what one batch adds to the dump; dump: all of it;
+    codes: int8 weights beside the float ones; workspace: the most that quantizing one layer or one input takes; widest:
+    the largest tensor; widest_codes: of the largest layer; quantized: what is published; comparing: what activations
+    are while an evaluation compares layers, or computes the noise floor.
     """
 
     weights: int
+    visiting: int
     activations: int
     record: int
     dump: int
@@ -117,6 +120,7 @@ def estimate_memory(
     replays = session is not None and reads_activations(model, session)
     return MemoryModel(
         weights=size(model.state_dict()),
+        visiting=_visiting_bytes(model),
         activations=activations + size(arguments),
         record=inputs.dump_bytes(1, options.infer_steps),
         dump=inputs.dump_bytes(batches, options.infer_steps),
@@ -127,6 +131,11 @@ def estimate_memory(
         quantized=_quantized_bytes(model, schemes, options.infer_steps),
         comparing=_follow_evaluation(model, schemes, arguments, dtype) + size(arguments),
     )
+
+
+def _visiting_bytes(model: nn.Module) -> int:
+    blocks = [size(block.state_dict()) for block in blocks_of(model)]
+    return size(model.state_dict()) - sum(blocks) + max(blocks, default=0)
 
 
 def _follow_forward(model: nn.Module, targets: Iterable[str], arguments: dict[str, Tensor]) -> tuple[int, Tensor]:
