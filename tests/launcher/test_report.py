@@ -192,7 +192,8 @@ def test_the_command_to_repeat_and_the_stages_are_of_as_many_ranks_as_the_job_ha
             {"stage": "merge"},
             {"ended": "merge", "seconds": 1.0, "memory": 1},
         ]
-        written = [json.dumps({"rank": rank, "time": "2026-01-01T00:00:00+00:00", **line}) for line in lines]
+        same = {"rank": rank, "time": "2026-01-01T00:00:00+00:00", "level": "info", "from": "launcher", "text": "said"}
+        written = [json.dumps({**same, **line}) for line in lines]
         (tmp_path / LOGS / f"rank{rank}.jsonl").write_text("\n".join(written))
     assert command(tmp_path, "flux", 2) == "torchrun --nproc_per_node 2 -m launcher flux --path 'a b'"
     assert {row.rank for row in stage_rows(tmp_path, 2)} == {0, 1}
