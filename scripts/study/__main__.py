@@ -4,8 +4,7 @@
     python scripts/study --models sd3 --seeds 1        a look
     python scripts/study --full                        every combination that is allowed, hours
 
-`scripts/study.md` holds less than the default's three seeds: two of the models and one of those with outlier
-channels, as `--seeds 1` and then `--models flux sd3 --seeds 2` measure them.
+`scripts/study.md` holds two of the default's three seeds, as `--seeds 2` measures them.
 
 Each figure is the mean over seeds with its standard deviation; a seed has its own prompts and noise to calibrate, and
 its own noise to paint. Everything is done in this process. A cell that is done stands in `results.jsonl` of the work
