@@ -53,4 +53,5 @@ def test_layers_are_compared_in_the_channels_of_the_float_model(rotated_job: Pub
     layers = {layer.name: layer.sqnr for layer in card.layers}
     around = [sqnr for name, sqnr in layers.items() if name.endswith(("to_v", "add_v_proj", "to_out.0", "proj_out"))]
     assert len(around) > 8
-    assert min(around) > 25
+    # The random model's outliers cost up to 30 dB; against unrotated channels it would be -3 dB, whatever the inputs.
+    assert min(around) > 5
