@@ -44,12 +44,26 @@ class SmoothingGroup(_Frozen):
     values: tuple[str, ...] = ()
 
 
+class AttentionValues(_Frozen):
+    """Name the linears that make an attention's values, and those whose input begins with its output.
+
+    All are relative to every module that matches `block`; what a block lacks is left out. `attention` has `heads`, the
+    number of heads, between which the outputs of `made_by` are divided. One softmax mixes all values, so all linears
+    of an attention go together.
+    """
+
+    block: str
+    attention: str
+    made_by: tuple[str, ...]
+    read_by: tuple[str, ...]
+
+
 class ModelStructure(_Frozen):
     """Say which linears share an input and where the attentions are.
 
     `optional_smoothing_groups` are smoothed on request, or where all others stay float. `m4_alpha` and
     `smoothing_floor`: the model's own exponent of m4, and the least factor of m4 and m6. `attentions` are patterns of
-    attention modules, in the grammar of `quant_core.naming`.
+    attention modules, in the grammar of `quant_core.naming`; `values` what is linear in front of and behind each.
     """
 
     model_class: str
@@ -58,6 +72,7 @@ class ModelStructure(_Frozen):
     m4_alpha: float = 0.5
     smoothing_floor: float = 1e-5
     attentions: tuple[str, ...] = ()
+    values: tuple[AttentionValues, ...] = ()
 
 
 def find_structure(model: nn.Module) -> ModelStructure | None:

@@ -14,10 +14,11 @@ from statistics import median
 import torch
 from torch import nn
 
+from quant_core.attention.rotated_values import rotation_of
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import replay
 from quant_core.layers.deployed import DeployedLinear
-from quant_core.quality.replayed import compare_layers, compare_outputs, kept_outputs
+from quant_core.quality.replayed import LayerOutput, compare_layers, compare_outputs, kept_outputs
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ def measure(floating: nn.Module, deployed: nn.Module, records: Sequence[Record])
     }
     with kept_outputs(floating) as exact:
         replay(floating, records, stage="measure")
-    layers = compare_layers(floating, targets, lambda name: lambda x, step: targets[name](x), records)
+    layers = compare_layers(floating, targets, lambda name: _seen_by_float(targets[name]), records)
     output = compare_outputs(deployed, records, exact)
     return Quality({name: ratios.overall.decibels for name, ratios in layers.items()}, output.overall.decibels)
+
+
+def _seen_by_float(layer: nn.Module) -> LayerOutput:
+    """Return what a deployed layer makes, in the channels of the float model if it was rotated."""
+    rotation = rotation_of(layer)
+    return lambda x, step: layer(x) if rotation is None else rotation.output(layer(rotation.input(x)))

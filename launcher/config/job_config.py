@@ -70,6 +70,10 @@ class Quantization(Section):
     anti_fused: bool = Field(
         default=False, description="fold smoothing into the layers in front, so that nothing is multiplied at run time"
     )
+    rotate_values: bool = Field(
+        default=False,
+        description="rotate the values inside each attention head, which spreads outliers; costs nothing at run time",
+    )
     act_method: ActMethod = Field(default="minmax", description="estimator of static activation ranges")
     numerics: Literal["float32", "reference"] = Field(
         default="float32", description="arithmetic: the better one, or bit-equal to the reference tool"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from launcher.config.resolve import job_from_yaml
 from launcher.files.run_folder import CONFIG
@@ -68,10 +69,16 @@ def compare_with_model(published: Published, path: str) -> Comparison:
 
 
 def _layers(rank: RankCheckpoint, part: TransformerPart, without: set[str]) -> Mapping[str, Ratio]:
-    """Return signal and noise of each layer's weight on a rank."""
+    """Return signal and noise of each layer's weight on a rank, against the model's, rotated as the layer was."""
     names = [name for name in rank.inventory.layers if name not in without]
-    dtype = rank.inventory.dtype
-    return {name: compare(part.read(f"{name}.weight").to(dtype), rank.checkpoint.read_weight(name)) for name in names}
+    return {name: compare(_of_model(rank, part, f"{name}.weight"), rank.checkpoint.read_weight(name)) for name in names}
+
+
+def _of_model(rank: RankCheckpoint, part: TransformerPart, name: str) -> Tensor:
+    """Return the model's tensor in the dtype of the run, rotated if its layer was."""
+    (layer, _, tensor), value = name.rpartition("."), part.read(name).to(rank.inventory.dtype)
+    rotation = rank.checkpoint.rotations.get(layer)
+    return value if rotation is None else rotation.tensor(tensor, value)
 
 
 def _brought(job: Path) -> Brought:
@@ -81,6 +88,7 @@ def _brought(job: Path) -> Brought:
 
 def _changed(rank: RankCheckpoint, part: TransformerPart, fused: bool) -> Iterator[Finding]:
     """Yield tensors that quantizing leaves alone, and that are not the model's."""
+    rotations = rank.checkpoint.rotations
     kept = {name: (name, "the runtime never loads it, so a change would be lost") for name in rank.inventory.floats}
     for name, group in rank.inventory.layers.items() if not fused else ():
         if "bias" in group.members:
@@ -89,6 +97,14 @@ def _changed(rank: RankCheckpoint, part: TransformerPart, fused: bool) -> Iterat
         if name not in part.stored:
             continue
         ours = rank.checkpoint.read_raw(full)
-        theirs = part.read(name).to(ours.dtype)
-        if ours.shape == theirs.shape and not torch.equal(ours, theirs):
+        theirs = _of_model(rank, part, name).to(ours.dtype)
+        if ours.shape == theirs.shape and not _is_same(ours, theirs, name.rpartition(".")[0] in rotations):
             yield Finding("the model's tensors", rank.files.weights, full, f"'{full}' is not the model's", why)
+
+
+def _is_same(stored: Tensor, ours: Tensor, rotated: bool) -> bool:
+    """Compare bit by bit; what was rotated on another kind of device may be rounded to the neighbour."""
+    if not rotated:
+        return torch.equal(stored, ours)
+    eps, largest = torch.finfo(ours.dtype).eps, float(ours.abs().max())
+    return torch.allclose(stored.double(), ours.double(), rtol=eps, atol=eps * largest)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launcher.inspection.published import Published, RankCheckpoint, read_published
 from launcher.inspection.rank_rules import tensor_names
@@ -81,8 +82,13 @@ def _unequal(a: Mapping[str, Any], b: Mapping[str, Any], absent: Any = "(absent)
 
 
 def _types(rank: RankCheckpoint) -> dict[str, str]:
-    layers = rank.inventory.layers.items()
-    return {name: group.type + (", smoothed" if "mul_scale" in group.members else "") for name, group in layers}
+    rotations = rank.checkpoint.rotations
+    return {
+        name: group.type
+        + (", smoothed" if "mul_scale" in group.members else "")
+        + (", rotated" if name in rotations else "")
+        for name, group in rank.inventory.layers.items()
+    }
 
 
 def _tensors(ours: RankCheckpoint, theirs: RankCheckpoint) -> Iterator[tuple[str, str]]:
@@ -113,7 +119,14 @@ def _weights(ours: RankCheckpoint, theirs: RankCheckpoint) -> Iterator[tuple[str
             continue
         shapes = (ours.checkpoint.info(group.members["weight"]), theirs.checkpoint.info(other.members["weight"]))
         if shapes[0] == shapes[1]:
-            yield name, compare(ours.checkpoint.read_weight(name), theirs.checkpoint.read_weight(name))
+            yield name, compare(_weight(ours, name), _weight(theirs, name))
+
+
+def _weight(rank: RankCheckpoint, name: str) -> Tensor:
+    """Return what a layer's codes stand for, with smoothing and rotation undone."""
+    weight, rotation = rank.checkpoint.read_weight(name), rank.checkpoint.rotations.get(name)
+    # A rotation is its own inverse.
+    return weight if rotation is None else rotation.weight(weight)
 
 
 def told(found: Difference, one: Path, other: Path) -> Iterator[str]:

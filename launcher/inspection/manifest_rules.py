@@ -101,6 +101,7 @@ def _consequences(published: Published) -> Iterator[tuple[str, object]]:
     types = [name for name, kind in QUANT_TYPES.items() if kind.scheme.quant_type == first.quant_type]
     with_attention = [name for name in types if QUANT_TYPES[name].with_attention == bool(first.attentions)]
     yield "quantization.quant_type", next(iter(with_attention), None)
+    yield "quantization.rotate_values", bool(published.ranks[0].checkpoint.rotations)
     yield "dtype", str(first.dtype)
     yield "mesh.tp_size", len(published.ranks)
     if first.timesteps is not None:

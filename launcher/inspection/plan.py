@@ -34,6 +34,7 @@ from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import cached_folder, is_hub_id, pipeline_folder
 from model_adapters.weights.transformer_folders import pipeline_files, used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer
+from quant_core.attention.rotated_values import Rotations, find_rotations
 from quant_core.errors import ConfigurationError, ExplainedError, InputError
 from quant_core.naming import linear_names, matches, select
 from quant_core.schemes import SCHEMES
@@ -81,6 +82,7 @@ class Plan:
     mesh_reason: str = ""
     scopes: list[Scope] = field(default_factory=list)
     smoothing: ResolvedGroups | None = None
+    rotations: Rotations | None = None
     tp_sizes: list[int] = field(default_factory=list)
     layout: str = ""
     memory: MemoryModel | None = None
@@ -241,6 +243,8 @@ def _look_at_layers(
         plan.smoothing = plan.attempt(
             lambda: groups_to_smooth(model, smoothing, structure=adapter.structure, targets=layers)
         )
+    if session.rotate_values:
+        plan.rotations = plan.attempt(lambda: find_rotations(model, adapter.structure, targets=layers))
     return session
 
 

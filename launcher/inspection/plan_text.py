@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from launcher.inspection.plan import Plan
 from model_adapters.memory.memory_model import MemoryModel
@@ -26,6 +26,9 @@ def told(plan: Plan, device: str) -> Iterator[str]:
     if plan.layout:
         sizes = ", ".join(map(str, plan.tp_sizes))
         yield f"layout {plan.layout}: tensor-parallel sizes that divide the model (of 1 to 16): {sizes}"
+    if plan.rotations is not None:
+        yield f"rotation: the values of {plan.rotations.attentions} attentions"
+        yield from _left_out(plan.rotations.skipped)
     if plan.smoothing is not None:
         yield from _smoothing(plan)
     if plan.memory is not None:
@@ -53,8 +56,12 @@ def _smoothing(plan: Plan) -> Iterator[str]:
     groups = Counter(_pattern(" + ".join(group.linears)) for group in plan.smoothing.smoothed)
     yield f"smoothing: {len(plan.smoothing.smoothed)} groups of linears with one input"
     yield from (f"  {count:4} {pattern}" for pattern, count in groups.items())
-    left_out = Counter(_pattern(f"{name}: {reason}") for name, reason in plan.smoothing.skipped.items())
-    yield from (f"  {count:4} left out: {text}" for text, count in left_out.items())
+    yield from _left_out(plan.smoothing.skipped)
+
+
+def _left_out(skipped: Mapping[str, str]) -> Iterator[str]:
+    reasons = Counter(_pattern(f"{name}: {reason}") for name, reason in skipped.items())
+    yield from (f"  {count:4} left out: {text}" for text, count in reasons.items())
 
 
 def _pattern(text: str) -> str:

@@ -139,7 +139,8 @@ def again_flags(options: Quantization, table: Mapping[str, Any]) -> list[str]:
         "anti_alpha": options.anti_alpha,
         "anti_beta": options.anti_beta,
     }
-    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    return [*words, *(["--rotate_values"] if options.rotate_values else [])]
 
 
 def decisions(choice: Choice, options: Quantization) -> dict[str, Any]:

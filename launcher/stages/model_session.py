@@ -20,6 +20,7 @@ from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline, release_pipeline
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
+from quant_core.attention.rotated_values import find_rotations
 from quant_core.schemes import SCHEMES
 from quant_core.session.checks import check_outputs
 from quant_core.session.streaming import reads_activations
@@ -69,7 +70,7 @@ class ModelSession:
             self._check_quantization(part.model)
 
     def _check_quantization(self, model: nn.Module) -> None:
-        """Refuse patterns without a layer, options that exclude each other, and smoothing without a group."""
+        """Refuse patterns without a layer, options that exclude each other, and what finds nothing to work on."""
         options = self.config.quantization
         session = session_of(processors(options, self.disabled_layers), options, [])
         targets = layer_plan(model, session)
@@ -77,6 +78,8 @@ class ModelSession:
         self.reads_activations = reads_activations(model, session)
         if session.smoothing is not None:
             groups_to_smooth(model, session.smoothing, structure=self.adapter.structure, targets=targets)
+        if session.rotate_values:
+            find_rotations(model, self.adapter.structure, targets=targets)
 
     @property
     def transformer(self) -> LoadedTransformer:

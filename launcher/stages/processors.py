@@ -67,6 +67,7 @@ def session_of(found: Sequence[ProcessorConfig], options: Quantization, records:
         return SessionConfig(
             processor_cfg_map={processor.key: processor for processor in found},
             layer_schemes=layer_schemes(options),
+            rotate_values=options.rotate_values,
             calib_data=records,
             numerics=options.numerics,
         )

@@ -63,6 +63,8 @@ def _stage(job: Job, results: Results, dump: Path | None) -> None:
     run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part, digests, decisions))
     types = Counter(layer.scheme.quant_type for layer in result.layers.values())
     job.console.say("quantize: " + ", ".join(f"{count} layers as {kind}" for kind, count in types.items()))
+    for reason, count in Counter(result.unrotated.values()).items():
+        job.console.say(f"quantize: values of {count} attentions are not rotated: {reason}")
 
 
 def quant_type(job: Job) -> str:
@@ -124,6 +126,7 @@ def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[Qua
         part.model,
         part.read,
         _session(job, job.config.quantization, [], *_saves(job, results)),
+        structure=job.model.adapter.structure,
         parallel=_parallel(job, part.shards),
         device=job.ranks.device,
         progress=lambda stage, done, total: _progress(job, stage, done, total),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quant_core.structure import ModelStructure, Modulation, SmoothingGroup
+from quant_core.structure import AttentionValues, ModelStructure, Modulation, SmoothingGroup
 
 _DOUBLE = "transformer_blocks.*"
 
@@ -38,4 +38,11 @@ STRUCTURE = ModelStructure(
         ),
     ),
     attentions=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    values=(
+        AttentionValues(block=_DOUBLE, attention="attn", made_by=_VALUES, read_by=("attn.to_out.0", "attn.to_add_out")),
+        # The attention's output comes first in what the layer reads, then the feed-forward's.
+        AttentionValues(
+            block="single_transformer_blocks.*", attention="attn", made_by=("attn.to_v",), read_by=("proj_out",)
+        ),
+    ),
 )

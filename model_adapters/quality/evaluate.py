@@ -54,15 +54,18 @@ class Published:
 def published(files: CheckpointFiles) -> Published:
     """Open a rank's published files; a layer is read when it is asked for, and computes where its input is.
 
+    A rotated layer reads and makes the channels of the float model, so that the two can be compared.
+
     Raises InputError for damaged files, VerificationError for ones that break a rule.
     """
     checkpoint = open_checkpoint(files)
 
     def layer(name: str) -> LayerOutput:
-        stored = checkpoint.read_layer(name)
+        stored, rotation = checkpoint.read_layer(name), checkpoint.rotations.get(name)
 
         def output(x: Tensor, step: int | None) -> Tensor:
-            return replace(stored, tensors={key: t.to(x.device) for key, t in stored.tensors.items()})(x, step)
+            deployed = replace(stored, tensors={key: t.to(x.device) for key, t in stored.tensors.items()})
+            return deployed(x, step) if rotation is None else rotation.output(deployed(rotation.input(x), step))
 
         return output
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quant_core.structure import ModelStructure, Modulation, SmoothingGroup
+from quant_core.structure import AttentionValues, ModelStructure, Modulation, SmoothingGroup
 
 _BLOCK = "transformer_blocks.*"
 # adaLN-Zero makes six chunks: shift, scale and gate of the attention's input, then of the feed-forward's; with a second
@@ -51,4 +51,8 @@ STRUCTURE = ModelStructure(
     m4_alpha=0.9,
     smoothing_floor=1e-3,
     attentions=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
+    values=(
+        AttentionValues(block=_BLOCK, attention="attn", made_by=_VALUES, read_by=("attn.to_out.0", "attn.to_add_out")),
+        AttentionValues(block=_BLOCK, attention="attn2", made_by=_SECOND_VALUES, read_by=("attn2.to_out.0",)),
+    ),
 )

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quant_core.arithmetic.rotation import Rotation
 from quant_core.checkpoint.entries import NUMERICS_KEY, TIMESTEP_SEP_KEY, CheckpointFiles
 from quant_core.checkpoint.findings import Finding, check
 from quant_core.checkpoint.inventory import Inventory, StoredGroup, take_inventory
 from quant_core.checkpoint.json_file import read_object
 from quant_core.checkpoint.layer_rules import LAYER_RULES, StoredLayer
+from quant_core.checkpoint.rotations import ROTATIONS_KEY, read_rotations
 from quant_core.checkpoint.tensor_parts import TensorFiles, TensorInfo, index_path
 from quant_core.errors import ConfigurationError, suggestion
 from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer
@@ -74,12 +76,28 @@ class Checkpoint:
 
     def _form_findings(self) -> Iterator[Finding]:
         yield from self._form
+        yield from self._rotation_findings()
         written, timesteps = self.metadata.get(TIMESTEP_SEP_KEY), self._inventory and self._inventory.timesteps
         if timesteps is None or written is None:
             return
         if not (written.isascii() and written.isdigit() and int(written) <= timesteps):
             what = f"the header says {TIMESTEP_SEP_KEY} {written!r}"
             yield Finding("separator", self.files.weights, "", what, f"there are {timesteps} steps")
+
+    def _rotation_findings(self) -> Iterator[Finding]:
+        rotations, quantized = read_rotations(self.metadata), self._inventory.layers if self._inventory else {}
+        if rotations is None:
+            what = f"the header says {ROTATIONS_KEY} {self.metadata[ROTATIONS_KEY][:60]!r}"
+            yield Finding("rotation", self.files.weights, "", what, "it says of each rotated layer the size of a head")
+        for name in rotations or {}:
+            if self._inventory is not None and name not in quantized:
+                what = f"'{name}' was rotated, and is no quantized layer"
+                yield Finding("rotation", self.files.weights, name, what, "the runtime keeps its own weight there")
+
+    @property
+    def rotations(self) -> dict[str, Rotation]:
+        """Return how layers were rotated, by name; none where the header cannot be read, which is a finding."""
+        return read_rotations(self.metadata) or {}
 
     @property
     def timestep_sep(self) -> int | None:
@@ -100,7 +118,7 @@ class Checkpoint:
         return DeployedLayer(arithmetic, self._read_group(group))
 
     def read_weight(self, name: str) -> Tensor:
-        """Return the (O, I) weight that a layer's codes stand for, float32, with smoothing undone."""
+        """Return the (O, I) weight that a layer's codes stand for, float32, with smoothing undone, not rotation."""
         group = self._layer(name)
         tensors = self._read_group(group, only=("weight", "weight_scale", "mul_scale"))
         weight = BY_TYPE[group.type].codec.decode(tensors["weight"], tensors["weight_scale"])

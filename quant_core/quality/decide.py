@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from quant_core.attention.rotated_values import rotate_values
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.layers.deployed import DeployedLayer
@@ -117,6 +118,8 @@ def measure_layers(
 ) -> Measurement:
     """Measure every treatment of every layer that the session would quantize; the model stays float.
 
+    Where the session rotates values, the model is left rotated, and a rotated layer cannot be chosen to stay float.
+
     config: a session whose outlier suppression, if any, is tried on each layer. given: the layers that keep the
     treatment they have in the session. Raises InputError for records that do not cover every layer and step.
     """
@@ -124,6 +127,7 @@ def measure_layers(
     check_float(model)
     check_numerics(session)
     check_records(session)
+    rotate_values(model, session.rotations.linears)
     fitted, held_out = _halves(session.records)
     smoothing, ranges = smoothing_of(session), channel_ranges(session, fitted)
     kept = sorted(evenly_spaced(session.steps, MOST_STEPS)) or [None]
@@ -143,7 +147,7 @@ def measure_layers(
         name: LayerErrors(
             _work(session, name, ranges[name]),
             {t: gains.errors(name, noise[name], t) for t in wanted[name]}
-            | {Treatment(FLOAT): dict.fromkeys(kept, 0.0)},
+            | ({} if name in session.rotations.linears else {Treatment(FLOAT): dict.fromkeys(kept, 0.0)}),
             sizes[name],
             plan.get(name),
         )

@@ -56,6 +56,7 @@ class SessionConfig(StrictModel):
 
     layer_schemes: layers that get another scheme than the map's one, or stay "float": by pattern, the first match
     wins, and it wins over `disable_names`. A scheme is its configuration, or its name with nothing chosen.
+    rotate_values: rotate the values inside each head of all attentions whose layers are quantized.
     calib_data: records as `DumperManager` saves them, or a list of positional argument lists.
     device: where to run ("npu", "cuda", "cpu"); where the model is when left out. dev_id: its index.
     """
@@ -64,6 +65,7 @@ class SessionConfig(StrictModel):
 
     processor_cfg_map: dict[str, SerializeAsAny[ProcessorConfig]]
     layer_schemes: dict[str, SerializeAsAny[SchemeConfig] | Literal["float"]] = Field(default_factory=dict)
+    rotate_values: bool = False
     calib_data: Any = None
     device: str | None = None
     dev_id: int | None = Field(default=None, ge=0)

@@ -1,10 +1,10 @@
 """Quantize a model: the whole session on one screen.
 
-    smooth the outliers → quantize the weights → observe the activations by replaying the records → store → deploy
+    rotate values → smooth outliers → quantize weights → observe activations by replaying the records → store → deploy
 
-Smoothing comes first, because it changes what the weights and the activations are; weights come before activations,
-because each layer's input is observed as it is behind the quantized layers in front of it (spec: observing). What is
-left in the caller's hands computes as the hardware will.
+Rotation and smoothing come first, because they change what the weights and the activations are; weights come before
+activations, because each layer's input is observed as it is behind the quantized layers in front of it (spec:
+observing). What is left in the caller's hands computes as the hardware will.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from quant_core.attention.rotated_values import rotate_values
 from quant_core.attention.session import reduce_attentions
 from quant_core.attention.watch import watch_attentions
 from quant_core.calibration.replay import Progress, replay, silent
@@ -30,6 +31,7 @@ from quant_core.checkpoint.entries import (
     weight_file_name,
     write_checkpoint,
 )
+from quant_core.checkpoint.rotations import said_of_rotations
 from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.layers.calibrated import encode_linear, quantize_linear
 from quant_core.layers.deployed import deploy
@@ -52,7 +54,8 @@ class QuantizedModel:
 
     With layers of a per-step scheme it also has the number of timesteps, and `timestep_sep`: steps below it are to run
     dynamic.
-    `skipped_groups`: which groups outlier suppression left out, by their first linear, and why.
+    `skipped_groups`: which groups outlier suppression left out, by their first linear, and why; `unrotated`: the same
+    of attentions whose values were to be rotated.
     """
 
     quant_type: str
@@ -61,6 +64,7 @@ class QuantizedModel:
     timesteps: int | None = None
     timestep_sep: int | None = None
     skipped_groups: Mapping[str, str] = field(default_factory=dict)
+    unrotated: Mapping[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -87,6 +91,7 @@ def quant_model(
     check_records(session)
     timestep_sep = first_static_step(session)
     _move_to_device(model, config)
+    rotate_values(model, session.rotations.linears)
     smoothing = smoothing_of(session)
     layers = _quantize_weights(session, smoothing)
     _observe(session, layers)
@@ -94,7 +99,9 @@ def quant_model(
     files = _save(session, timestep_sep, digests)
     deploy(model, timestep_sep=timestep_sep)
     timesteps = len(session.steps) if session.per_step else None
-    return QuantizedModel(session.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped)
+    return QuantizedModel(
+        session.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped, session.rotations.skipped
+    )
 
 
 def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
@@ -177,13 +184,15 @@ def _save(session: Session, timestep_sep: int | None, digests: WrittenDigests | 
     extra = {name: attention.entries() for name, attention in session.attentions.items()}
     # Whoever reads a bias that saturates has to know that it was meant to.
     saturates = session.numerics.is_reference and any(scheme.observes_input for scheme in session.schemes)
-    numerics = {NUMERICS_KEY: session.numerics.name} if saturates else {}
+    said = {NUMERICS_KEY: session.numerics.name} if saturates else {}
+    said |= {} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}
+    said |= said_of_rotations(session.rotations.linears)
     return write_checkpoint(
         list(entries(session.model, buffers=not session.numerics.is_reference, extra=extra)),
         checkpoint_files(save, quant_type),
         quant_type,
         header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},
-        metadata=numerics | ({} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}) | save.metadata,
+        metadata=said | save.metadata,
         part_file_size=save.part_file_size,
         digests=digests,
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.attention.head_scales import AttentionObserver
+from quant_core.attention.rotated_values import Rotations, find_rotations
 from quant_core.attention.session import attention_observers
 from quant_core.calibration.records import Record, as_records
 from quant_core.calibration.replay import Progress
@@ -76,6 +77,13 @@ class Session:
         if not (self.per_step and self.numerics.is_reference):
             return records
         return sorted(records, key=lambda record: -1 if record.step is None else record.step, reverse=True)
+
+    @cached_property
+    def rotations(self) -> Rotations:
+        """How the values of attention are rotated, if they are."""
+        if not self.config.rotate_values:
+            return Rotations()
+        return find_rotations(self.model, self.structure, targets=self.targets, parallel=self.parallel)
 
     @cached_property
     def attentions(self) -> dict[str, AttentionObserver]:

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
+from quant_core.arithmetic.rotation import Rotation
 from quant_core.atomic_file import write_atomically, write_text_atomically
+from quant_core.attention.rotated_values import Rotations, find_rotations
 from quant_core.calibration.finite import check_weight
 from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.entries import description_text, entries
+from quant_core.checkpoint.rotations import said_of_rotations
 from quant_core.checkpoint.tensor_file import TensorFile, WrittenDigests
 from quant_core.checkpoint.tensor_parts import CODES
 from quant_core.errors import ConfigurationError
@@ -38,6 +41,7 @@ from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
 from quant_core.session.read_ahead import ReadTensor, read_ahead
 from quant_core.session.targets import layer_plan
+from quant_core.structure import ModelStructure, find_structure
 
 
 def reads_activations(model: nn.Module, config: SessionConfig) -> bool:
@@ -55,6 +59,7 @@ def quantize_streaming(
     read: ReadTensor,
     config: SessionConfig,
     *,
+    structure: ModelStructure | None = None,
     parallel: Parallel | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
@@ -81,12 +86,16 @@ def quantize_streaming(
     quant_type = SCHEMES[config.scheme.key].quant_type
     plan = {name: SCHEMES[scheme.key] for name, scheme in layer_plan(model, config).items()}
     check_outputs(model, plan)
+    rotations = Rotations()
+    if config.rotate_values:
+        rotations = find_rotations(model, structure or find_structure(model), targets=plan, parallel=parallel)
     layers = describe_layers(model, plan, numerics)
     if config.save is None:
-        return QuantizedModel(quant_type, layers, None)
+        return QuantizedModel(quant_type, layers, None, unrotated=rotations.skipped)
     described = list(entries(model, buffers=not numerics.is_reference, extra={}))
     tensors, files = {entry.name: entry.tensor for entry in described}, checkpoint_files(config.save, quant_type)
-    metadata, quantize = config.save.metadata, _LayerStep(numerics, torch.device(device), parallel)
+    metadata = said_of_rotations(rotations.linears) | config.save.metadata
+    quantize = _LayerStep(numerics, torch.device(device), parallel, rotations.linears)
 
     def write(path: Path) -> None:
         with TensorFile(path, tensors, metadata, in_front=CODES, digests=digests) as file:
@@ -94,7 +103,7 @@ def quantize_streaming(
 
     write_atomically(files.weights, write)
     write_text_atomically(files.description, description_text(described, quant_type))
-    return QuantizedModel(quant_type, layers, files)
+    return QuantizedModel(quant_type, layers, files, unrotated=rotations.skipped)
 
 
 def describe_layers(model: nn.Module, plan: Mapping[str, Scheme], numerics: Numerics) -> dict[str, QuantizedLayer]:
@@ -145,6 +154,7 @@ class _LayerStep:
     numerics: Numerics
     device: torch.device
     parallel: Parallel
+    rotations: Mapping[str, Rotation]
 
     def __call__(self, described: QuantizedLayer, floats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the layer's tensors by full name; floats: what was read of it, which is taken out and freed."""
@@ -152,6 +162,8 @@ class _LayerStep:
         # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
         w_OI = floats.pop(f"{name}.weight").to(self.device, dtype)
         bias_O = None if described.bias_O is None else floats.pop(f"{name}.bias").to(dtype)
+        if (rotation := self.rotations.get(name)) is not None:
+            w_OI, bias_O = rotation.weight(w_OI), None if bias_O is None else rotation.bias(bias_O)
         amax_O1 = codec.row_maxima(w_OI)
         check_weight(name, amax_O1)
         group = self.parallel.scale_group(name)

@@ -37,7 +37,7 @@ COUNTS = {
     "quantization": {
         *("quant_type", "anti_method", "anti_alpha", "anti_beta", "anti_groups", "anti_fused"),
         *("act_method", "numerics", "timestep_sep", "scale_sync", "layer_schemes"),
-        *("budget", "scheme_costs"),
+        *("budget", "scheme_costs", "rotate_values"),
     },
     "ranks": {"device"},
     "output": set[str](),
@@ -108,6 +108,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "the scheme": ({"quantization": {"quant_type": "w8a8_dynamic"}}, {"quantization", "images"}),
     "the scheme of some layers": ({"quantization": {"layer_schemes": {"*": "w8a16"}}}, {"quantization", "images"}),
     "smoothing": ({"quantization": {"anti_method": "m4"}}, {"quantization", "images"}),
+    "rotated values": ({"quantization": {"rotate_values": True}}, {"quantization", "images"}),
     "layers kept float": ({"quantization": {"disable_names": ()}}, {"quantization", "images"}),
     "approximated steps": ({"pipeline": {"use_cache": True}}, {"images"}),
     "the dtype that is the default": ({"pipeline": {"dtype": "bfloat16"}}, set()),

@@ -146,6 +146,18 @@ def test_smoothing_groups_are_counted_by_their_pattern(folder: Path):
     ]
 
 
+def test_rotated_attentions_are_counted_and_those_left_alone_say_why(folder: Path):
+    flags = ("--rotate_values", "--disable_names", "transformer_blocks.1.attn.to_out.0")
+    plan = planned(folder, "flux", *DUAL, *flags)
+    assert plan.rotations is not None
+    assert plan.rotations.attentions == 18 + 38
+    said = "\n".join(told(plan, "npu"))
+    assert "rotation: the values of 56 attentions" in said
+    assert "left out: transformer_blocks.*.attn: transformer_blocks.*.attn.to_out.0 stays float" in said
+    nothing = planned(folder, "sd3", "--rotate_values", "--disable_names", "*.attn.to_v")
+    assert [problem.what for problem in nothing.problems] == ["no attention of SD3Transformer2DModel can be rotated"]
+
+
 def test_every_problem_is_found_and_not_the_first(folder: Path, tmp_path: Path):
     (tmp_path / "file").touch()
     flags = ("--disable_names", "*net.9*", "to_z", "--prompt_path", str(tmp_path / "none"), "--layout", "mindie")
