@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,19 @@ def test_a_rank_of_the_dual_layout_holds_14_15_gib_of_weights(folder: Path):
     assert "--disable_names *net.2*" in said
     assert "200 to calibrate (4 batches of 50 steps)" in said
     assert said.endswith("ok: the job would start")
+
+
+def test_a_plan_holds_no_weights_and_leaves_out_what_it_can_do_without(folder: Path):
+    code = """
+import resource, sys
+from launcher.cli.command_line import parse
+parse(sys.argv[1:]).run(None)
+assert sys.modules["transformers"] is None, "imported, which takes longer than all that a plan does"
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *words(folder, "flux", *DUAL)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 2**20, "KiB, of a model whose weights take 14 GiB on each rank"
 
 
 def test_divisibility_is_told_for_other_numbers_of_ranks(folder: Path):
