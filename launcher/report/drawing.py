@@ -12,7 +12,7 @@ from launcher.report.running import StageRow
 # Where one shade ends and the next begins, in dB: 6 dB are one bit.
 SHADES_DB = (10, 16, 22, 28, 34, 40, 46)
 # The same for ranges, as shares of a layer's widest: a range of half the width wastes one bit of a scale for all steps.
-SHADES_RANGE = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+SHADES_RANGE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 # The width of a timeline, and the height of a line of text.
 _WIDTH, _LINE_HEIGHT = 1000.0, 15
 
