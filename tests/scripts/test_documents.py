@@ -57,8 +57,9 @@ NOT_OURS = {
     "kubectl create": "a cluster; tests/scripts/test_kubernetes.py reads the files",
 }
 # What a person puts in place of a name, and what a command needs beside what the document says.
-PLACES = {"OUT": "out", "A": "a", "B": "b", "MODEL": "model", "N": "2", "…": "", "${model_path}": "model"}
-NEEDED = {"flux": "--path m", "plan flux": "--path m", "restep": "--infer_steps 8"}
+PLACES = {"OUT": "out", "A": "a", "B": "b", "MODEL": "model", "N": "2", "${model_path}": "model"}
+JOB = "--path m --do_quant --quant_weight_save_folder w --quant_dump_calib_folder c"
+NEEDED = {"flux": JOB, "plan flux": JOB, "restep": "--infer_steps 8"}
 
 
 def blocks(text: str, *, fenced: bool) -> list[str]:
@@ -95,7 +96,7 @@ def test_a_command_of_a_document_is_read_by_what_would_run_it(command: str, monk
     if row(command, NOT_OURS):
         return
     assert row(command, PARSED), "a command without a row: let it run, or say in a table why it does not"
-    words = [word for each in shlex.split(command) if (word := PLACES.get(each, each))]
+    words = [PLACES.get(word, word) for word in shlex.split(command)]
     if words[0] == "sh":
         assert subprocess.run(["sh", "-n", ROOT / words[1]], check=False).returncode == 0
         script = (ROOT / words[1]).read_text().replace("\\\n", " ")
@@ -113,15 +114,17 @@ def read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert (asked.module, asked.training_script) == (True, "launcher")
         read(["python", "-m", "launcher", *asked.training_script_args], monkeypatch)
     elif program.startswith("--"):
-        parse(["flux", "--path", "m", program, *words])
+        parse(["flux", *JOB.split(), program, *words])
     elif words[:2] == ["-m", "launcher"]:
         before, rest = split_at_command(words[2:])
         if "--help" in rest:
             with pytest.raises(SystemExit, match="0"):
                 parse(rest)
             return
-        name = next((name for name in NEEDED if " ".join(rest) == name), "")
-        (job_on_ranks if before else parse)([*rest, *NEEDED.get(name, "").split()])
+        if rest[-1] == "…":
+            needed = next(flags for name, flags in NEEDED.items() if " ".join(rest).startswith(name))
+            rest = [*rest[:-1], *needed.split()]
+        (job_on_ranks if before else parse)(rest)
     else:
         script = Path(words[0])
         if script.is_absolute():  # the reference tool's; ours has its name
