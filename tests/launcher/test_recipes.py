@@ -100,7 +100,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]):
     run(RecipesOptions(name="flux/fa3"), None)
     assert "quant_type: w8a8_dynamic_fa3" in capsys.readouterr().out
     run(RecipesOptions(name="quality"), None)
-    assert capsys.readouterr().out.count("model: ") == len(adapter_names())
+    assert capsys.readouterr().out.count("quant_type: ") == len(adapter_names())
     with pytest.raises(ConfigurationError) as caught:
         run(RecipesOptions(name="flux/qualty"), None)
     assert "flux/quality" in str(caught.value.advice)
