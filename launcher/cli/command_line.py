@@ -17,7 +17,7 @@ from launcher.cli.commands import Command, commands
 from launcher.cli.flag_parser import CONFIG, PROGRAM, WRITE_CONFIG, flag_parser, typed_values
 from launcher.config.config_errors import Origin, validated
 from launcher.config.option_flags import Flag, flags_of
-from launcher.config.recipes import config_path
+from launcher.config.recipes import MEASURED, config_path
 from launcher.config.yaml_text import commented_yaml, parse_yaml
 from launcher.devices.launch import Launch
 from quant_core.atomic_file import write_text_atomically
@@ -83,6 +83,7 @@ def _read_config(path: Path, options: type[BaseModel]) -> dict[str, Any]:
         raise ConfigurationError(
             f"cannot read '{path}'", where="--config", why=str(error), advice="give an existing YAML file"
         ) from None
+    tree.pop(MEASURED, None)
     model = options.model_fields["model"].default
     named = tree.get("model", model)
     if named != model:

@@ -6,8 +6,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
+from launcher.config.yaml_text import parse_yaml
 from model_adapters import adapter_names, config_files
 from quant_core.errors import ConfigurationError, suggestion
+
+# A recipe's figures, which are no option: a copy of a recipe is a configuration all the same.
+MEASURED = "measured"
+
+
+class Measured(BaseModel):
+    """What a recipe cost on a small trained model, in dB: signal over error, and PSNR of pictures.
+
+    command: makes the figures; floor: PSNR of the float model's pictures, computed in another dtype.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: str
+    model: str
+    worst_layer: float
+    output: float
+    pictures: float
+    floor: float
+
+    def __str__(self) -> str:
+        figures = (
+            f"output {self.output}, worst layer {self.worst_layer}, pictures {self.pictures} of at most {self.floor}"
+        )
+        return f"{figures} dB ({self.model}, {self.command})"
 
 
 @dataclass(frozen=True)
@@ -31,6 +59,12 @@ class Recipe:
     def summary(self) -> str:
         """What it is for."""
         return self.text.partition("\n")[0].lstrip("# ")
+
+    @property
+    def measured(self) -> Measured | None:
+        """Its figures; None where nobody measured it."""
+        figures = parse_yaml(self.text, where=str(self.path)).get(MEASURED)
+        return Measured.model_validate(figures) if figures else None
 
 
 def recipes(model: str | None = None) -> Iterator[Recipe]:

@@ -28,7 +28,6 @@ from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
 from model_adapters.memory.memory_model import MemoryModel, estimate_memory
-from model_adapters.parallel.shard_plan import ShardPlan
 from model_adapters.pipeline.prompts import even_share, read_batches
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import cached_folder, is_hub_id, pipeline_folder
@@ -173,7 +172,7 @@ def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter, folder:
     if shard_plan is None or whole is None:
         return
     plan.layout = shard_plan.name
-    plan.tp_sizes = [size for size in _SIZES if _divides(shard_plan, whole, size)]
+    plan.tp_sizes = shard_plan.sizes_that_divide(whole, _SIZES)
     names = linear_names(whole)
     part = plan.attempt(lambda: _describe(config, adapter, tp_size, empty=whole))
     if part is None and tp_size in plan.tp_sizes:
@@ -203,14 +202,6 @@ def _describe(
         with_files=with_files,
         empty=empty,
     )
-
-
-def _divides(shard_plan: ShardPlan, model: nn.Module, tp_size: int) -> bool:
-    try:
-        shard_plan.check_divisible(model, tp_size)
-    except ConfigurationError:
-        return False
-    return True
 
 
 def _look_at_layers(

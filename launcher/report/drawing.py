@@ -11,6 +11,8 @@ from launcher.report.running import StageRow
 
 # Where one shade ends and the next begins, in dB: 6 dB are one bit.
 SHADES_DB = (10, 16, 22, 28, 34, 40, 46)
+# The same for ranges, as shares of a layer's widest: a range of half the width wastes one bit of a scale for all steps.
+SHADES_RANGE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 # The width of a timeline, and the height of a line of text.
 _WIDTH, _LINE_HEIGHT = 1000.0, 15
 
@@ -23,7 +25,7 @@ class HeatMap:
     layers: Sequence[str]
     paths: Sequence[str]
     separator: int | None
-    shades: tuple[int, ...] = SHADES_DB
+    shades: tuple[float, ...]
 
     @property
     def cell_height(self) -> int:
@@ -43,18 +45,29 @@ class HeatMap:
         return kept
 
 
-def heat_map(layers: Sequence[LayerRow], timestep_sep: int | None) -> HeatMap | None:
-    """Return the heat map of the layers that were measured by step, in model order; None without any."""
-    rows = [layer for layer in layers if layer.steps]
+def errors(layers: Sequence[LayerRow], timestep_sep: int | None) -> HeatMap | None:
+    """Return the heat map of the layers whose error was measured by step, in model order; None without any."""
+    return _heat_map({layer.name: layer.steps for layer in layers}, SHADES_DB, timestep_sep)
+
+
+def ranges(layers: Sequence[LayerRow], timestep_sep: int | None) -> HeatMap | None:
+    """Return the heat map of the layers that have a static range for each step; None without any."""
+    return _heat_map({layer.name: layer.ranges for layer in layers}, SHADES_RANGE, timestep_sep)
+
+
+def _heat_map(
+    figures: Mapping[str, Mapping[int, float]], limits: tuple[float, ...], timestep_sep: int | None
+) -> HeatMap | None:
+    rows = {name: by_step for name, by_step in figures.items() if by_step}
     if not rows:
         return None
-    steps = sorted({step for layer in rows for step in layer.steps})
-    paths: dict[int, list[str]] = {shade: [] for shade in range(len(SHADES_DB) + 1)}
-    for y, layer in enumerate(rows):
-        for shade, x, length in _runs([_shade(layer.steps.get(step)) for step in steps]):
+    steps = sorted({step for by_step in rows.values() for step in by_step})
+    paths: dict[int, list[str]] = {shade: [] for shade in range(len(limits) + 1)}
+    for y, by_step in enumerate(rows.values()):
+        for shade, x, length in _runs([_shade(by_step.get(step), limits) for step in steps]):
             paths[shade].append(f"M{x} {y}h{length}v1h-{length}z")
     separator = next((x for x, step in enumerate(steps) if step == timestep_sep), None)
-    return HeatMap(steps, [layer.name for layer in rows], ["".join(path) for path in paths.values()], separator)
+    return HeatMap(steps, list(rows), ["".join(path) for path in paths.values()], separator, limits)
 
 
 @dataclass(frozen=True)
@@ -88,8 +101,8 @@ def timeline(stages: Sequence[StageRow]) -> Timeline | None:
     return Timeline(whole, tracks)
 
 
-def _shade(decibels: float | None) -> int | None:
-    return None if decibels is None else sum(decibels >= limit for limit in SHADES_DB)
+def _shade(figure: float | None, limits: Sequence[float]) -> int | None:
+    return None if figure is None else sum(figure >= limit for limit in limits)
 
 
 def _runs(shades: Sequence[int | None]) -> Iterator[tuple[int, int, int]]:

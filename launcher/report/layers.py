@@ -19,13 +19,15 @@ from quant_core.schemes.treatment import FLOAT as KEPT
 from quant_core.schemes.treatment import Treatment
 
 FLOAT = "FLOAT"
-_WEIGHT = ".weight"
+_WEIGHT, _RANGE, _FACTORS = ".weight", ".input_scale", ".div.mul_scale"
 
 
 class LayerRow(BaseModel):
     """A linear layer: its scheme, the shape of its weight on the first rank, and how far it is from its float self.
 
-    sqnr: in dB, None where it was not measured; steps: the same by denoising step.
+    sqnr: in dB, None where it was not measured; steps: the same by denoising step. ranges: the static range of the
+    inputs by denoising step, as a share of the widest. factors: the least and the most that smoothing multiplies a
+    channel of the inputs by; both are of the first rank.
     """
 
     name: str
@@ -35,6 +37,8 @@ class LayerRow(BaseModel):
     why_float: str = ""
     sqnr: float | None = None
     steps: dict[int, float] = {}
+    ranges: dict[int, float] = {}
+    factors: tuple[float, float] | None = None
 
 
 class ScopeRow(BaseModel):
@@ -52,14 +56,12 @@ def layer_rows(folder: Path, manifest: Manifest, card: QualityCard | None) -> li
     weights, description = (folder / file.name for file in manifest.files[:2])
     types = read_object(description)
     measured = {layer.name: layer for layer in card.layers} if card else {}
-    linears = list(_linears(types, weights))
-    rows = []
-    for name, scheme, shape, is_smoothed in linears:
-        why = "" if scheme != FLOAT else why_float(name, manifest.fields, is_last=name == linears[-1][0])
-        found = measured.get(name)
-        quality: dict[str, Any] = {"sqnr": found.sqnr, "steps": dict(found.steps)} if found else {}
-        row = LayerRow(name=name, scheme=scheme, shape=shape, is_smoothed=is_smoothed, why_float=why, **quality)
-        rows.append(row)
+    rows = list(_linears(types, TensorFiles(weights)))
+    for row in rows:
+        if row.scheme == FLOAT:
+            row.why_float = why_float(row.name, manifest.fields, is_last=row is rows[-1])
+        if found := measured.get(row.name):
+            row.sqnr, row.steps = found.sqnr, dict(found.steps)
     return rows
 
 
@@ -80,17 +82,28 @@ def scope_rows(layers: Sequence[LayerRow]) -> list[ScopeRow]:
     ]
 
 
-def _linears(types: Mapping[str, str], weights: Path) -> Iterator[tuple[str, str, tuple[int, int], bool]]:
-    """Return name, scheme, shape and whether it is smoothed of each layer with a matrix, then called `L.linear`."""
-    infos = TensorFiles(weights).infos()
+def _linears(types: Mapping[str, str], weights: TensorFiles) -> Iterator[LayerRow]:
+    """Return what the files say of each layer with a matrix; a smoothed one is called `L.linear` there."""
+    infos = weights.infos()
     for key, scheme in types.items():
         if not key.endswith(_WEIGHT) or key not in infos or len(infos[key].shape) != 2:
             continue
         owner = key.removesuffix(_WEIGHT)
         layer = owner.removesuffix(".linear")
-        is_smoothed = layer != owner and f"{layer}.div.mul_scale" in types
-        rows, columns = infos[key].shape
-        yield layer if is_smoothed else owner, scheme, (rows, columns), is_smoothed
+        is_smoothed = layer != owner and f"{layer}{_FACTORS}" in types
+        row = LayerRow(name=layer if is_smoothed else owner, scheme=scheme, shape=infos[key].shape)
+        if is_smoothed:
+            low, high = weights.read(f"{layer}{_FACTORS}").float().aminmax()
+            row.is_smoothed, row.factors = True, (_figure(low), _figure(high))
+        if (scale := f"{owner}{_RANGE}") in infos and infos[scale].shape[0] > 1:
+            shares = (by_step := weights.read(scale).float().flatten()) / by_step.max()
+            row.ranges = {step: _figure(share) for step, share in enumerate(shares)}
+        yield row
+
+
+def _figure(value: Any) -> float:
+    """Return a number with as many digits as anybody reads, which keeps the files small."""
+    return float(f"{float(value):.3g}")
 
 
 def why_float(name: str, fields: Mapping[str, Any], *, is_last: bool) -> str:

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from launcher.files.run_folder import QUALITY
 from launcher.journal.console import format_seconds
 from launcher.report.content import Report
-from launcher.report.drawing import heat_map, timeline
+from launcher.report.drawing import errors, ranges, timeline
 from model_adapters.quality.results import SHEET
 from quant_core.atomic_file import write_text_atomically
 
@@ -32,7 +32,11 @@ def page(report: Report, name: str, folder: Path, output: Path) -> str:
     return template.render(
         report=report,
         worst_first=sorted(report.layers, key=lambda layer: (layer.sqnr is None, layer.sqnr)),
-        heat=heat_map(report.layers, report.timestep_sep),
+        errors=errors(report.layers, report.timestep_sep),
+        ranges=ranges(report.layers, report.timestep_sep),
+        smoothed=sorted(
+            (layer for layer in report.layers if layer.factors), key=lambda layer: layer.factors and layer.factors[0]
+        ),
         timeline=timeline(report.stages),
         sheet=_picture(sheet) if report.verdict else None,
         sheet_name=os.path.relpath(sheet, output),
@@ -47,12 +51,21 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"duration": format_seconds, "gib": lambda count: f"{count / 2**30:.2f}", "db": _decibels}
+    templates.filters |= {
+        "duration": format_seconds,
+        "gib": lambda count: f"{count / 2**30:.2f}",
+        "db": _decibels,
+        "figure": _figure,
+    }
     return templates
 
 
 def _decibels(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{value:.0%}" if unit == "%" else f"{value} {unit}"
 
 
 def _picture(path: Path) -> str | None:

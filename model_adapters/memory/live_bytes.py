@@ -34,6 +34,8 @@ class _Watch(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags and args[0].is_meta:
+            return args[0]  # it makes nothing, there is nothing to compute, and asking torch takes a while
         given = {_storage(leaf).cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
         self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}

@@ -21,7 +21,7 @@ attends with 1 of the 2 heads, so a plan also names the modules that count heads
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,15 +78,18 @@ class ShardPlan:
     def check_divisible(self, model: nn.Module, tp_size: int) -> None:
         """Raise ConfigurationError listing the heads, widths and packed blocks that `tp_size` does not divide."""
         counts = list(self._counts(model))
-        problems = dict.fromkeys(count.text for count in counts if count.number % tp_size)
-        if problems:
-            fitting = [size for size in range(1, tp_size) if all(count.number % size == 0 for count in counts)]
+        if problems := dict.fromkeys(count.text for count in counts if count.number % tp_size):
+            fitting = _common_divisors(counts, range(1, tp_size))
             raise ConfigurationError(
                 f"{type(model).__name__} cannot be divided over {tp_size} tensor-parallel ranks",
                 where=f"tp_size {tp_size}, layout {self.name}",
                 why=f"{tp_size} does not divide: " + "; ".join(problems),
                 advice=f"a tensor-parallel size of {' or '.join(map(str, fitting))}",
             )
+
+    def sizes_that_divide(self, model: nn.Module, sizes: Iterable[int]) -> list[int]:
+        """Return those of some tensor-parallel sizes that divide an undivided model (real or on meta)."""
+        return _common_divisors(list(self._counts(model)), sizes)
 
     def _divided(self, model: nn.Module) -> Iterable[tuple[str, Rule]]:
         for name, module in model.named_modules():
@@ -129,6 +132,11 @@ class _Count(NamedTuple):
         # All blocks of one kind have the same problem: 57 times the same line would hide a second one.
         every_block = re.sub(r"\.[0-9]+\.", ".*.", self.name, count=1)
         return f"{every_block}: {self.number} {self.kind}"
+
+
+def _common_divisors(counts: Sequence[_Count], sizes: Iterable[int]) -> list[int]:
+    numbers = {count.number for count in counts}
+    return [size for size in sizes if all(number % size == 0 for number in numbers)]
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

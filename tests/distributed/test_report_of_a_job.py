@@ -30,6 +30,10 @@ def test_it_tells_of_a_job_what_the_job_left(dual_timestep_job: PublishedJob):
         (rank, stage) for rank in (0, 1) for stage in ("prepare", "load", "calibrate", "quantize", "merge")
     }
     assert all(row.memory > 2**20 for row in report.stages)
+    layer = next(layer for layer in report.layers if layer.name == "transformer_blocks.0.attn.to_q")
+    assert list(layer.ranges) == [0, 1, 2, 3]
+    assert max(layer.ranges.values()) == 1
+    assert not any(layer.ranges for layer in report.layers if layer.scheme == "FLOAT")
     origins = {row.flag: (row.value, row.origin) for row in report.options}
     assert origins["--infer_steps"] == ("4", "command line")
     assert origins["--seed"] == ("42", "default")
@@ -49,4 +53,4 @@ def test_a_card_counts_only_if_it_is_of_this_checkpoint(dual_timestep_job: Publi
         QualityCard(origin=origin, layers=(found,)).write(folder / QUALITY / CARD)
         report = gather(folder)
         assert next(layer.sqnr for layer in report.layers if layer.name == name) == measured
-        assert ("static from here" in page(report, "report.html", folder, folder)) is (measured is not None)
+        assert ("Error of each layer" in page(report, "report.html", folder, folder)) is (measured is not None)

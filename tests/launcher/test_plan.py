@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,19 @@ def test_a_card_that_offloads_holds_a_block_and_not_the_model_where_the_transfor
     assert kept is not None
     assert kept == away
     assert kept.visiting < kept.weights / 20
+
+
+def test_a_plan_holds_no_weights_and_leaves_out_what_it_can_do_without(folder: Path):
+    code = """
+import resource, sys
+from launcher.cli.command_line import parse
+parse(sys.argv[1:]).run(None)
+assert sys.modules["transformers"] is None, "imported, which takes longer than all that a plan does"
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *words(folder, "flux", *DUAL)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 2**20, "KiB, of a model whose weights take 14 GiB on each rank"
 
 
 def test_divisibility_is_told_for_other_numbers_of_ranks(folder: Path):

@@ -12,6 +12,7 @@ from launcher.config.job_config import JobConfig
 from launcher.config.recipes import recipes
 from model_adapters import adapter_names
 from quant_core.errors import ConfigurationError
+from tests.support.torchrun import ROOT
 
 MODEL = {"flux": ("--path", "model"), "sd3": ("--sd3_model_path", "model")}
 ALL = [(recipe.model, recipe.name) for recipe in recipes()]
@@ -54,6 +55,21 @@ def test_every_recipe_needs_nothing_but_the_model_and_says_what_it_is_for(model:
     assert recipe.summary.endswith(".")
 
 
+@pytest.mark.parametrize(("model", "name"), [each for each in ALL if each != ("flux", "fa3")])
+def test_a_recipe_has_the_figures_of_the_study(model: str, name: str):
+    [recipe] = [each for each in recipes(model) if each.name == name]
+    options, found = job_of(model, "--config", name).quantization, recipe.measured
+    assert found is not None
+    assert (ROOT / found.command.removeprefix("python ") / "__main__.py").is_file()
+    assert (ROOT / found.model / "model_index.json").is_file()
+    study = (ROOT / "scripts" / "study.md").read_text(encoding="utf-8").partition(f"\n## {model}\n")[2]
+    table = [[cell.strip().split(" ")[0] for cell in line.split("|")[1:-1]] for line in study.splitlines()]
+    method = [options.quant_type, options.anti_method or "none", "minmax", "float32"]
+    row = next(row for row in table if row[:4] == method)
+    assert [row[5], row[6], row[7]] == [str(each) for each in (found.worst_layer, found.output, found.pictures)]
+    assert next(row for row in table if row[:1] == ["float;"])[7] == str(found.floor)
+
+
 def test_every_model_has_the_plain_choice():
     for model in adapter_names():
         assert job_of(model, "--config", "quality").quantization.quant_type == "w8a8_dynamic"
@@ -79,11 +95,12 @@ def test_the_resolved_options_are_written_and_nothing_else_is_done(tmp_path: Pat
 def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]):
     run(RecipesOptions(), None)
     listed = capsys.readouterr().out
-    assert [line.split()[0] for line in listed.splitlines()] == [f"{model}/{name}" for model, name in ALL]
+    assert [line.split()[0] for line in listed.splitlines()[::2]] == [f"{model}/{name}" for model, name in ALL]
+    assert "output 28.2, worst layer 33.1, pictures 51.0 of at most 61.8 dB" in listed
     run(RecipesOptions(name="flux/fa3"), None)
     assert "quant_type: w8a8_dynamic_fa3" in capsys.readouterr().out
     run(RecipesOptions(name="quality"), None)
-    assert capsys.readouterr().out.count("model: ") == len(adapter_names())
+    assert capsys.readouterr().out.count("quant_type: ") == len(adapter_names())
     with pytest.raises(ConfigurationError) as caught:
         run(RecipesOptions(name="flux/qualty"), None)
     assert "flux/quality" in str(caught.value.advice)

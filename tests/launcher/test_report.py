@@ -15,7 +15,7 @@ from launcher.cli.command_line import parse
 from launcher.files.run_folder import CONFIG
 from launcher.journal.logs import LOGS
 from launcher.report.content import FileRow, Report, gather
-from launcher.report.drawing import SHADES_DB, heat_map, timeline
+from launcher.report.drawing import SHADES_DB, SHADES_RANGE, errors, ranges, timeline
 from launcher.report.layers import LayerRow, scope_rows, why_float
 from launcher.report.pages import PAGES, page, write_report
 from launcher.report.running import OptionRow, StageRow, command, option_rows, stage_rows
@@ -117,7 +117,16 @@ def test_the_files_are_written_and_read_back(tmp_path: Path):
 
 
 def test_a_report_of_the_largest_model_stays_under_a_megabyte():
-    layers = [layer(f"transformer_blocks.{i}.attn.to_q", 20.0 + i % 37, 50) for i in range(503)]
+    layers = [
+        layer(
+            f"transformer_blocks.{i}.attn.to_q",
+            20.0 + i % 37,
+            50,
+            ranges={step: 0.02 * (i * step % 50) for step in range(50)},
+            factors=(0.1, 9.0),
+        )
+        for i in range(503)
+    ]
     stages = [
         StageRow(rank=rank, stage=stage, begin=1.0, seconds=1.0, memory=1)
         for rank in range(8)
@@ -128,7 +137,7 @@ def test_a_report_of_the_largest_model_stays_under_a_megabyte():
 
 def test_every_cell_of_the_heat_map_has_the_shade_of_its_figure():
     layers = [layer("a.0", 5.0, 3), layer("a.1", 60.0, 3), layer("b", None)]
-    heat = heat_map(layers, timestep_sep=1)
+    heat = errors(layers, timestep_sep=1)
     assert heat is not None
     cells = {}
     for shade, path in enumerate(heat.paths):
@@ -139,12 +148,25 @@ def test_every_cell_of_the_heat_map_has_the_shade_of_its_figure():
             assert cells[row, step] == sum(decibels >= limit for limit in SHADES_DB)
     assert len(cells) == 6
     assert heat.separator == 1
-    assert heat_map([layer("b")], None) is None
+    assert errors([layer("b")], None) is None
+
+
+def test_ranges_have_a_map_with_the_separator_and_smoothed_layers_their_factors():
+    layers = [layer("a.0", ranges={0: 1.0, 1: 0.5, 2: 0.05}), layer("a.1", is_smoothed=True, factors=(0.0125, 3.0))]
+    heat = ranges(layers, timestep_sep=1)
+    assert heat is not None
+    assert [len(re.findall("M", path)) for path in heat.paths] == [1, 0, 0, 0, 0, 1, 0, 1]
+    assert (heat.layers, heat.separator, heat.shades) == (["a.0"], 1, SHADES_RANGE)
+    text = html(report(layers=layers))
+    assert "static from here" in text
+    assert "below 10%" in text
+    assert '<td class="n">0.0125</td><td class="n">3.0</td>' in text
+    assert "smoothed layers" not in html(report())
 
 
 def test_the_names_of_blocks_never_overlap_and_start_with_the_first_row():
     for count in (3, 60, 503):
-        heat = heat_map([layer(f"block.{i // 3}.q", 20.0, 2) for i in range(count)], None)
+        heat = errors([layer(f"block.{i // 3}.q", 20.0, 2) for i in range(count)], None)
         assert heat is not None
         rows = [row for _, row in heat.blocks]
         assert rows[0] == 0

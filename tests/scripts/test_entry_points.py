@@ -1,25 +1,18 @@
-"""What a person has of the reference tool goes on working: its command lines, and programs written for its API."""
+"""The command lines that a person has of the reference tool start a job; `test_documents` runs the programs."""
 
 from __future__ import annotations
 
 import os
-import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
-from quant_core import TimestepManager
-from quant_core.checkpoint.entries import CheckpointFiles
-from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
-from quant_core.structure import ENTRY_POINT_GROUP
 from scripts.make_tiny_pipeline import PROMPTS
+from tests.support.reference_names import published
 from tests.support.torchrun import ROOT, run_torchrun
 
-PROGRAMS = Path(__file__).with_name("programs")
 # How the documents of the reference tool start it; only the device, the size and the number of steps are smaller.
 SMALL = ("--width", "64", "--height", "64", "--infer_steps", "2", "--seed", "42", "--device", "cpu")
 FLUX_WORDS = (*SMALL, "--device_id", "0", "--use_cache", "--device_type", "A2-64g", "--batch_size", "1")
@@ -42,14 +35,6 @@ def command_line(script: str, pipeline: Path, prompts: Path, out: Path, *words: 
     folders = ("--quant_weight_save_folder", out / "safetensors", "--quant_dump_calib_folder", out / "cache")
     inputs = (model_flag, pipeline, "--prompt_path", prompts, "--save_path", out / "images")
     return [ROOT / "scripts" / script, *inputs, *words, *folders]
-
-
-def published(folder: Path, scheme: str) -> Checkpoint:
-    """Open what was written under the reference tool's names, and check every value of it."""
-    files = (folder / f"quant_model_weight_{scheme}.safetensors", folder / f"quant_model_description_{scheme}.json")
-    checkpoint = open_checkpoint(CheckpointFiles(*files))
-    checkpoint.verify()
-    return checkpoint
 
 
 def run_python(*words: str | Path, cwd: Path) -> None:
@@ -92,37 +77,3 @@ def test_the_flux_command_with_outlier_suppression_runs_under_torchrun(
     # A2-64g is one card for each copy of the model: two ranks share the prompts, and there is one shard.
     layers = published(tmp_path / "safetensors", "w8a8_dynamic").inventory.layers
     assert any("mul_scale" in group.members for group in layers.values())
-
-
-@pytest.fixture
-def no_step() -> Iterator[None]:
-    """Leave the process as it was: a program's loop ends in its last step."""
-    yield
-    TimestepManager.set_timestep_idx(None)
-
-
-@pytest.mark.usefixtures("no_step")
-@pytest.mark.parametrize(
-    ("program", "scheme"),
-    [
-        ("flux_timestep", "w8a8_timestep"),
-        ("flux_fa3", "w8a8_dynamic"),
-        ("flux_smoothing", "w8a8_dynamic"),
-        ("sd3_w8a8", "w8a8"),
-    ],
-)
-def test_a_program_written_for_the_reference_api_runs(
-    program: str, scheme: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if program in ("flux_fa3", "flux_smoothing") and not entry_points(group=ENTRY_POINT_GROUP):
-        pytest.skip("the package is not installed (pip install -e .), so quant_core knows no model's structure")
-    pipeline = request.getfixturevalue("tiny_sd3_folder" if program.startswith("sd3") else "tiny_flux_folder")
-    script, weights = PROGRAMS / f"{program}.py", tmp_path / "safe_tensor"
-    monkeypatch.setattr(sys, "argv", [str(script), str(pipeline), str(tmp_path / "cache"), str(weights)])
-    runpy.run_path(str(script), run_name="__main__")
-    first = published(weights, scheme)
-    assert first.inventory.layers
-    assert bool(first.inventory.attentions) == (program == "flux_fa3")
-    before = first.files.weights.read_bytes()
-    runpy.run_path(str(script), run_name="__main__")  # now the dump is there and the pipeline does not run
-    assert first.files.weights.read_bytes() == before

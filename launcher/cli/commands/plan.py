@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from pydantic import Field, create_model
@@ -33,6 +34,7 @@ def show(config: JobConfig, world: int | None) -> None:
     """Print the plan of a job, without asking the hub. Raises the problems that keep it from starting."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
     use_only("cpu")
+    _hide_transformers(config)
     from launcher.inspection.plan import make_plan
     from launcher.inspection.plan_text import told
     from launcher.journal.logs import quiet_libraries
@@ -41,3 +43,15 @@ def show(config: JobConfig, world: int | None) -> None:
     plan = make_plan(config, world)
     print("\n".join(told(plan, config.ranks.device)))
     plan.require_startable()
+
+
+def _hide_transformers(config: JobConfig) -> None:
+    """Make transformers look not installed: diffusers imports it beside each model, for seconds, and a plan needs none.
+
+    What reads a file that is brought goes through diffusers' pipelines, which do need it. This process plans, and ends.
+    """
+    from model_adapters import load_adapter
+
+    brings_files = config.pipeline.lora or config.pipeline.transformer
+    if not brings_files and load_adapter(config.model).library == "diffusers":
+        sys.modules.setdefault("transformers", None)  # pyright: ignore[reportArgumentType]

@@ -31,7 +31,9 @@ def run(options: RecipesOptions, launch: Launch | None) -> None:
     known = {f"{recipe.model}/{recipe.name}": recipe for recipe in recipes()}
     if options.name is None:
         width = max(map(len, known))
-        print(*(f"{name:<{width}}  {recipe.summary}" for name, recipe in known.items()), sep="\n")
+        for name, recipe in known.items():
+            print(f"{name:<{width}}  {recipe.summary}")
+            print(f"{'':<{width}}  {recipe.measured or 'not measured'}")
         return
     chosen = [recipe for name, recipe in known.items() if options.name in (name, recipe.name)]
     if not chosen:
