@@ -65,7 +65,7 @@ def run_torchrun(
     process = subprocess.Popen(
         words,
         cwd=ROOT,
-        env=_environment(environ or {}),
+        env=environment(environ or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -108,7 +108,7 @@ def assert_sound(folder: Path) -> None:
         assert verify(folder).findings == []
 
 
-def _environment(added: Mapping[str, str]) -> dict[str, str]:
+def environment(added: Mapping[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH")]))
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **added}
