@@ -22,7 +22,9 @@ from model_adapters.quality.verdict import is_broken
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.errors import ConfigurationError, InputError, VerificationError
 from tests.support.evaluation import with_wrong_scale
-from tests.support.torchrun import ROOT, STEPS, Finished, run_job, run_torchrun, start_launcher
+from tests.support.forked_ranks import run_forked
+from tests.support.tiny_job import STEPS, run_job
+from tests.support.torchrun import ROOT, Finished, start_launcher
 
 pytestmark = pytest.mark.distributed
 
@@ -127,7 +129,7 @@ def test_two_ranks_find_what_one_finds_but_for_their_own_scales(alone: Path, dua
 
 def test_two_copies_of_two_ranks_make_the_same_card_and_sheet_to_the_byte(dual: Path, tmp_path: Path):
     copy = copied(dual, tmp_path / "copy")
-    done = run_torchrun(
+    done = run_forked(
         4, "-m", "launcher", "evaluate", copy / "weights", "--evaluate", str(PICTURES), *FLAGS, timeout_s=280
     )
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from launcher.failure.phases import run_together
 from launcher.ranks.agreement import all_agree, barrier, gather_objects
 from launcher.ranks.process_group import join, lay_out, leave
 from quant_core.errors import ConfigurationError, InputError
+from tests.support.forked_ranks import run_forked
 from tests.support.torchrun import ROOT, run_torchrun
 
 pytestmark = pytest.mark.distributed
@@ -138,7 +139,7 @@ def test_the_groups_are_taken_down_after_success(reports) -> None:
 
 
 def test_a_rank_that_stays_away_is_named_within_the_timeout(tmp_path: Path) -> None:
-    done = run_torchrun(3, WORKER, tmp_path, *FLAGS, environ={"ABSENT_RANK": "last"})
+    done = run_forked(3, WORKER, tmp_path, *FLAGS, environ={"ABSENT_RANK": "last"})
     assert done.returncode == 0, done.stderr[-4000:]
     first, second, _absent = [report["absent"] for report in reports_in(tmp_path)]
     assert "error: rank 2 did not come to the merge" in first["text"]
