@@ -36,7 +36,7 @@ _GRACE_S = 30
 
 
 def run_forked(
-    ranks: int, *command: str | Path, timeout_s: float = 120, environ: Mapping[str, str] | None = None
+    ranks: int, *command: str | Path, timeout_s: float = 240, environ: Mapping[str, str] | None = None
 ) -> Finished:
     """Run what `run_torchrun` runs; the status is that of the rank that failed first, or 0."""
     words, start = [str(word) for word in command], time.monotonic()
