@@ -48,7 +48,7 @@ def run_forked(
         try:
             for rank in family:
                 rank.start()
-            status = _wait_for_all(family, start + timeout_s)
+            status = _wait_for_all(family, time.monotonic() + timeout_s)  # from now on the server is there
         finally:
             _end(family)
         stdout, stderr = (path.read_text() if path.exists() else "" for path in said)
@@ -98,8 +98,9 @@ def _end(family: list[ForkServerProcess]) -> None:
     """Kill the ranks that are left, each with what it started."""
     for rank in family:
         if rank.is_alive() and rank.pid:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):  # it has no session yet
                 os.killpg(rank.pid, signal.SIGKILL)
+            rank.kill()
             rank.join()
 
 
