@@ -1,6 +1,6 @@
 """One rank of the proof that ranks agree on the scales that leave room for a bias which one of them alone has.
 
-Usage: torchrun ... bias_room_worker.py RESULTS_FOLDER. Rank r writes <r>.safetensors there: the tensors of its columns
+Usage of each rank: bias_room_worker.py RESULTS_FOLDER. Rank r writes <r>.safetensors there: the tensors of its columns
 of a row-split layer whose scales are shared.
 """
 

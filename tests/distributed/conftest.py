@@ -11,8 +11,10 @@ import pytest
 from filelock import FileLock
 
 from scripts.make_tiny_pipeline import write_prompts
+from tests.support.forked_ranks import run_forked
 from tests.support.ranks import folder_of, run_on_ranks
-from tests.support.torchrun import run_job
+from tests.support.tiny_job import run_job
+from tests.support.torchrun import Finished, run_torchrun
 
 # Modules that compare what two ranks compute, each its part, with what one computes.
 COMPARED_WITH_ONE = tuple(
@@ -67,9 +69,11 @@ class PublishedJob:
 def job_on_two_ranks(made_once: Callable[..., Path]) -> Callable[..., PublishedJob]:
     """Return a function that has two ranks run a job of that name, model, pipeline and flags, once."""
 
-    def job(name: str, model: str, pipeline: Path, *flags: str) -> PublishedJob:
+    def job(
+        name: str, model: str, pipeline: Path, *flags: str, start: Callable[..., Finished] = run_forked
+    ) -> PublishedJob:
         def run(out: Path) -> None:
-            finished = run_job(2, model, pipeline, write_prompts(out / "calib_prompts.txt"), out, *flags)
+            finished = run_job(2, model, pipeline, write_prompts(out / "calib_prompts.txt"), out, *flags, start=start)
             (out / "stdout.txt").write_text(finished.stdout)
 
         folder = made_once(name, run)
@@ -80,9 +84,9 @@ def job_on_two_ranks(made_once: Callable[..., Path]) -> Callable[..., PublishedJ
 
 @pytest.fixture(scope="session")
 def dual_timestep_job(tiny_flux_folder: Path, job_on_two_ranks: Callable[..., PublishedJob]) -> PublishedJob:
-    """FLUX on two ranks, the dual-card layout, per-timestep scales; read it, or run it again with the same flags."""
+    """FLUX under torchrun on two ranks, the dual-card layout, per-timestep scales; read it, or run it again."""
     flags = ("--device_type", "A2-32g-dual", "--quant_type", "w8a8_timestep")
-    return job_on_two_ranks("dual_timestep_job", "flux", tiny_flux_folder, *flags)
+    return job_on_two_ranks("dual_timestep_job", "flux", tiny_flux_folder, *flags, start=run_torchrun)
 
 
 @pytest.fixture(scope="session")

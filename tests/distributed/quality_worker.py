@@ -1,6 +1,6 @@
 """One rank of the proof for evaluating shards: quantizes its part, and evaluates the files that all ranks made.
 
-Usage: torchrun ... quality_worker.py RESULTS_FOLDER. Rank 0 writes two cards for each case: <kind>_<layout>.json of the
+Usage of each rank: quality_worker.py RESULTS_FOLDER. Rank 0 writes two cards for each case: <kind>_<layout>.json of the
 ranks' own files, and swapped_<kind>_<layout>.json of the layers alone, each rank reading another's files. Each rank r
 writes what it says of another's files to swapped_<kind>_<layout>_<r>.txt.
 """

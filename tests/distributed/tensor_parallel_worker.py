@@ -1,6 +1,6 @@
 """One rank of the tensor-parallel proof: compares its divided models with whole ones and writes what it measured.
 
-Usage: torchrun ... tensor_parallel_worker.py MODELS_FOLDER RESULTS_FOLDER. Rank r writes RESULTS_FOLDER/<r>.json.
+Usage of each rank: tensor_parallel_worker.py MODELS_FOLDER RESULTS_FOLDER. Rank r writes RESULTS_FOLDER/<r>.json.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from launcher.config.layer_schemes import read_layer_schemes
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from scripts.make_tiny_pipeline import write_prompts
-from tests.support.torchrun import STEPS, run_job
+from tests.support.tiny_job import STEPS, run_job
 
 pytestmark = pytest.mark.distributed
 RANKS = (0, 1)

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from quant_core.parallel.sharding import join
 from tests.distributed.bias_room_worker import RANKS, layer_tensors, shard
-from tests.support.torchrun import run_torchrun
+from tests.support.forked_ranks import run_forked
 
 WORKER = Path(__file__).with_name("bias_room_worker.py")
 
 
 @pytest.mark.distributed
 def test_joined_parts_of_a_layer_with_a_large_bias_are_the_whole_layer(tmp_path: Path):
-    done = run_torchrun(RANKS, WORKER, str(tmp_path), timeout_s=120)
+    done = run_forked(RANKS, WORKER, str(tmp_path), timeout_s=120)
     assert done.returncode == 0, done.stderr[-4000:]
     parts = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(RANKS)]
     whole = layer_tensors(None, None)

@@ -22,7 +22,9 @@ from model_adapters.quality.verdict import is_broken
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.errors import ConfigurationError, InputError, VerificationError
 from tests.support.evaluation import with_wrong_scale
-from tests.support.torchrun import ROOT, STEPS, Finished, run_job, run_torchrun, start_launcher
+from tests.support.forked_ranks import run_forked
+from tests.support.tiny_job import STEPS, run_job
+from tests.support.torchrun import ROOT, start_launcher
 
 pytestmark = pytest.mark.distributed
 
@@ -127,7 +129,7 @@ def test_two_ranks_find_what_one_finds_but_for_their_own_scales(alone: Path, dua
 
 def test_two_copies_of_two_ranks_make_the_same_card_and_sheet_to_the_byte(dual: Path, tmp_path: Path):
     copy = copied(dual, tmp_path / "copy")
-    done = run_torchrun(
+    done = run_forked(
         4, "-m", "launcher", "evaluate", copy / "weights", "--evaluate", str(PICTURES), *FLAGS, timeout_s=280
     )
     assert done.returncode == 0, done.stderr
@@ -135,14 +137,6 @@ def test_two_copies_of_two_ranks_make_the_same_card_and_sheet_to_the_byte(dual: 
     for name in ("quality.json", "contact_sheet.png"):
         ours, theirs = (out / "weights" / "quality" / name for out in (copy, dual))
         assert ours.read_bytes() == theirs.read_bytes(), name
-
-
-def refused(job: Path, copy: Path, *words: object) -> Finished:
-    """Evaluate a copy on two ranks, under the supervisor, and return how that failed."""
-    process = start_launcher("--nproc_per_node", 2, *in_copy(job, copy), *words)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 7, output
-    return Finished(process.returncode, output, "", 0)
 
 
 def test_a_scale_broken_on_purpose_in_one_layer_fails_the_gate_on_all_ranks(dual: Path, tmp_path: Path):
@@ -153,7 +147,9 @@ def test_a_scale_broken_on_purpose_in_one_layer_fails_the_gate_on_all_ranks(dual
     )
     broken = with_wrong_scale(files, LAYER, tmp_path / "broken")
     shutil.copy2(broken.weights, files.weights)
-    output = refused(dual, copy, "--evaluate", 0, "--min_layer_sqnr", 25).stdout
+    process = start_launcher("--nproc_per_node", 2, *in_copy(dual, copy), "--evaluate", 0, "--min_layer_sqnr", 25)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 7, output
     assert "error: the checkpoint falls short of what was asked for" in output
     assert f"SQNR of '{LAYER}' is" in output
     assert "below 25" in output
@@ -173,8 +169,10 @@ def test_files_of_swapped_ranks_are_refused(dual: Path, tmp_path: Path):
         swapped = first.read_bytes(), second.read_bytes()
         second.write_bytes(swapped[0])
         first.write_bytes(swapped[1])
-    output = refused(dual, copy, "--evaluate", 1).stdout
-    assert "error: the file of shard 0 holds shard 1" in output or "error: the file of shard 1 holds shard 0" in output
+    done = run_forked(2, "-m", "launcher", *map(str, in_copy(dual, copy)), "--evaluate", "1")
+    assert done.returncode == 7, done.stderr
+    said = done.stderr
+    assert "error: the file of shard 0 holds shard 1" in said or "error: the file of shard 1 holds shard 0" in said
     assert not (copy / "weights" / "quality").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from quant_core.calibration.records import load_dump
 from scripts.fault_matrix import files_below
-from tests.support.torchrun import run_job
+from tests.support.tiny_job import run_job
 
 pytestmark = pytest.mark.distributed
 

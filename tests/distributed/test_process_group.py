@@ -20,6 +20,7 @@ from launcher.failure.phases import run_together
 from launcher.ranks.agreement import all_agree, barrier, gather_objects
 from launcher.ranks.process_group import join, lay_out, leave
 from quant_core.errors import ConfigurationError, InputError
+from tests.support.forked_ranks import run_forked
 from tests.support.torchrun import ROOT, run_torchrun
 
 pytestmark = pytest.mark.distributed
@@ -138,7 +139,7 @@ def test_the_groups_are_taken_down_after_success(reports) -> None:
 
 
 def test_a_rank_that_stays_away_is_named_within_the_timeout(tmp_path: Path) -> None:
-    done = run_torchrun(3, WORKER, tmp_path, *FLAGS, environ={"ABSENT_RANK": "last"})
+    done = run_forked(3, WORKER, tmp_path, *FLAGS, environ={"ABSENT_RANK": "last"})
     assert done.returncode == 0, done.stderr[-4000:]
     first, second, _absent = [report["absent"] for report in reports_in(tmp_path)]
     assert "error: rank 2 did not come to the merge" in first["text"]
@@ -223,17 +224,22 @@ def test_one_thread_is_used_where_the_user_asks_for_one(monkeypatch: pytest.Monk
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("set_by_user", [True, False])
-def test_what_the_user_set_is_told_apart_from_what_torchrun_sets(set_by_user: bool, tmp_path: Path) -> None:
-    environ = [] if set_by_user else ["-u", "OMP_NUM_THREADS"]
+def said_of_threads(report: dict[str, Any]) -> str:
+    return next(reason for reason in report["reasons"] if reason.startswith("threads: "))
+
+
+def test_the_threads_that_the_user_set_are_not_called_torchruns_own(reports) -> None:
+    assert not any("is torchrun's own" in said_of_threads(report) for report in reports)
+
+
+def test_the_threads_that_torchrun_sets_are_called_its_own(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = ["env", *environ, *torchrun, str(WORKER), str(tmp_path), *FLAGS]
+    command = ["env", "-u", "OMP_NUM_THREADS", *torchrun, str(WORKER), str(tmp_path), *FLAGS]
     inherited = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=inherited, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for report in reports_in(tmp_path):
-        said = next(reason for reason in report["reasons"] if reason.startswith("threads: "))
-        assert ("is torchrun's own" in said) is not set_by_user
+        assert "is torchrun's own" in said_of_threads(report)
 
 
 def raise_input_error() -> None:

@@ -12,8 +12,8 @@ from model_adapters.quality.verdict import is_broken
 from quant_core import quant_model
 from tests.distributed.quality_worker import LAYOUTS, SCHEME, measure, origin
 from tests.distributed.test_deployed_parallel import session
+from tests.support.forked_ranks import run_forked
 from tests.support.tiny_models import build
-from tests.support.torchrun import run_torchrun
 
 WORKER = Path(__file__).with_name("quality_worker.py")
 
@@ -22,9 +22,9 @@ each_layout = pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the cards that the ranks of one torchrun wrote."""
+    """Folder of the cards that the ranks wrote."""
     folder = tmp_path_factory.mktemp("results")
-    done = run_torchrun(2, WORKER, str(folder), timeout_s=240)
+    done = run_forked(2, WORKER, str(folder), timeout_s=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

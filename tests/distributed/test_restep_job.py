@@ -18,7 +18,7 @@ from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from quant_core.errors import FolderInUse, InputError
 from tests.distributed.conftest import PublishedJob
-from tests.support.torchrun import STEPS
+from tests.support.tiny_job import STEPS
 
 pytestmark = pytest.mark.distributed
 

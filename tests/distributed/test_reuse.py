@@ -18,7 +18,7 @@ from quant_core.calibration.records import load_dump, save_dump
 from quant_core.errors import InputError
 from scripts.make_tiny_pipeline import write_prompts
 from tests.support.consumer import check_manifest
-from tests.support.torchrun import run_job
+from tests.support.tiny_job import run_job
 
 
 class Place:

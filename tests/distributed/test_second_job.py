@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli.command_line import parse
+from launcher.run import run
 from scripts.fault_matrix import files_below
 from tests.support.torchrun import start_launcher
 
@@ -49,8 +51,8 @@ def test_a_second_job_on_the_same_dumps_is_refused_and_the_first_publishes_its_o
     tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
 ):
     weights, dumps, alone = tmp_path / "job" / "weights", tmp_path / "job" / "dumps", tmp_path / "alone"
-    undisturbed = start_launcher(*job(tiny_flux_folder, prompt_file, alone / "weights", alone / "dumps"))
-    assert undisturbed.wait(timeout=120) == 0, undisturbed.communicate()[0]
+    undisturbed = job(tiny_flux_folder, prompt_file, alone / "weights", alone / "dumps")
+    run(parse(list(map(str, undisturbed))).options)
     with halted_after_a_batch(job(tiny_flux_folder, prompt_file, weights, dumps), dumps) as first:
         stale = weights / ".live.1.tmp"
         stale.touch()

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from quant_core.calibration.records import load_dump
+from tests.support.forked_ranks import run_forked
 from tests.support.torchrun import start_launcher
 
 pytestmark = pytest.mark.distributed
@@ -22,15 +23,28 @@ SOON_S = 20  # in which a crowded machine does what takes two seconds
 STEPS = 6  # so that a batch takes long enough to be interrupted
 
 
-def start(model: Path, prompts: Path, out: Path, *flags: object, steps: int = STEPS) -> subprocess.Popen[str]:
-    """Start the two-rank job under the supervisor."""
-    return start_launcher(
-        "--nproc_per_node", "2", "flux", "--path", model, "--device", "cpu",
+def words(model: Path, prompts: Path, out: Path, *flags: object, steps: int = STEPS) -> list[str]:
+    """Return the job of two ranks, without how its ranks are started."""
+    words = (
+        "flux", "--path", model, "--device", "cpu",
         "--device_type", "A2-32g-dual", "--prompt_path", prompts, "--width", "64", "--height", "64",
         "--infer_steps", steps, "--do_quant", "--quant_type", "w8a8_timestep",
-        "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps",
-        *flags, python_path=[out],
+        "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps", *flags,
     )  # fmt: skip
+    return list(map(str, words))
+
+
+def start(model: Path, prompts: Path, out: Path, *flags: object, steps: int = STEPS) -> subprocess.Popen[str]:
+    """Start the two-rank job under the supervisor."""
+    job = words(model, prompts, out, *flags, steps=steps)
+    return start_launcher("--nproc_per_node", "2", *job, python_path=[out])
+
+
+def go_on(model: Path, prompts: Path, out: Path, *flags: object) -> str:
+    """Run the job again, to its end, and return what it printed."""
+    again = run_forked(2, "-m", "launcher", *words(model, prompts, out, *flags))
+    assert again.returncode == 0, again.stderr
+    return again.stdout
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -58,9 +72,7 @@ def test_slurms_warning_stops_after_the_batch_and_the_next_run_goes_on(
     saved = len(list(part.parent.glob("*.pth")))
     assert 1 <= saved < PROMPTS
 
-    again = start(tiny_flux_folder, prompt_file, tmp_path)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
+    output = go_on(tiny_flux_folder, prompt_file, tmp_path)
     assert f"calibrate: {saved} of {PROMPTS} batches were finished by an earlier run" in output
     assert len(load_dump(tmp_path / "dumps" / "calib_data_rank0.pth")["records"]) == PROMPTS * STEPS
     assert not part.parent.exists()
@@ -98,9 +110,7 @@ def test_a_signal_to_one_of_two_copies_stops_both_and_both_go_on(tiny_flux_folde
     saved = [len(list(part.glob("*.pth"))) for part in parts]
     assert all(1 <= count < 6 for count in saved)
 
-    again = start(tiny_flux_folder, prompts, tmp_path, *two_copies)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
+    output = go_on(tiny_flux_folder, prompts, tmp_path, *two_copies)
     assert f"calibrate: {saved[0]} of 6 batches were finished by an earlier run" in output
 
 

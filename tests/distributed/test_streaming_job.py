@@ -15,7 +15,7 @@ from model_adapters.weights.loading import load_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
 from scripts.make_tiny_pipeline import write_prompts
 from tests.support.golden_cases import Written, differing
-from tests.support.torchrun import run_job
+from tests.support.tiny_job import run_job
 
 pytestmark = pytest.mark.distributed
 

@@ -14,8 +14,8 @@ from model_adapters import load_adapter
 from model_adapters.parallel.tensor_parallel import assert_collectives, collectives
 from model_adapters.weights.loading import load_transformer
 from tests.distributed.tensor_parallel_worker import CASES, MUTATED_WORLD, MUTATIONS, forward
+from tests.support.forked_ranks import run_forked
 from tests.support.tiny_models import KINDS, build, save
-from tests.support.torchrun import run_torchrun
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 
@@ -38,9 +38,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def measured(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What each rank of one torchrun measured, by rank; one start serves all cases of this number of ranks."""
+    """What each rank measured, by rank; one start serves all cases of this number of ranks."""
     results = tmp_path_factory.mktemp("results")
-    done = run_torchrun(request.param, WORKER, str(models), str(results), timeout_s=240)
+    done = run_forked(request.param, WORKER, str(models), str(results), timeout_s=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((results / f"{rank}.json").read_text()) for rank in range(request.param)]
 

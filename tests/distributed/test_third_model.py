@@ -16,7 +16,8 @@ from model_adapters import adapter_names
 from quant_core.calibration.records import load_dump
 from scripts.make_tiny_pipeline import write_prompts
 from tests.support import consumer
-from tests.support.torchrun import ROOT, run_torchrun
+from tests.support.forked_ranks import run_forked
+from tests.support.torchrun import ROOT
 from tests.support.toy_model.pipeline import make_toy_pipeline
 
 STEPS, PROMPTS = 4, 4  # prompts of write_prompts
@@ -42,7 +43,7 @@ def test_the_whole_job_runs_on_two_ranks_and_keeps_what_the_model_makes(environ:
         "--quant_dump_calib_folder", tmp_path / "dumps", "--do_save_img", "--save_path", tmp_path / "signals",
         "--info_file_save_path", tmp_path / "info.json",
     )  # fmt: skip
-    finished = run_torchrun(2, *words, environ=environ)
+    finished = run_forked(2, *words, environ=environ)
     assert finished.returncode == 0, finished.stderr
     for rank in (0, 1):
         loaded = consumer.load(tmp_path / "weights", rank, "w8a8_timestep")
@@ -54,7 +55,7 @@ def test_the_whole_job_runs_on_two_ranks_and_keeps_what_the_model_makes(environ:
         files = sorted((tmp_path / "signals" / kind).glob("[0-9]*"))
         assert [file.name for file in files] == [f"{prompt}_0.npy" for prompt in range(PROMPTS)]
         assert {np.load(file).shape for file in files} == {(LENGTH, 4)}
-    again = run_torchrun(2, *words, environ=environ)
+    again = run_forked(2, *words, environ=environ)
     assert "published already" in again.stdout
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from scripts.fault_matrix import files_below
+from tests.support.forked_ranks import run_forked
 from tests.support.torchrun import free_port, start_launcher
 
 pytestmark = pytest.mark.distributed
@@ -80,7 +81,8 @@ def _namespaces() -> None:
 
 
 def test_two_hosts_publish_the_bytes_of_one(tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path):
-    outputs([start_launcher("--nproc_per_node", "2", *job(tiny_flux_folder, prompt_file, tmp_path / "one"))])
+    words = map(str, job(tiny_flux_folder, prompt_file, tmp_path / "one"))
+    assert run_forked(2, "-m", "launcher", *words).returncode == 0
     two = tmp_path / "two"
     with two_hosts(*job(tiny_flux_folder, prompt_file, two), own=two / "dumps") as hosts:
         first, second = outputs(hosts)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from launcher.runtime.agreement import Agreement
-from tests.runtime.product import ROOT, run_torchrun
+from tests.runtime.product import ROOT, run_forked
 
 WORKER = Path(__file__).with_name("runtime_worker.py")
 _TIMEOUT_S = 200
@@ -89,7 +89,7 @@ def run_cases(cases: Mapping[str, Case], packages: Path, folder: Path, *, ranks:
     request = folder / "request.json"
     request.write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
     words = [str(WORKER), str(packages), str(request), str(folder)]
-    finished = run_torchrun(ranks, *words, timeout_s=_TIMEOUT_S) if ranks > 1 else _run_alone(words)
+    finished = run_forked(ranks, *words, timeout_s=_TIMEOUT_S) if ranks > 1 else _run_alone(words)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return [_answers(folder / f"answers_{rank}.json") for rank in range(ranks)]
 

@@ -28,9 +28,9 @@ from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import Checkpoint as Checkpoint
 from quant_core.checkpoint.reader import open_checkpoint as open_checkpoint
 from quant_core.schemes import BY_TYPE
+from tests.support.forked_ranks import run_forked as run_forked
 from tests.support.tiny_models import KINDS, build, example_inputs
 from tests.support.torchrun import ROOT as ROOT
-from tests.support.torchrun import run_torchrun as run_torchrun
 
 SCHEMES: Mapping[str, Any] = {quant_type: scheme.config for quant_type, scheme in BY_TYPE.items()}
 # What may come with a scheme, by a short name.

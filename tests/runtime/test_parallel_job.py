@@ -18,7 +18,7 @@ from quant_core.errors import EnvironmentFailure
 from scripts.make_tiny_pipeline import write_prompts
 from tests.runtime.cases import Answer, Case, described_classes, run_cases
 from tests.runtime.files import changed_copy
-from tests.runtime.product import CheckpointFiles, files_in, read_manifest, run_torchrun
+from tests.runtime.product import CheckpointFiles, files_in, read_manifest, run_forked
 
 pytestmark = pytest.mark.distributed
 
@@ -39,7 +39,7 @@ def shards(packages: Path, tiny_flux_folder: Path, tmp_path_factory: pytest.Temp
     folders = ["--quant_weight_save_folder", folder / "weights", "--quant_dump_calib_folder", folder / "dumps"]
     quantization = ["--do_quant", "--quant_type", TYPE.lower()]
     words = map(str, [*model, *prompts, *sizes, *quantization, *folders])
-    finished = run_torchrun(2, "-m", "launcher", *words)
+    finished = run_forked(2, "-m", "launcher", *words)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return folder / "weights"
 

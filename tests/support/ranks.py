@@ -3,7 +3,7 @@
 A test module that wants ranks has a function `on_each_rank(folder)`, which runs on every rank inside a process group
 and writes what it found into the folder; the tests of the module read that.
 
-Usage by torchrun: `ranks.py FOLDER MODULE...`; each module gets the folder of its own name below FOLDER.
+Usage of each rank: `ranks.py FOLDER MODULE...`; each module gets the folder of its own name below FOLDER.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.support.torchrun import run_torchrun
+from tests.support.forked_ranks import run_forked
 
 
 def run_on_ranks(ranks: int, folder: Path, *modules: str) -> Path:
-    """Run `on_each_rank` of each module on that many ranks of one torchrun; returns the folder."""
+    """Run `on_each_rank` of each module on that many ranks of one start; returns the folder."""
     for module in modules:
         folder_of(folder, module).mkdir()
-    done = run_torchrun(ranks, Path(__file__), folder, *modules, timeout_s=280)
+    done = run_forked(ranks, Path(__file__), folder, *modules, timeout_s=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -15,8 +15,6 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
-# Denoising steps of `run_job`.
-STEPS = 4
 # What torchrun gives its workers to end by themselves before it kills them is 30 s; here nobody waits for that.
 _GRACE_S = 3
 
@@ -65,7 +63,7 @@ def run_torchrun(
     process = subprocess.Popen(
         words,
         cwd=ROOT,
-        env=_environment(environ or {}),
+        env=environment(environ or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,31 +82,8 @@ def run_torchrun(
     return Finished(returncode, stdout, stderr, time.monotonic() - start)
 
 
-def run_job(
-    ranks: int, model: str, pipeline: Path, prompts: Path, out: Path, *flags: str | Path, check: bool = True
-) -> Finished:
-    """Run the launcher's job of `model` on a tiny pipeline: small images, few steps; its files go below `out`."""
-    path_flag = "--sd3_model_path" if model == "sd3" else "--path"
-    finished = run_torchrun(
-        ranks, "-m", "launcher", model, path_flag, pipeline, "--device", "cpu", "--prompt_path", prompts,
-        "--width", "64", "--height", "64", "--infer_steps", str(STEPS), "--do_quant",
-        "--quant_weight_save_folder", out / "weights", "--quant_dump_calib_folder", out / "dumps", *flags,
-    )  # fmt: skip
-    if check:
-        assert finished.returncode == 0, finished.stderr
-        assert_sound(out / "weights")
-    return finished
-
-
-def assert_sound(folder: Path) -> None:
-    """Check that nothing is wrong with what a job published in a folder, if it did."""
-    from launcher.inspection.verify import verify  # takes seconds
-
-    if (folder / "quant_manifest.json").exists():
-        assert verify(folder).findings == []
-
-
-def _environment(added: Mapping[str, str]) -> dict[str, str]:
+def environment(added: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of this process, without those of a torchrun around it, for one that a test starts."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH")]))
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **added}
