@@ -65,7 +65,7 @@ class CalibrationParts:
         Raises InputError when a part is missing, damaged or another job's, or when no batch captured anything.
         """
         unique = _Unique()
-        records = [unique(entry) for batch in range(batches) for entry in self._read(batch)]
+        records = [unique(entry) for batch in range(batches) for entry in self.read(batch)]
         if not records:
             raise InputError(
                 "nothing was captured",
@@ -88,12 +88,13 @@ class CalibrationParts:
         if not self._path(batch).exists():
             return False
         try:
-            self._read(batch)
+            self.read(batch)
         except InputError:
             return False  # of another job or version, or damaged: the batch is run again
         return True
 
-    def _read(self, batch: int) -> list[Any]:
+    def read(self, batch: int) -> list[Any]:
+        """Return the records of a batch. Raises InputError when it is missing, damaged or another job's."""
         path = self._path(batch)
         part = load_sound_dump(path)
         header = part["header"]
