@@ -14,6 +14,7 @@ run prompts 16 to 24. What it costs: the dump is written twice, a few hundred me
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -76,6 +77,15 @@ class CalibrationParts:
         save_dump(dump, records, {**header, DIGEST: digest_of_records(records)})
         self.discard()
         return len(records)
+
+    def whole(self) -> list[int]:
+        """Return the numbers of all complete batches of this job."""
+        found = (re.fullmatch(r"batch_(\d+)\.pth", path.name) for path in sorted(self.folder.glob("batch_*.pth")))
+        return [int(name[1]) for name in found if name and self._is_whole(int(name[1]))]
+
+    def forget(self, batch: int) -> None:
+        """Remove a batch, if it is there."""
+        self._path(batch).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove all parts of this rank."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from quant_core.arithmetic.numerics import NUMERICS
 from quant_core.attention.session import attention_observers
 from quant_core.attention.watch import watch_attentions
 from quant_core.calibration.measured import Measured
-from quant_core.calibration.records import as_records, load_dump, save_dump
+from quant_core.calibration.records import Record, as_records, load_dump, save_dump
 from quant_core.calibration.replay import replay
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.ranges import ESTIMATORS
@@ -70,9 +70,8 @@ def with_measured(config: SessionConfig, measured: Measured) -> SessionConfig:
 def test_a_static_range_is_that_of_the_float_models_inputs_and_nothing_is_replayed():
     model = SmallModel()
     measured = measure(model, session("w8a8"), records())
-    expected = {
-        name: torch.cat([x.flatten() for _, x in inputs_of(model, name, records())]) for name in measured.layers
-    }
+    seen = {name: inputs_of(model, name, records()) for name in measured.layers}
+    expected = {name: torch.cat([x.flatten() for _, x in inputs]) for name, inputs in seen.items()}
     before = model.calls
     found = quant_model(model, with_measured(session("w8a8"), measured))
     assert model.calls == before
@@ -121,6 +120,10 @@ def test_going_on_from_a_file_is_as_good_as_never_stopping(name: str, tmp_path: 
         assert all(torch.as_tensor(found[key]).equal(torch.as_tensor(expected[key])) for key in expected)
 
 
+def in_dtype(kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+
+
 @pytest.mark.parametrize("smoothing", ["m4", "m6"])
 @pytest.mark.parametrize(("kind", "scheme"), [("sd3", "w8a8"), ("flux", "w8a8_timestep"), ("flux", "w8a8_dynamic")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,11 +133,7 @@ def test_smoothing_by_maxima_needs_no_second_look(kind: str, scheme: str, smooth
         "m4": M4ProcessorConfig(smoothing_groups="all"),
         "m6": M6ProcessorConfig(smoothing_groups="all", cfg=M6Config(alpha=0.8, beta=0.2)),
     }[smoothing]
-    of = [r for r in model_records(kind, 4, steps=2)]
-    for record in of:
-        record.kwargs.update(
-            {k: v.to(dtype) for k, v in record.kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-        )  # type: ignore[attr-defined]
+    of = [Record((), in_dtype(record.kwargs, dtype), record.step) for record in model_records(kind, 4, steps=2)]
     config = SessionConfig(processor_cfg_map={scheme: SCHEMES[scheme](), smoothing: suppression}, calib_data=of)
     structure, model = structure_of(kind), outlier_model(kind).to(dtype)
     measured = measure(model, config, of, structure=structure)
