@@ -37,7 +37,8 @@ _OF_A_HOST = {
     "evaluation": {"evaluate_prompts"},
 }
 # By section, the options that cannot change a tensor, or are known by what they lead to: the mesh, the shard plan, the
-# layers that stay float, whose inputs ranges are of. Those of the section `pipeline` are the model's: `PipelineOptions.OUTSIDE_IDENTITY`.
+# layers that stay float, where ranges come from. Those of the section `pipeline` are the model's:
+# `PipelineOptions.OUTSIDE_IDENTITY`.
 OUTSIDE_IDENTITY: Mapping[str, frozenset[str]] = {
     "quantization": frozenset({"do_quant", "disable_names"}),
     "ranks": frozenset({"device_id", "tp_size", "layout", "timeout_s", "hang_timeout"}),
