@@ -32,7 +32,7 @@ class Left(NamedTuple):
     counts: frozenset[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Captured:
     """One file that calibrating makes on this rank."""
 
