@@ -143,7 +143,7 @@ def test_a_dump_that_another_job_put_in_the_place_of_this_ones_is_not_quantized(
     """As on a file system without locks."""
     calibrate = launcher.run.calibrate
 
-    def calibrate_and_lose(job: Job, results: Results) -> Path | None:
+    def calibrate_and_lose(job: Job, results: Results) -> Any:
         dump = calibrate(job, results)
         theirs = load_dump(place.dump, mmap=False)
         save_dump(place.dump, theirs["records"], {**theirs["header"], "fingerprint": "another"})
