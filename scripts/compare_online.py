@@ -2,8 +2,8 @@
 
     python scripts/compare_online.py [SEED ...]    the table in the README, some minutes; seeds 0 and 1 when left out
 
-Models: the trained tiny ones, each calibrated on 8 prompts of its seed and measured on others; bfloat16, static in
-every step. A cell is the median layer and, behind the slash, the model's output.
+Models: the trained tiny ones in their own dtype, each calibrated on 8 prompts of its seed and measured on others, and
+static in every step. A cell is the median layer and, behind the slash, the model's output.
 """
 
 from __future__ import annotations
