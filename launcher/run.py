@@ -63,9 +63,9 @@ def _quantize(job: Job) -> None:
     if is_published(job, results):
         job.console.say(f"published already: {results.folder.manifest}")
     else:
-        dump = calibrate(job, results)
+        dump, ranges = calibrate(job, results)
         job.watch.safe_point(job.ranks.control)
-        quantize(job, results, dump)
+        quantize(job, results, dump, ranges)
         job.watch.safe_point(job.ranks.control)
         merge(job, results)
     if job.config.output.do_save_img:

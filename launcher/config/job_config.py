@@ -159,9 +159,12 @@ class Output(Section):
     do_save_img: bool = Field(default=False, description="save images: of the float model, and with --do_quant of both")
     quant_weight_save_folder: Path | None = Field(default=None, description="folder of the quantized weights")
     quant_dump_calib_folder: Path | None = Field(default=None, description="folder of the calibration data")
-    calibrate: Literal["always", "needed"] = Field(
-        default="always", description="dump calibration data always, or only if the scheme reads activations"
+    calibrate: Literal["always", "needed", "online"] = Field(
+        default="always",
+        description="dump calibration data always, or only if the scheme reads activations; online: take ranges while "
+        "dumping, so that quantizing replays nothing",
     )
+    no_dump: bool = Field(default=False, description="write no calibration data, where nothing would replay it")
     resume: Literal["auto", "never"] = Field(
         default="auto", description="reuse what an earlier run of the same job finished"
     )

@@ -14,6 +14,7 @@ run prompts 16 to 24. What it costs: the dump is written twice, a few hundred me
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ class CalibrationParts:
         Raises InputError when a part is missing, damaged or another job's, or when no batch captured anything.
         """
         unique = _Unique()
-        records = [unique(entry) for batch in range(batches) for entry in self._read(batch)]
+        records = [unique(entry) for batch in range(batches) for entry in self.read(batch)]
         if not records:
             raise InputError(
                 "nothing was captured",
@@ -76,6 +77,15 @@ class CalibrationParts:
         save_dump(dump, records, {**header, DIGEST: digest_of_records(records)})
         self.discard()
         return len(records)
+
+    def whole(self) -> list[int]:
+        """Return the numbers of all complete batches of this job."""
+        found = (re.fullmatch(r"batch_(\d+)\.pth", path.name) for path in sorted(self.folder.glob("batch_*.pth")))
+        return [int(name[1]) for name in found if name and self._is_whole(int(name[1]))]
+
+    def forget(self, batch: int) -> None:
+        """Remove a batch, if it is there."""
+        self._path(batch).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove all parts of this rank."""
@@ -88,12 +98,13 @@ class CalibrationParts:
         if not self._path(batch).exists():
             return False
         try:
-            self._read(batch)
+            self.read(batch)
         except InputError:
             return False  # of another job or version, or damaged: the batch is run again
         return True
 
-    def _read(self, batch: int) -> list[Any]:
+    def read(self, batch: int) -> list[Any]:
+        """Return the records of a batch. Raises InputError when it is missing, damaged or another job's."""
         path = self._path(batch)
         part = load_sound_dump(path)
         header = part["header"]

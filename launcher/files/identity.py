@@ -37,13 +37,14 @@ _OF_A_HOST = {
     "evaluation": {"evaluate_prompts"},
 }
 # By section, the options that cannot change a tensor, or are known by what they lead to: the mesh, the shard plan, the
-# layers that stay float. Those of the section `pipeline` are the model's: `PipelineOptions.OUTSIDE_IDENTITY`.
+# layers that stay float, where ranges come from. Those of the section `pipeline` are the model's:
+# `PipelineOptions.OUTSIDE_IDENTITY`.
 OUTSIDE_IDENTITY: Mapping[str, frozenset[str]] = {
     "quantization": frozenset({"do_quant", "disable_names"}),
     "ranks": frozenset({"device_id", "tp_size", "layout", "timeout_s", "hang_timeout"}),
     "output": frozenset(
         {"save_path", "do_save_img", "quant_weight_save_folder", "quant_dump_calib_folder"}
-        | {"calibrate", "resume", "fingerprint", "overwrite", "dry_run"}
+        | {"calibrate", "no_dump", "resume", "fingerprint", "overwrite", "dry_run"}
     ),
     "evaluation": frozenset(Evaluation.model_fields),
 }
@@ -105,10 +106,15 @@ def calibration_fingerprint(
 
 
 def quantization_fingerprint(
-    calibration: Fingerprint, config: JobConfig, disabled_layers: Sequence[str]
+    calibration: Fingerprint, config: JobConfig, disabled_layers: Sequence[str], *, online: bool = False
 ) -> Fingerprint:
-    """Return what this job's shards depend on; disabled_layers: the patterns that were chosen or are the recipe's."""
+    """Return what this job's shards depend on.
+
+    disabled_layers: the patterns that were chosen or are the recipe's. online: ranges are the float model's.
+    """
     options = {**_options(config)["quantization"], "disable_names": list(disabled_layers)}
+    if online:
+        options["ranges"] = "online"
     # A list, because the order of the patterns counts; left out where there are none.
     if rules := options.pop("layer_schemes"):
         options["layer_schemes"] = [[pattern, scheme] for pattern, scheme in rules.items()]

@@ -47,7 +47,11 @@ class RunFolder:
 
     def dump(self) -> Path:
         """This rank's calibration data."""
-        return self.dumps / f"calib_data{f'_rank{self.mesh.rank}' if self.is_distributed else ''}.pth"
+        return self._of_rank("calib_data")
+
+    def ranges(self) -> Path:
+        """What this rank measured while it calibrated, with --calibrate online."""
+        return self._of_rank("calib_ranges")
 
     def shard(self, tp_rank: int | None = None) -> CheckpointFiles:
         """The published files of a tensor-parallel rank, this one's by default."""
@@ -60,6 +64,9 @@ class RunFolder:
     def note(self, tp_rank: int | None = None) -> Path:
         """What a rank notes about the shard it staged."""
         return note_file(self.staging, self.scheme, self._suffix(tp_rank))
+
+    def _of_rank(self, stem: str) -> Path:
+        return self.dumps / f"{stem}{f'_rank{self.mesh.rank}' if self.is_distributed else ''}.pth"
 
     def _suffix(self, tp_rank: int | None) -> str:
         return tp_suffix(self.mesh.tp_rank if tp_rank is None else tp_rank, self.mesh.tp_size)

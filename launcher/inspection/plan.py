@@ -24,6 +24,7 @@ from launcher.ranks.mesh import Mesh
 from launcher.ranks.process_group import lay_out
 from launcher.stages.evaluate import check_evaluation
 from launcher.stages.images import check_save_path
+from launcher.stages.online import check_online, reason_to_replay, takes_ranges, writes_dump
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
@@ -69,10 +70,10 @@ class Scope:
 class Plan:
     """What a job would do; what could not be found out is empty, and a problem says why.
 
-    quant_type: empty for a job of images alone. batches: of this rank. What it does: calibrates, then quantizes by
-    replaying that (replays) or layer by layer from disk (streams), after measuring what to choose (measures); paints
-    images; keeps the weights on the host (offloads); evaluates on so many batches of this rank, 0: on the calibration
-    data, None: not.
+    quant_type: empty for a job of images alone. batches: of this rank. What it does: calibrates, keeping the calls
+    (dumps), then quantizes by replaying them (replays), from ranges taken meanwhile (is_online) or layer by layer from
+    disk (streams), after measuring what to choose (measures); paints images; keeps the weights on the host (offloads);
+    evaluates on so many batches of this rank, 0: on the calibration data, None: not.
     """
 
     model: str
@@ -86,6 +87,8 @@ class Plan:
     layout: str = ""
     memory: MemoryModel | None = None
     calibrates: bool = False
+    dumps: bool = False
+    is_online: bool = False
     measures: bool = False
     replays: bool = False
     streams: bool = False
@@ -225,9 +228,14 @@ def _look_at_layers(
     rules = {p: f"--layer_schemes {p}=float" for p, chosen in session.layer_schemes.items() if chosen == FLOAT}
     plan.scopes = _scopes(model, types, rules | {p: f"--disable_names {p}" for p in disabled if p not in rules}, part)
     plan.attempt(lambda: check_outputs(model, schemes))
-    plan.replays = reads_activations(model, session)
-    plan.streams = not plan.replays
-    plan.calibrates = plan.replays or config.output.calibrate == "always" or config.evaluation.evaluate == 0
+    reads = reads_activations(model, session)
+    plan.attempt(lambda: check_online(config, session, reads_activations=reads))
+    plan.is_online = takes_ranges(config, session, reads_activations=reads)
+    plan.replays, plan.streams = reads and not plan.is_online, not reads
+    plan.dumps = writes_dump(config, reads_activations=reads)
+    plan.calibrates = plan.dumps or plan.is_online
+    if config.output.calibrate == "online" and plan.replays:
+        plan.remarks.append(f"--calibrate online replays all the same: {reason_to_replay(config, session)}")
     if options.is_auto:
         plan.remarks.append(f"layers are chosen by measurement: bytes are those of {options.main_type} in all of them")
     if (smoothing := session.smoothing) is not None:
@@ -265,7 +273,7 @@ def _look_at_disk(plan: Plan, config: JobConfig) -> None:
     sizes: dict[str, int] = {"quant_weight_save_folder": 0, "quant_dump_calib_folder": 0}
     if memory is not None and plan.mesh is not None:
         sizes["quant_weight_save_folder"] = memory.quantized * plan.mesh.tp_size
-        sizes["quant_dump_calib_folder"] = memory.dump * plan.mesh.world if plan.calibrates else 0
+        sizes["quant_dump_calib_folder"] = memory.dump * plan.mesh.world if plan.dumps else 0
     needed: list[tuple[Path, int]] = []
     for name, size in sizes.items():
         folder = getattr(output, name)

@@ -84,7 +84,7 @@ def _bytes(plan: Plan, memory: MemoryModel, device: str) -> Iterator[str]:
     if plan.paints or plan.evaluates:
         yield "  the decoder of pictures comes on top"
     if plan.quant_type:
-        dump = memory.dump if plan.calibrates else 0
+        dump = memory.dump if plan.dumps else 0
         yield f"  disk: {gib(memory.quantized)} published for each shard, {gib(dump)} of calibration data for each rank"
 
 
@@ -102,7 +102,7 @@ def _peaks(plan: Plan, memory: MemoryModel) -> list[tuple[int, int, int]]:
     stages = (
         (plan.paints, (memory.running, memory.running, home)),
         (plan.calibrates, (memory.calibrating, memory.running, home + memory.record)),
-        (plan.replays, (memory.quantizing, replaying, home + memory.codes + memory.dump)),
+        (plan.replays or plan.is_online, (memory.quantizing, replaying, home + memory.codes + memory.dump)),
         (plan.streams, (memory.streaming, memory.widest + memory.workspace, memory.streaming)),
         (plan.evaluates is not None, (memory.evaluating, evaluating, home + memory.kept)),
     )
@@ -122,6 +122,8 @@ def _counted(plan: Plan) -> Iterator[str]:
         yield f"{calls} to calibrate ({plan.batches} batches of {plan.steps} steps)"
     if plan.measures and plan.replays:
         yield "some records replayed to choose"
+    if plan.is_online:
+        yield "none to quantize, as ranges are taken while calibrating"
     if plan.replays:
         yield f"each record replayed {'twice' if plan.smoothing else 'once'} to quantize"
     if plan.paints:

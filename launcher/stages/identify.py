@@ -30,7 +30,7 @@ def identify(job: Job) -> Results:
     config, ranks = job.config, job.ranks
     model = shared_model_fields(config, ranks)
     calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, read_batches(config.pipeline))
-    quantization = quantization_fingerprint(calibration, config, job.model.disabled_layers)
+    quantization = quantization_fingerprint(calibration, config, job.model.disabled_layers, online=job.model.is_online)
     require_alike(ranks, quantization.fields, what="what the result depends on")
     folder = run_together(ranks, "making the staging folder", lambda: _folder(job))
     return Results(folder, calibration, quantization)

@@ -12,6 +12,7 @@ from torch import nn
 from launcher.config.job_config import JobConfig
 from launcher.devices.host_memory import return_large_blocks
 from launcher.ranks.process_group import Ranks
+from launcher.stages.online import check_online, reason_to_replay, takes_ranges
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
@@ -39,6 +40,9 @@ class ModelSession:
     _pipeline: Any = None
     # Whether quantizing has to replay calibration data; known once the job was checked.
     reads_activations: bool = True
+    # Whether calibrating takes what quantizing needs, and if not although it was asked to, why; known likewise.
+    is_online: bool = False
+    reason_to_replay: str | None = None
     # On the host, by batch of prompts; filled before the transformer is loaded.
     embeddings: dict[Prompts, Embeddings] = field(default_factory=dict)
 
@@ -75,7 +79,11 @@ class ModelSession:
         session = session_of(processors(options, self.disabled_layers), options, [])
         targets = layer_plan(model, session)
         check_outputs(model, {name: SCHEMES[config.key] for name, config in targets.items()})
-        self.reads_activations = reads_activations(model, session)
+        reads = self.reads_activations = reads_activations(model, session)
+        check_online(self.config, session, reads_activations=reads)
+        self.is_online = takes_ranges(self.config, session, reads_activations=reads)
+        if self.config.output.calibrate == "online" and reads:
+            self.reason_to_replay = reason_to_replay(self.config, session)
         if session.smoothing is not None:
             groups_to_smooth(model, session.smoothing, structure=self.adapter.structure, targets=targets)
         if session.rotate_values:

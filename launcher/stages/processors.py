@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from launcher.config.job_config import AUTO, Quantization
 from quant_core import FA3ProcessorConfig, M6Config, SessionConfig, W8A8QuantConfig
+from quant_core.calibration.measured import Measured
 from quant_core.errors import ConfigurationError
 from quant_core.processor import ProcessorConfig
 from quant_core.schemes import QUANT_TYPES, SCHEMES
@@ -61,7 +62,7 @@ def _configured(config: type[Config], **options: Any) -> Config:
     return config(**{name: value for name, value in options.items() if name in config.model_fields})
 
 
-def session_of(found: Sequence[ProcessorConfig], options: Quantization, records: list[Any]) -> SessionConfig:
+def session_of(found: Sequence[ProcessorConfig], options: Quantization, records: list[Any] | Measured) -> SessionConfig:
     """Return the session of these processors; raises ConfigurationError for processors that exclude each other."""
     try:
         return SessionConfig(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from launcher.config.job_config import AUTO, Quantization
 from launcher.failure.phases import run_together
+from launcher.files.calibration_parts import load_sound_dump
 from launcher.files.shard_checks import check_contract
 from launcher.files.shard_note import equal_on_all_ranks, read_note, write_note
 from launcher.ranks.agreement import all_agree
@@ -27,6 +28,7 @@ from model_adapters.parallel.tensor_parallel import assert_collectives
 from model_adapters.pipeline.noise_levels import noise_levels, scheduler_settings
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
+from quant_core.calibration.measured import Measured
 from quant_core.calibration.records import load_dump
 from quant_core.checkpoint.resampling import SIGMAS_KEY
 from quant_core.checkpoint.tensor_file import WrittenDigests
@@ -39,25 +41,26 @@ from quant_core.session.quantize import QuantizedModel, quant_model
 from quant_core.session.streaming import quantize_streaming
 
 
-def quantize(job: Job, results: Results, dump: Path | None) -> None:
+def quantize(job: Job, results: Results, dump: Path | None, ranges: Path | None = None) -> None:
     """Stage this rank's shard, or leave a finished one of the same job where it is.
 
-    dump: this rank's calibration data; a scheme that reads none needs neither it nor the model in memory.
+    dump: this rank's calibration data, to be replayed unless there are ranges; a scheme that reads no activations
+    needs neither of them nor the model in memory.
     """
     job.watch.enter("quantize")
     mine = run_together(job.ranks, "looking at the shards", lambda: _is_staged(job, results))
     if all_agree(job.ranks, mine, what="whether to quantize"):
         job.console.say(f"quantize: reusing {results.folder.staged().weights}")
     else:
-        _stage(job, results, dump)
+        _stage(job, results, ranges or dump)
     # Each rank reads its own, all at the same time; merging then publishes without reading anything.
     run_together(job.ranks, "checking what was staged", lambda: _check(job, results))
 
 
-def _stage(job: Job, results: Results, dump: Path | None) -> None:
+def _stage(job: Job, results: Results, data: Path | None) -> None:
     digests = WrittenDigests()
-    if dump is not None and job.model.reads_activations:
-        result, part, decisions = _in_memory(job, results, dump, digests)
+    if data is not None and job.model.reads_activations:
+        result, part, decisions = _in_memory(job, results, data, digests)
     else:
         result, part, decisions = *_from_disk(job, results, digests), ""
     run_together(job.ranks, "noting what was staged", lambda: _note(job, results, result, part, digests, decisions))
@@ -73,14 +76,14 @@ def quant_type(job: Job) -> str:
 
 
 def _in_memory(
-    job: Job, results: Results, dump: Path, digests: WrittenDigests
+    job: Job, results: Results, data: Path, digests: WrittenDigests
 ) -> tuple[QuantizedModel, LoadedTransformer, str]:
-    """Quantize this rank's part of the model by replaying the calibration data; the text says what was chosen."""
+    """Quantize this rank's part of the model from calibration data or ranges; the text says what was chosen."""
     loaded = run_together(job.ranks, "loading the model", lambda: job.model.transformer)
-    records = run_together(job.ranks, "reading the calibration data", lambda: _records(dump, results))
+    records = run_together(job.ranks, "reading the calibration data", lambda: _calib_data(job, data, results))
     job.model.drop_pipeline()
     digests.wanted = _equal_on_all_ranks(job, loaded)
-    parallel, options, decisions = _parallel(job, loaded.shards), job.config.quantization, ""
+    parallel, options, decisions = parallel_of(job, loaded.shards), job.config.quantization, ""
 
     def progress(stage: str, done: int, total: int) -> None:
         _progress(job, stage, done, total)
@@ -104,17 +107,19 @@ def _in_memory(
     return result, loaded, decisions
 
 
-def _records(dump: Path, results: Results) -> list[Any]:
-    """Load the records of this job's dump; where nothing can be locked, another job may have put its own there."""
-    loaded = load_dump(dump)
-    if loaded["header"].get("fingerprint") != results.calibration.digest:
+def _calib_data(job: Job, data: Path, results: Results) -> list[Any] | Measured:
+    """Load this job's records or ranges; where nothing can be locked, another job may have put its own there."""
+    online = job.model.is_online
+    loaded = load_sound_dump(data) if online else load_dump(data)
+    owner = results.quantization if online else results.calibration
+    if loaded["header"].get("fingerprint") != owner.digest:
         raise InputError(
             "the calibration data is another job's",
-            where=str(dump),
+            where=str(data),
             why="a job with other options replaced it while this one ran",
             advice="give each job its own --quant_dump_calib_folder, and run this one again",
         )
-    return loaded["records"]
+    return Measured(**loaded["records"][0]) if online else loaded["records"]
 
 
 def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[QuantizedModel, TransformerPart]:
@@ -127,7 +132,7 @@ def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[Qua
         part.read,
         _session(job, job.config.quantization, [], *_saves(job, results)),
         structure=job.model.adapter.structure,
-        parallel=_parallel(job, part.shards),
+        parallel=parallel_of(job, part.shards),
         device=job.ranks.device,
         progress=lambda stage, done, total: _progress(job, stage, done, total),
         digests=digests,
@@ -141,7 +146,9 @@ def _progress(job: Job, stage: str, done: int, total: int, *, of: str = "quantiz
     job.watch.safe_point(job.ranks.tp_control)
 
 
-def _session(job: Job, options: Quantization, records: list[Any], *saves: SaveProcessorConfig) -> SessionConfig:
+def _session(
+    job: Job, options: Quantization, records: list[Any] | Measured, *saves: SaveProcessorConfig
+) -> SessionConfig:
     """Say in the quantizer's words what the options ask for."""
     return session_of([*processors(options, job.model.disabled_layers), *saves], options, records)
 
@@ -224,7 +231,8 @@ def _is_staged(job: Job, results: Results) -> bool:
     )
 
 
-def _parallel(job: Job, shards: Mapping[str, Shard]) -> Parallel:
+def parallel_of(job: Job, shards: Mapping[str, Shard]) -> Parallel:
+    """Return this rank's place in the quantizer's words."""
     mesh = job.ranks.mesh
     return Parallel(
         shards=shards,

@@ -5,8 +5,9 @@ Suffixes: B samples, H heads, S tokens, D channels of a head, R rows that share 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,15 @@ class AttentionObserver:
         for found in self.ranges.values():
             yield "min", found.low_R, partial(setattr, found, "low_R")
             yield "max", found.high_R, partial(setattr, found, "high_R")
+
+    def saved(self) -> dict[str, Any]:
+        """Return the ranges as plain data."""
+        return {part: {"low": found.low_R, "high": found.high_R} for part, found in self.ranges.items()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what another one has saved."""
+        for part, found in self.ranges.items():
+            found.low_R, found.high_R = saved[part]["low"].clone(), saved[part]["high"].clone()
 
     def entries(self) -> list[Entry]:
         """Return the scales of q, k, v, then their offsets, which are int8 zeros."""

@@ -30,10 +30,14 @@ class FiniteInputs:
         """Return a forward pre-hook that notes the input of the layer."""
 
         def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._names.append(name)
-            self._extremes.append(torch.stack(inputs[0].aminmax()).float())
+            self.note(name, *inputs[0].aminmax())
 
         return note
+
+    def note(self, name: str, low: Tensor, high: Tensor) -> None:
+        """Note the extremes of one input of the layer, scalars."""
+        self._names.append(name)
+        self._extremes.append(torch.stack((low, high)).float())
 
     def check(self, where: str) -> None:
         """Check what was noted and forget it. Raises InputError naming the first layer with NaN or infinity."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from quant_core.arithmetic.numerics import Numerics
@@ -17,7 +19,7 @@ SyncRange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class InputObserver:
-    """Watch the input of one layer during the replay, and fake-quantize it for the layers behind.
+    """Watch the input of one layer, and in a replay fake-quantize it for the layers behind.
 
     With `per_step` it keeps a range for each denoising step, read from `TimestepManager`; otherwise one range, under
     the key None. The reference numerics keeps one estimator through all steps and remembers where it stood at the end
@@ -34,6 +36,10 @@ class InputObserver:
 
     def observe(self, x: Tensor) -> Tensor:
         """Take in one call's input (any shape) and return it fake-quantized."""
+        return self._numerics.fake_quantize_input(x, *self.measure(x))
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in one call's input (any shape) and return the range to quantize it in."""
         step = TimestepManager.get_timestep_idx() if self._per_step else None
         self.calls[step] += 1
         low, high = self._sync(*x.aminmax())
@@ -41,7 +47,7 @@ class InputObserver:
         estimator.update(x, low, high)
         if self._numerics.is_reference:
             low, high = self._carried[step] = estimator.range()
-        return self._numerics.fake_quantize_input(x, low, high)
+        return low, high
 
     def range(self, step: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the range of a step, or the one range."""
@@ -52,3 +58,19 @@ class InputObserver:
         estimator = self._estimators[step]
         for name, op in estimator.reductions.items():
             yield op, getattr(estimator, name), partial(setattr, estimator, name)
+
+    def saved(self) -> dict[str, Any]:
+        """Return all that it gathered as plain data: steps, calls in each, and each state tensor, a row a step."""
+        steps = sorted(self.calls, key=lambda step: -1 if step is None else step)
+        estimators = [self._estimators[step] for step in steps]
+        names = estimators[0].reductions if estimators else ()
+        state = {name: torch.stack([getattr(each, name) for each in estimators]).cpu() for name in names}
+        return {"steps": steps, "calls": [self.calls[step] for step in steps], **state}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what another one has saved."""
+        for row, (step, calls) in enumerate(zip(saved["steps"], saved["calls"])):
+            self.calls[step] = calls
+            estimator = self._estimators[step]
+            for name in estimator.reductions:
+                setattr(estimator, name, saved[name][row].clone())

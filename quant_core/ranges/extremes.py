@@ -30,6 +30,26 @@ class Extremes:
         return self.low, self.high
 
 
+class ChannelExtremes:
+    """The true minimum and maximum of each input channel over all calls, (I,): what smoothing can still divide."""
+
+    reductions: ClassVar[Mapping[str, Reduction]] = {"low": "min", "high": "max"}
+
+    def __init__(self) -> None:
+        self.low = torch.tensor(float("inf"))
+        self.high = torch.tensor(float("-inf"))
+
+    def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        """Widen the range of each channel to contain this call's."""
+        low_I, high_I = x.detach().reshape(-1, x.shape[-1]).aminmax(dim=0)
+        self.low = torch.minimum(self.low.to(low_I), low_I)
+        self.high = torch.maximum(self.high.to(high_I), high_I)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Return the extremes of all channels."""
+        return self.low.amin(), self.high.amax()
+
+
 class MeanExtremes:
     """`minmax` of the reference tool: the mean over calls of each call's minimum and maximum, in the model's dtype.
 

@@ -54,13 +54,14 @@ def check_numerics(session: Session) -> None:
 
 
 def check_records(session: Session) -> None:
-    """Check that a session that replays records has some, with their steps if it needs them. Raises InputError."""
+    """Check that a session that needs records or ranges has some, and the steps if it needs them. Raises InputError."""
     if not session.observes:
         return
     records, group = session.records, session.parallel.dp_group
     names = ", ".join(scheme.quant_type for scheme in session.schemes)
     # A data-parallel rank without a prompt of its own is fine, and must not leave the others waiting.
-    if not reduce_over(group, "sum", torch.tensor(len(records))):
+    count = session.measured.forwards if session.measured else len(records)
+    if not reduce_over(group, "sum", torch.tensor(count)):
         raise InputError(
             f"{names} needs calibration data and got none",
             where="calib_data",

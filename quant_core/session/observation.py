@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quant_core.calibration.measured import Measured
 from quant_core.calibration.observers import InputObserver, SyncRange
 from quant_core.errors import InputError
 from quant_core.parallel.groups import Group, reduce_many, reduce_over
@@ -18,10 +19,12 @@ from quant_core.session.session import Session
 
 
 def input_observer(session: Session, layer: QuantizedLayer) -> InputObserver | None:
-    """Return what watches the layer's input during the replay, or None when nothing needs to."""
+    """Return what watches the layer's input during the replay, or has seen it; None when nothing needs to."""
     # The reference tool calibrates attention behind static layers, whatever the scheme (spec: to the last bit).
     if not (layer.scheme.observes_input or (session.attentions and session.numerics.is_reference)):
         return None
+    if session.measured:
+        return _observed(session, layer, session.measured)
     estimator = ESTIMATORS[session.numerics.name][session.plan[layer.name].cfg.act_method]
     importance_I = None
     if estimator.weighs_channels:
@@ -31,6 +34,14 @@ def input_observer(session: Session, layer: QuantizedLayer) -> InputObserver | N
     return InputObserver(session.numerics, fresh, per_step=layer.scheme.per_step, sync=sync)
 
 
+def _observed(session: Session, layer: QuantizedLayer, measured: Measured) -> InputObserver:
+    """Return an observer that has seen what was measured of the layer, behind its factor if it has one."""
+    fresh = partial(ESTIMATORS[session.numerics.name][session.plan[layer.name].cfg.act_method].fresh, None)
+    observer = InputObserver(session.numerics, fresh, per_step=layer.scheme.per_step, sync=own_extremes)
+    observer.restore(measured.behind(layer.name, layer.mul_scale_I))
+    return observer
+
+
 def _range_sync(group: Group | None) -> SyncRange:
     """Return what makes one call's extremes those of the whole layer: a reduction over the ranks that share scales."""
 
@@ -38,7 +49,12 @@ def _range_sync(group: Group | None) -> SyncRange:
         neg_low, high = reduce_over(group, "max", torch.stack((-low, high))).unbind()
         return -neg_low, high
 
-    return sync if group is not None else lambda low, high: (low, high)
+    return sync if group is not None else own_extremes
+
+
+def own_extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave one call's extremes this rank's own."""
+    return low, high
 
 
 def reduce_ranges(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:

@@ -125,6 +125,7 @@ def smoothing_of(session: Session) -> Smoothing:
         session.model,
         config,
         session.records,
+        measured=session.measured,
         structure=session.structure,
         targets=session.targets,
         plain=() if config.fused else kept_plain,
@@ -146,9 +147,9 @@ def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, Quant
             session.numerics,
             scale_group=session.parallel.scale_group(name),
             rescaling=smoothing.rescalings.get(name),
-            fake_OI=linear.weight.detach() if session.observes else None,
+            fake_OI=linear.weight.detach() if session.replays else None,
         )
-        quantize_linear(linear, layer, runs=session.observes)
+        quantize_linear(linear, layer, runs=session.replays)
         layer.observer = input_observer(session, layer)
         session.progress("weights", done, len(session.targets))
     return layers
@@ -156,7 +157,7 @@ def _quantize_weights(session: Session, smoothing: Smoothing) -> dict[str, Quant
 
 def _observe(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:
     """Replay the records, if anything depends on activations, and let the ranks agree on what they saw."""
-    if session.observes:
+    if session.replays:
         with watch_attentions(session.model, session.attentions):
             replay(
                 session.model,

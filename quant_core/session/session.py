@@ -13,6 +13,7 @@ from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.attention.head_scales import AttentionObserver
 from quant_core.attention.rotated_values import Rotations, find_rotations
 from quant_core.attention.session import attention_observers
+from quant_core.calibration.measured import Measured
 from quant_core.calibration.records import Record, as_records
 from quant_core.calibration.replay import Progress
 from quant_core.parallel.groups import Parallel, reduce_over
@@ -73,10 +74,15 @@ class Session:
 
         Only the reference numerics depends on the order: its steps descend, each with its records as they came.
         """
-        records = as_records(self.config.calib_data)
+        records = [] if self.measured else as_records(self.config.calib_data)
         if not (self.per_step and self.numerics.is_reference):
             return records
         return sorted(records, key=lambda record: -1 if record.step is None else record.step, reverse=True)
+
+    @property
+    def measured(self) -> Measured | None:
+        """What was measured in the float model's forwards, if that is the calibration data."""
+        return self.config.calib_data if isinstance(self.config.calib_data, Measured) else None
 
     @cached_property
     def rotations(self) -> Rotations:
@@ -88,12 +94,21 @@ class Session:
     @cached_property
     def attentions(self) -> dict[str, AttentionObserver]:
         """The observers of quantized attention, by module; none without FA3."""
-        return attention_observers(self.model, self.structure, self.numerics) if self.config.fa3 else {}
+        observers = attention_observers(self.model, self.structure, self.numerics) if self.config.fa3 else {}
+        if self.measured:
+            for name, observer in observers.items():
+                observer.restore(self.measured.of_attention(name))
+        return observers
 
     @property
     def observes(self) -> bool:
-        """Whether the session replays the records through the quantized layers."""
+        """Whether the result depends on ranges of activations."""
         return any(scheme.observes_input for scheme in self.schemes) or bool(self.attentions)
+
+    @property
+    def replays(self) -> bool:
+        """Whether the session replays the records through the quantized layers."""
+        return self.observes and self.measured is None
 
     def steps_of(self, scheme: Scheme) -> Sequence[int | None]:
         """Return the denoising steps that a layer of this scheme has ranges of; [None] for one range."""
@@ -101,6 +116,7 @@ class Session:
 
     @cached_property
     def steps(self) -> Sequence[int]:
-        """The denoising steps that any rank has records of, from 0 on without a gap."""
+        """The denoising steps that any rank has records or ranges of, from 0 on without a gap."""
         last = max((record.step for record in self.records if record.step is not None), default=-1)
+        last = self.measured.last_step if self.measured else last
         return list(range(int(reduce_over(self.parallel.dp_group, "max", torch.tensor(last))) + 1))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.weight_codec import INT8_ROWS, Int8Rows
+from quant_core.calibration.measured import Measured
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.errors import InputError
@@ -52,6 +53,7 @@ def smooth(
     config: SmoothingConfig,
     records: Sequence[Record],
     *,
+    measured: Measured | None = None,
     structure: ModelStructure | None,
     targets: Collection[str],
     plain: Collection[str] = (),
@@ -62,8 +64,9 @@ def smooth(
 ) -> Smoothing:
     """Choose the factors of a float model by replaying each record once; the model is not changed.
 
-    targets: the linears that will be quantized; plain: those of them that are to stay as they are; codec: how their
-    weights will become codes. A group of which all members are plain is not measured. Raises ConfigurationError when
+    measured: the channels' extremes, for a method that needs nothing else: then nothing is replayed. targets: the
+    linears that will be quantized; plain: those of them that are to stay as they are; codec: how their weights will
+    become codes. A group of which all members are plain is not measured. Raises ConfigurationError when
     there is nothing to smooth or to fuse into, InputError when the records do not run every group.
     """
     resolved = groups_to_smooth(model, config, structure=structure, targets=targets)
@@ -78,13 +81,16 @@ def smooth(
         for group in groups
         for shared in group.inputs
     }
-    _measure(model, statistics, records, count_before(parallel.dp_group, len(records)), progress)
+    if measured is not None:
+        _take_over(statistics, measured)
+    else:
+        _measure(model, statistics, records, count_before(parallel.dp_group, len(records)), progress)
     _combine(statistics, parallel)
     rescalings: dict[str, Rescaling] = {}
     for group in groups:
-        measured = _measured(model, group, statistics, structure, numerics, codec, parallel)
+        of_group = _measured(model, group, statistics, structure, numerics, codec, parallel)
         # Equal to the last bit on all ranks that hold rows of the same layers, whatever order they added in.
-        factor_I = reduce_over(measured.tp_group, "max", method.factor(measured, config))
+        factor_I = reduce_over(of_group.tp_group, "max", method.factor(of_group, config))
         for name, rescaling in _rescale(model, group, factor_I, numerics, config).items():
             if name not in plain:
                 rescalings[name] = rescalings.get(name, Rescaling()).then(rescaling)
@@ -134,6 +140,12 @@ def _measure(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _take_over(statistics: Mapping[str, InputStatistics], measured: Measured) -> None:
+    for name, each in statistics.items():
+        if (amax_I := measured.channel_maxima(name)) is not None:
+            each.amax_I, each.calls = amax_I.to(each.amax_I.dtype), measured.forwards
 
 
 def _observer(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

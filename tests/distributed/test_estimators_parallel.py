@@ -1,4 +1,4 @@
-"""Static ranges of two ranks are those of one, with every estimator."""
+"""Static ranges of two ranks are those of one, with every estimator, replayed and online."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import Tensor
 from model_adapters import load_adapter
 from model_adapters.parallel.tensor_parallel import make_local
 from quant_core import SessionConfig, W8A8ProcessorConfig, W8A8QuantConfig, quant_model
+from quant_core.calibration.records import as_records
+from quant_core.calibration.replay import replay
 from quant_core.parallel.groups import Parallel
 from quant_core.ranges import ESTIMATORS
+from quant_core.session.online import OnlineCalibration
 from tests.support.tiny_models import build, louder_records
 
 pytestmark = pytest.mark.distributed
@@ -26,14 +29,21 @@ RANKS = 2
 # processor a code of an activation may flip, and then a later range moves by a fraction of a step of 1/255.
 MEDIAN_TOLERANCE, SCALE_TOLERANCE = 1e-6, 1e-2
 
-NAMES = sorted(ESTIMATORS["float32"])
+# Online ranges are taken from the float model's own forwards.
+NAMES = [f"{name}{way}" for name in sorted(ESTIMATORS["float32"]) for way in ("", "_online")]
 KIND, LAYOUT = "sd3", "megatron"
 
 
-def ranges(model: Any, act_method: Any, calib_data: Sequence[Any], parallel: Parallel) -> dict[str, Tensor]:
+def ranges(model: Any, name: str, calib_data: Sequence[Any], parallel: Parallel) -> dict[str, Tensor]:
     """Quantize with static ranges and return each layer's scale and offset."""
+    act_method: Any = name.removesuffix("_online")
     scheme = W8A8ProcessorConfig(cfg=W8A8QuantConfig(act_method=act_method))
     config = SessionConfig(processor_cfg_map={"w8a8": scheme}, calib_data=calib_data)
+    if name.endswith("_online"):
+        online = OnlineCalibration(model, config, parallel=parallel)
+        with online.watching():
+            replay(model, as_records(calib_data), stage="calibrate")
+        config = config.model_copy(update={"calib_data": online.measured()})
     found = quant_model(model, config, parallel=parallel)
     return {
         f"{name}.{part}": layer.tensors[part].clone()
@@ -42,14 +52,12 @@ def ranges(model: Any, act_method: Any, calib_data: Sequence[Any], parallel: Par
     }
 
 
-def tensor_parallel_ranges(act_method: str) -> dict[str, Tensor]:
+def tensor_parallel_ranges(name: str) -> dict[str, Tensor]:
     """Return the ranges of this rank's slices, with scales that are to be those of the whole layers."""
     model, group = build(KIND), dist.group.WORLD
     plan = load_adapter(KIND).shard_plan(LAYOUT)
     shards = make_local(model, plan, tp_rank=dist.get_rank(), tp_size=dist.get_world_size(), tp_group=group)
-    return ranges(
-        model, act_method, louder_records(KIND, 2), Parallel(shards=shards, tp_group=group, scale_sync="global")
-    )
+    return ranges(model, name, louder_records(KIND, 2), Parallel(shards=shards, tp_group=group, scale_sync="global"))
 
 
 def on_each_rank(results: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import launcher.run
 from launcher.config.resolve import job_config
@@ -15,7 +16,7 @@ from launcher.files.run_folder import MANIFEST
 from launcher.run import run
 from launcher.stages.job import Job, Results
 from quant_core.calibration.records import load_dump, save_dump
-from quant_core.errors import InputError
+from quant_core.errors import ConfigurationError, InputError
 from scripts.make_tiny_pipeline import write_prompts
 from tests.support.consumer import check_manifest
 from tests.support.tiny_job import run_job
@@ -41,6 +42,7 @@ class Place:
             "quantization": {"do_quant": True, **sections.get("quantization", {})},
             "ranks": {"device": "cpu"},
             "output": output | sections.get("output", {}),
+            "evaluation": sections.get("evaluation", {}),
         }
         run(job_config("flux", tree))
 
@@ -141,7 +143,7 @@ def test_a_dump_that_another_job_put_in_the_place_of_this_ones_is_not_quantized(
     """As on a file system without locks."""
     calibrate = launcher.run.calibrate
 
-    def calibrate_and_lose(job: Job, results: Results) -> Path | None:
+    def calibrate_and_lose(job: Job, results: Results) -> Any:
         dump = calibrate(job, results)
         theirs = load_dump(place.dump, mmap=False)
         save_dump(place.dump, theirs["records"], {**theirs["header"], "fingerprint": "another"})
@@ -157,6 +159,164 @@ def test_another_scheme_in_place_of_the_first_leaves_none_of_its_files(place: Pl
     place.run(quantization={"quant_type": "w8a8_dynamic"}, output={"overwrite": True})
     named = {file["name"] for file in check_manifest(place.root / "weights")["files"]}
     assert {path.name for path in (place.root / "weights").glob("quant_model_*")} == named
+
+
+ONLINE = {"calibrate": "online", "no_dump": True}
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory, tiny_flux_folder: Path) -> Place:
+    """A finished job whose ranges were taken while it calibrated; it kept nothing else."""
+    place = Place(tmp_path_factory.mktemp("online"), tiny_flux_folder)
+    place.run(quantization={"quant_type": "w8a8"}, output=ONLINE | {"do_save_img": False})
+    return place
+
+
+def run_online(place: Place, weights: str = "weights", quantization: Any = None, **output: Any) -> dict[str, Any]:
+    """Run a job with online ranges and return the tensors that it published."""
+    place.run(
+        weights=weights,
+        quantization=quantization or {"quant_type": "w8a8"},
+        output=ONLINE | {"do_save_img": False, **output},
+    )
+    return load_file(next((place.root / weights).glob("*.safetensors")))
+
+
+def copy_of(online: Place, root: Path) -> Place:
+    return Place(Path(shutil.copytree(online.root, root / "copy")), online.model)
+
+
+def ranges_of(place: Place) -> Path:
+    return place.root / "dumps" / "calib_ranges.pth"
+
+
+def test_online_ranges_rest_on_every_forward_and_no_calibration_data_is_left(online: Place):
+    assert load_dump(ranges_of(online))["records"][0]["forwards"] == 2 * 2, "two prompts of two steps"
+    assert [path.name for path in (online.root / "dumps").rglob("*.pth")] == ["calib_ranges.pth"]
+
+
+def test_online_and_replayed_checkpoints_are_different_jobs(online: Place, tmp_path: Path):
+    place = copy_of(online, tmp_path)
+    with pytest.raises(InputError, match="another job") as refused:
+        place.run(quantization={"quant_type": "w8a8"}, output={"do_save_img": False})
+    assert "ranges" in str(refused.value)
+
+
+def test_the_dump_beside_online_ranges_is_the_dump_without_them(first: Place, online: Place, tmp_path: Path):
+    place = copy_of(online, tmp_path)
+    shutil.rmtree(place.root / "weights")
+    place.run(quantization={"quant_type": "w8a8"}, output=ONLINE | {"do_save_img": False, "no_dump": False})
+    here, there = load_dump(place.dump), load_dump(first.dump)
+    assert here["header"]["sha256"] == there["header"]["sha256"]
+    assert place.published() == online.published(), "its ranges were there already, and are the same"
+
+
+def test_online_ranges_of_another_quantization_are_taken_anew(online: Place, tmp_path: Path):
+    place, other = copy_of(online, tmp_path), {"quant_type": "w8a8", "act_method": "percentile"}
+    found = run_online(place, "other", other)
+    fresh = Place(tmp_path / "copy", online.model)
+    shutil.rmtree(place.root / "dumps")
+    expected = run_online(fresh, "fresh", other)
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+    of_minmax = load_file(next((online.root / "weights").glob("*.safetensors")))
+    assert not all(found[name].equal(of_minmax[name]) for name in of_minmax)
+
+
+def test_online_ranges_of_other_prompts_are_refused(online: Place, tmp_path: Path):
+    place = copy_of(online, tmp_path)
+    place.prompts.write_text("another\nprompt\n")
+    with pytest.raises(InputError, match="made by another job"):
+        run_online(place, "other")
+
+
+def test_a_changed_number_in_online_ranges_is_refused(online: Place, tmp_path: Path):
+    place = copy_of(online, tmp_path)
+    changed = load_dump(ranges_of(place), mmap=False)
+    next(iter(changed["records"][0]["layers"].values()))["low"].mul_(2)
+    save_dump(ranges_of(place), changed["records"], changed["header"])
+    shutil.rmtree(place.root / "weights")
+    with pytest.raises(InputError, match="changed after it was saved"):
+        run_online(place)
+
+
+def test_online_ranges_that_another_job_put_in_the_place_of_this_ones_are_not_quantized(
+    online: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place, calibrate = copy_of(online, tmp_path), launcher.run.calibrate
+
+    def calibrate_and_lose(job: Job, results: Results) -> Any:
+        found, theirs = calibrate(job, results), load_dump(ranges_of(place), mmap=False)
+        save_dump(ranges_of(place), theirs["records"], {**theirs["header"], "fingerprint": "another"})
+        return found
+
+    monkeypatch.setattr("launcher.run.calibrate", calibrate_and_lose)
+    shutil.rmtree(place.root / "weights")
+    with pytest.raises(InputError, match="is another job's"):
+        run_online(place)
+
+
+@pytest.mark.parametrize("no_dump", [True, False])
+def test_an_interrupted_online_calibration_goes_on_after_its_last_batch(
+    no_dump: bool, online: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    place = copy_of(online, tmp_path)
+    shutil.rmtree(place.root / "weights")
+    shutil.rmtree(place.root / "dumps")
+
+    def end(self: Any, where: str) -> None:
+        if where.startswith("batch 2"):
+            raise InputError("ended", where=where)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("launcher.stages.calibrate.SameNumbers.check", end)
+        with pytest.raises(InputError, match="ended"):
+            run_online(place, no_dump=no_dump)
+    run_online(place, no_dump=no_dump)
+    assert "1 of 2 batches were finished by an earlier run" in capsys.readouterr().out
+    assert place.published() == online.published()
+    assert ranges_of(place).read_bytes() == ranges_of(online).read_bytes()
+
+
+REPLAYED_LATER = {
+    "m3": ({"quantization": {"anti_method": "m3"}}, "searches its factors"),
+    "m6": ({"quantization": {"anti_method": "m6"}}, "searches its factors"),
+    "auto": ({"quantization": {"quant_type": "auto"}}, "auto measures"),
+    "layers compared": ({"evaluation": {"evaluate": 0}}, "--evaluate 0"),
+    "replayed": ({"output": {"calibrate": "always"}}, "finds ranges by replaying"),
+}
+
+
+@pytest.mark.parametrize("case", REPLAYED_LATER)
+def test_no_dump_is_refused_where_something_replays_later(case: str, tiny_flux_folder: Path, tmp_path: Path):
+    sections, why = REPLAYED_LATER[case]
+    tree: dict[str, Any] = {"quantization": {"quant_type": "w8a8"}, "output": ONLINE | {"do_save_img": False}}
+    for name, options in sections.items():
+        tree[name] = {**tree.get(name, {}), **options}
+    with pytest.raises(ConfigurationError, match=why):
+        Place(tmp_path, tiny_flux_folder).run(**tree)
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.distributed
+def test_online_ranges_of_two_copies_are_those_of_one_and_slices_have_about_the_same(
+    tiny_flux_folder: Path, tmp_path: Path
+):
+    prompts = write_prompts(tmp_path / "prompts.txt")
+    flags = ("--quant_type", "w8a8_timestep", "--calibrate", "online", "--no_dump", "--max_num_prompt", "4")
+    published: list[list[dict[str, torch.Tensor]]] = []
+    for ranks, tp_size in ((1, 1), (2, 1), (2, 2)):
+        out = tmp_path / f"{ranks}_{tp_size}"
+        run_job(ranks, "flux", tiny_flux_folder, prompts, out, "--tp_size", str(tp_size), *flags)
+        published.append([load_file(path) for path in sorted((out / "weights").glob("*.safetensors"))])
+    ([one], [two_copies], slices) = published
+    assert one.keys() == two_copies.keys()
+    assert all(one[name].equal(two_copies[name]) for name in one)
+    assert len(slices) == 2
+    for name in (name for name in one if name.endswith("attn.to_q.input_scale")):
+        first, second = (part[name] for part in slices)
+        assert first.equal(second), "both read the whole input"
+        assert torch.allclose(first.float(), one[name].float(), rtol=0.05)
 
 
 @pytest.mark.distributed

@@ -115,6 +115,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "the layout that is the default": ({"ranks": {"layout": "mindie"}}, set()),
     "the recipe said outright": ({"quantization": {"disable_names": ["*net.2*"]}}, set()),
     "time-outs": ({"ranks": {"timeout_s": 60, "hang_timeout": 7}}, set()),
+    "a dump or none": ({"output": {"no_dump": True}}, set()),
     "folders": ({"output": {"save_path": "elsewhere", "do_save_img": True}}, set()),
 }
 

@@ -102,6 +102,29 @@ def test_a_rank_of_the_dual_layout_holds_14_15_gib_of_weights(folder: Path):
     assert said.endswith("ok: the job would start")
 
 
+ONLINE = ("--quant_type", "w8a8_timestep", "--calibrate", "online")
+
+
+def test_online_ranges_cost_no_second_forward_and_leave_no_calibration_data(folder: Path):
+    plan = planned(folder, "flux", *ONLINE, "--no_dump")
+    said = "\n".join(told(plan, "npu"))
+    assert "200 to calibrate (4 batches of 50 steps); none to quantize, as ranges are taken while calibrating" in said
+    assert "replayed" not in said
+    assert "0.00 GiB of calibration data" in said
+    assert "0.00 GiB of calibration data" not in "\n".join(told(planned(folder, "flux", *ONLINE), "npu"))
+    assert plan.problems == []
+
+
+def test_a_search_is_told_to_replay_all_the_same_and_cannot_do_without_a_dump(folder: Path):
+    searched = (*ONLINE, "--anti_method", "m3")
+    said = "\n".join(told(planned(folder, "flux", *searched), "npu"))
+    assert "each record replayed twice to quantize" in said
+    assert "online replays all the same: m3 searches its factors among the inputs themselves" in said
+    [problem] = planned(folder, "flux", *searched, "--no_dump").problems
+    assert isinstance(problem, ConfigurationError)
+    assert "--no_dump" in problem.what
+
+
 # Peaks that one NVIDIA H100 measured on jobs of FLUX.1-dev's size, in GiB: 1024 x 1024, 2 prompts, 4 steps, bfloat16. A
 # stage notes what the card held, or the host where that held more.
 @pytest.mark.parametrize(

@@ -1,0 +1,180 @@
+"""Measure what a session needs of activations while a pipeline runs the float model: one forward a record, not two.
+
+What differs from replaying: a replayed layer sees its input as it is behind the quantized layers in front of it, here
+the float model's own. What the ranges are made of, and what the ranks agree on, is the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.arithmetic.numerics import NUMERICS
+from quant_core.attention.watch import watch_attentions
+from quant_core.calibration.finite import FiniteInputs
+from quant_core.calibration.measured import Measured
+from quant_core.calibration.observers import InputObserver
+from quant_core.calibration.replay import silent
+from quant_core.calibration.timestep import TimestepManager
+from quant_core.errors import ConfigurationError
+from quant_core.layers.calibrated import encode_linear
+from quant_core.naming import linear_at
+from quant_core.parallel.groups import Parallel
+from quant_core.ranges import ESTIMATORS
+from quant_core.ranges.channel_importance import channel_importance
+from quant_core.ranges.extremes import ChannelExtremes
+from quant_core.schemes import SCHEMES
+from quant_core.session.config import SessionConfig
+from quant_core.session.observation import own_extremes
+from quant_core.session.session import Session
+from quant_core.smoothing import METHODS
+from quant_core.smoothing.smooth import groups_to_smooth
+from quant_core.smoothing.statistics import NoTokens
+from quant_core.structure import ModelStructure, find_structure
+
+
+def second_look(config: SessionConfig) -> str | None:
+    """Return why a session has to see the activations again after a float forward, None if it does not."""
+    smoothing, observing = config.smoothing, [c for c in config.schemes if SCHEMES[c.key].observes_input]
+    if config.numerics == "reference":
+        return "the reference tool's ranges are means of inputs behind quantized layers"
+    if config.rotate_values:
+        return "rotated values are other inputs than the float model's"
+    if smoothing is None:
+        return None
+    if not isinstance(METHODS[smoothing.key].tokens(smoothing, NUMERICS[config.numerics], 1), NoTokens):
+        return f"{smoothing.key} searches its factors among the inputs themselves"
+    if not observing:
+        return None
+    if smoothing.fused:
+        return "with fused smoothing other layers make the inputs that ranges are of"
+    if others := sorted({c.cfg.act_method for c in observing} - {"minmax"}):
+        return f"what {others[0]} counts is not known behind a factor before the factor is"
+    return None
+
+
+class OnlineCalibration:
+    """Watch a float model's own forwards for a session on it.
+
+    structure: found by the model's class when left out. parallel: this rank's place, when the model is a shard.
+    step_source: returns the index of the current denoising step; `TimestepManager` is asked when left out.
+    Raises ConfigurationError for a session that needs a second look.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SessionConfig,
+        *,
+        structure: ModelStructure | None = None,
+        parallel: Parallel | None = None,
+        step_source: Callable[[], int | None] = TimestepManager.get_timestep_idx,
+    ) -> None:
+        if reason := second_look(config):
+            raise ConfigurationError(
+                "this session cannot be calibrated in the float model's forwards",
+                where="processor_cfg_map, numerics",
+                why=reason,
+                advice="capture records with DumperManager, and quantize by replaying them",
+            )
+        session = Session(model, config, structure or find_structure(model), parallel or Parallel(), silent)
+        self._model, self._step_source, self._per_step = model, step_source, session.per_step
+        self._layers, self._attentions = dict(_observers(session)), session.attentions
+        self._forwards = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the forwards inside the block. They raise InputError where a watched layer gets NaN or infinity."""
+        finite = FiniteInputs()
+        with ExitStack() as stack:
+            for name, observer in self._layers.items():
+                hook = linear_at(self._model, name).register_forward_pre_hook(_watch(name, observer, finite))
+                stack.callback(hook.remove)
+            stack.enter_context(watch_attentions(self._model, self._attentions))
+            stack.callback(TimestepManager.set_timestep_idx, TimestepManager.get_timestep_idx())
+            stack.callback(self._model.register_forward_pre_hook(self._begin).remove)
+            stack.callback(self._model.register_forward_hook(partial(self._end, finite)).remove)
+            yield
+
+    def measured(self) -> Measured:
+        """Return all that was seen until now, on the host."""
+        return Measured(
+            self._forwards,
+            {name: observer.saved() for name, observer in self._layers.items()},
+            {name: observer.saved() for name, observer in self._attentions.items()},
+        )
+
+    def restore(self, measured: Measured) -> None:
+        """Go on from what an earlier one has measured for the same session."""
+        self._forwards = measured.forwards
+        for name, observer in self._layers.items():
+            observer.restore(measured.of_layer(name))
+        for name, observer in self._attentions.items():
+            observer.restore(measured.of_attention(name))
+
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        step = self._step_source()
+        if step is None and self._per_step:
+            raise ConfigurationError(
+                "the denoising step of a forward is unknown",
+                where=f"calibrating {type(model).__name__}",
+                why="the session keeps a range for each step, and no step_source was given or it knows none",
+                advice="set the index at the start of each step: TimestepManager.set_timestep_idx",
+            )
+        TimestepManager.set_timestep_idx(step)
+
+    def _end(self, finite: FiniteInputs, model: nn.Module, args: Any, output: Any) -> None:
+        finite.check(f"{type(model).__name__}.forward, step {TimestepManager.get_timestep_idx()}")
+        self._forwards += 1
+
+
+def _watch(name: str, observer: InputObserver, finite: FiniteInputs) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    @torch.no_grad()
+    def watch(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        finite.note(name, *observer.measure(inputs[0]))
+
+    return watch
+
+
+def _observers(session: Session) -> Iterator[tuple[str, InputObserver]]:
+    """Yield what watches the input of each layer that needs it: by channel where smoothing may divide it."""
+    by_channel, leading = _smoothed(session)
+    for name in session.targets:
+        scheme = session.scheme_of(name)
+        if not scheme.observes_input and name not in leading:
+            continue
+        fresh = (
+            ChannelExtremes if name in by_channel else partial(_estimator, session, name, _importance(session, name))
+        )
+        yield name, InputObserver(session.numerics, fresh, per_step=scheme.per_step, sync=own_extremes)
+
+
+def _smoothed(session: Session) -> tuple[set[str], set[str]]:
+    """Return the layers of the groups to smooth, and the first of each shared input."""
+    if session.config.smoothing is None:
+        return set(), set()
+    groups = groups_to_smooth(
+        session.model, session.config.smoothing, structure=session.structure, targets=session.targets
+    ).smoothed
+    return {n for group in groups for n in group.linears}, {shared[0] for group in groups for shared in group.inputs}
+
+
+def _estimator(session: Session, name: str, importance_I: Tensor | None) -> Any:
+    return ESTIMATORS[session.numerics.name][session.plan[name].cfg.act_method].fresh(importance_I)
+
+
+def _importance(session: Session, name: str) -> Tensor | None:
+    """Return what the layer's channels are worth, if its estimator asks: of the codes that it will have."""
+    if not ESTIMATORS[session.numerics.name][session.plan[name].cfg.act_method].weighs_channels:
+        return None
+    group = session.parallel.scale_group(name)
+    layer = encode_linear(
+        name, linear_at(session.model, name), session.scheme_of(name), session.numerics, scale_group=group
+    )
+    return channel_importance(name, layer.codes_OI, layer.weight_scale_O1, session.parallel)
