@@ -59,6 +59,8 @@ class _FusedAttention(TorchFunctionMode):
 
 def _works_in_place(operation: Any) -> bool:
     """Tell whether an operation changes the numbers of its first argument and nothing else: no shape, no storage."""
+    if not isinstance(operation, torch._ops.OpOverload):
+        return False
     schema = operation._schema
     return schema.is_mutable and schema.name.endswith("_") and torch.Tag.inplace_view not in operation.tags
 
