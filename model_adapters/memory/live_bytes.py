@@ -34,7 +34,7 @@ class _Watch(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags and args[0].is_meta:
+        if _works_in_place(func) and isinstance(args[0], Tensor) and args[0].is_meta:
             return args[0]  # it makes nothing, there is nothing to compute, and asking torch takes a while
         given = {_storage(leaf).cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
@@ -55,6 +55,14 @@ class _FusedAttention(TorchFunctionMode):
             query, _, value = args[:3] if len(args) >= 3 else [*args, *(kwargs or {}).values()][:3]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))
+
+
+def _works_in_place(operation: Any) -> bool:
+    """Tell whether an operation changes the numbers of its first argument and nothing else: no shape, no storage."""
+    if not isinstance(operation, torch._ops.OpOverload):
+        return False
+    schema = operation._schema
+    return schema.is_mutable and schema.name.endswith("_") and torch.Tag.inplace_view not in operation.tags
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
