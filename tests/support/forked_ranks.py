@@ -106,9 +106,12 @@ def _end(family: list[ForkServerProcess]) -> None:
 
 def _be_rank(words: list[str], environ: dict[str, str], said: list[Path]) -> None:
     """Run the words of a command in this forked process, as `python WORDS...` would."""
+    import numpy
+
     from tests.support.imported import VARIABLES_SET
 
     os.setsid()
+    numpy.random.seed()  # what every interpreter does; Python's own numbers are seeded by the fork, torch's are fixed
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(VARIABLES_SET | environ)
