@@ -72,6 +72,8 @@ def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
     elastic = {"RUN_ID": "forked", "RESTART_COUNT": "0", "MAX_RESTARTS": "0", "USE_AGENT_STORE": "True"}
     return {
         "MASTER_ADDR": "127.0.0.1",
+        "ROLE_NAME": "default",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         **{name: str(number) for name, number in numbers.items()},
         **{f"TORCHELASTIC_{name}": value for name, value in elastic.items()},
     }
