@@ -39,8 +39,14 @@ subprocess.Popen(["sleep", "601"])
 print("waits", flush=True)
 time.sleep(600)
 """
-# What torchrun says of itself alone.
-OWN = {"TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_SIGNALS_TO_HANDLE"}
+# What torchrun says of itself and of its host.
+OWN = {
+    "MASTER_ADDR",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_SIGNALS_TO_HANDLE",
+}
 
 
 def script(folder: Path, text: str) -> Path:

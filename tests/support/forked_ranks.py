@@ -72,6 +72,8 @@ def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
     elastic = {"RUN_ID": "forked", "RESTART_COUNT": "0", "MAX_RESTARTS": "0", "USE_AGENT_STORE": "True"}
     return {
         "MASTER_ADDR": "127.0.0.1",
+        "ROLE_NAME": "default",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         **{name: str(number) for name, number in numbers.items()},
         **{f"TORCHELASTIC_{name}": value for name, value in elastic.items()},
     }
@@ -106,9 +108,12 @@ def _end(family: list[ForkServerProcess]) -> None:
 
 def _be_rank(words: list[str], environ: dict[str, str], said: list[Path]) -> None:
     """Run the words of a command in this forked process, as `python WORDS...` would."""
+    import numpy
+
     from tests.support.imported import VARIABLES_SET
 
     os.setsid()
+    numpy.random.seed()  # what every interpreter does; Python's own numbers are seeded by the fork, torch's are fixed
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(VARIABLES_SET | environ)
