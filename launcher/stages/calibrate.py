@@ -50,7 +50,8 @@ def calibrate(job: Job, results: Results) -> Calibration:
         _make(job, results, wanted)
     else:
         quant_type = job.config.quantization.quant_type
-        job.console.say(f"calibrate: skipped, {quant_type} reads no activations (--calibrate always dumps them anyway)")
+        otherwise = "--no_dump" if job.config.output.no_dump else "--calibrate always dumps them anyway"
+        job.console.say(f"calibrate: skipped, {quant_type} reads no activations ({otherwise})")
     if job.config.output.do_save_img:
         gallery = float_images(job, results)
         if (batches := lacking(job, gallery)) is not None:

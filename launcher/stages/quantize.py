@@ -16,7 +16,6 @@ from torch import Tensor
 
 from launcher.config.job_config import AUTO, Quantization
 from launcher.failure.phases import run_together
-from launcher.files.calibration_parts import load_sound_dump
 from launcher.files.shard_checks import check_contract
 from launcher.files.shard_note import equal_on_all_ranks, read_note, write_note
 from launcher.ranks.agreement import all_agree
@@ -110,7 +109,7 @@ def _in_memory(
 def _calib_data(job: Job, data: Path, results: Results) -> list[Any] | Measured:
     """Load this job's records or ranges; where nothing can be locked, another job may have put its own there."""
     online = job.model.is_online
-    loaded = load_sound_dump(data) if online else load_dump(data)
+    loaded = load_dump(data)
     owner = results.quantization if online else results.calibration
     if loaded["header"].get("fingerprint") != owner.digest:
         raise InputError(

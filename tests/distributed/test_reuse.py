@@ -278,6 +278,28 @@ def test_an_interrupted_online_calibration_goes_on_after_its_last_batch(
     assert ranges_of(place).read_bytes() == ranges_of(online).read_bytes()
 
 
+def test_attention_ranges_and_factors_are_taken_online_and_factors_are_those_of_a_replay(online: Place, tmp_path: Path):
+    place, quantization = copy_of(online, tmp_path), {"quant_type": "w8a8_dynamic_fa3", "anti_method": "m4"}
+    found = run_online(place, "here", quantization)
+    place.run(weights="there", quantization=quantization, output={"do_save_img": False})
+    expected = load_file(next((place.root / "there").glob("*.safetensors")))
+    assert found.keys() == expected.keys()
+    in_floats = [name for name in expected if ".fa_" not in name]
+    assert len(in_floats) < len(expected)
+    assert any(name.endswith("mul_scale") for name in in_floats)
+    assert all(found[name].equal(expected[name]) for name in in_floats)
+
+
+def test_a_search_replays_all_the_same_says_so_and_is_the_job_that_it_would_be_without(
+    online: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    place, quantization = copy_of(online, tmp_path), {"quant_type": "w8a8", "anti_method": "m3"}
+    run_online(place, "searched", quantization, no_dump=False)
+    assert "--calibrate online replays the calibration data here: m3 searches its factors" in capsys.readouterr().out
+    place.run(weights="searched", quantization=quantization, output={"do_save_img": False})
+    assert "published already" in capsys.readouterr().out
+
+
 REPLAYED_LATER = {
     "m3": ({"quantization": {"anti_method": "m3"}}, "searches its factors"),
     "m6": ({"quantization": {"anti_method": "m6"}}, "searches its factors"),

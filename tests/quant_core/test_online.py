@@ -41,14 +41,14 @@ def measure(
     model: Any, config: SessionConfig, of: Iterable[Any], *, start: Measured | None = None, structure: Any = None
 ) -> Measured:
     """Run the float model on records as a pipeline would, watched."""
-    online = OnlineCalibration(model, config, structure=structure)
+    steps: list[int | None] = []
+    online = OnlineCalibration(model, config, structure=structure, step_source=lambda: steps[-1])
     if start is not None:
         online.restore(start)
     with torch.no_grad(), online.watching():
         for record in as_records(list(of)):
-            TimestepManager.set_timestep_idx(record.step)
+            steps.append(record.step)
             model(*record.args, **record.kwargs)
-    TimestepManager.set_timestep_idx(None)
     return online.measured()
 
 
