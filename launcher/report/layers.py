@@ -91,7 +91,8 @@ def _linears(types: Mapping[str, str], weights: TensorFiles) -> Iterator[LayerRo
         owner = key.removesuffix(_WEIGHT)
         layer = owner.removesuffix(".linear")
         is_smoothed = layer != owner and f"{layer}{_FACTORS}" in types
-        row = LayerRow(name=layer if is_smoothed else owner, scheme=scheme, shape=infos[key].shape)
+        out_features, in_features = infos[key].shape
+        row = LayerRow(name=layer if is_smoothed else owner, scheme=scheme, shape=(out_features, in_features))
         if is_smoothed:
             low, high = weights.read(f"{layer}{_FACTORS}").float().aminmax()
             row.is_smoothed, row.factors = True, (_figure(low), _figure(high))

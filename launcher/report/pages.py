@@ -31,12 +31,10 @@ def page(report: Report, name: str, folder: Path, output: Path) -> str:
     template = _templates().get_template(name)
     return template.render(
         report=report,
-        worst_first=sorted(report.layers, key=lambda layer: (layer.sqnr is None, layer.sqnr)),
+        worst_first=sorted(report.layers, key=lambda layer: (layer.sqnr is None, layer.sqnr or 0.0)),
         errors=errors(report.layers, report.timestep_sep),
         ranges=ranges(report.layers, report.timestep_sep),
-        smoothed=sorted(
-            (layer for layer in report.layers if layer.factors), key=lambda layer: layer.factors and layer.factors[0]
-        ),
+        smoothed=sorted((layer for layer in report.layers if layer.factors), key=lambda layer: layer.factors or ()),
         timeline=timeline(report.stages),
         sheet=_picture(sheet) if report.verdict else None,
         sheet_name=os.path.relpath(sheet, output),
