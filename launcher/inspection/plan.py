@@ -189,7 +189,10 @@ def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter, folder:
             return
     if part is not None:
         batches = max(1, plan.batches)
-        plan.memory = plan.attempt(lambda: estimate_memory(adapter, part, config.pipeline, session, batches=batches))
+        evaluates = plan.evaluates is not None
+        plan.memory = plan.attempt(
+            lambda: estimate_memory(adapter, part, config.pipeline, session, batches=batches, evaluates=evaluates)
+        )
 
 
 def _describe(

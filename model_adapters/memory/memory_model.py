@@ -106,10 +106,12 @@ def estimate_memory(
     session: SessionConfig | None,
     *,
     batches: int,
+    evaluates: bool = True,
 ) -> MemoryModel:
     """Return what a rank's part of a model takes; the description is used up.
 
-    session: what is quantized, and how; None: nothing. batches: calls of the pipeline on this rank.
+    session: what is quantized, and how; None: nothing. batches: calls of the pipeline on this rank. evaluates: whether
+    `comparing` is wanted, which takes as long as all the rest; 0 otherwise.
     """
     model, dtype = part.model, adapter.dtype(options)
     schemes = {n: SCHEMES[config.key] for n, config in layer_plan(model, session).items()} if session else {}
@@ -129,7 +131,7 @@ def estimate_memory(
         widest=max(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         widest_codes=max((weight.numel() for weight in weights), default=0),
         quantized=_quantized_bytes(model, schemes, options.infer_steps),
-        comparing=_follow_evaluation(model, schemes, arguments, dtype) + size(arguments),
+        comparing=_follow_evaluation(model, schemes, arguments, dtype) + size(arguments) if evaluates else 0,
     )
 
 
