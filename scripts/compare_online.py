@@ -8,6 +8,7 @@ static in every step. A cell is the median layer and, behind the slash, the mode
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
 import tempfile
@@ -48,10 +49,13 @@ def online(subject: Subject, config: SessionConfig) -> SessionConfig:
 
 def main() -> int:
     """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1], help="of prompts and noise (default: 0 1)")
+    seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
     print(f"{'model':<6} {'seed':<5} {'scheme':<14} {'replayed':<14} online")
     for kind in STATIC:
-        for seed in map(int, sys.argv[1:] or ("0", "1")):
+        for seed in seeds:
             with tempfile.TemporaryDirectory() as work:
                 subject = Subject(kind, MODELS / kind, seed, PICTURES, Path(work))
                 subject.float_figures()  # paints, and keeps the calls to measure on
