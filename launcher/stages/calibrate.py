@@ -9,7 +9,7 @@ through the same meetings: a copy whose files are finished runs no batch while a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +96,7 @@ def _run(job: Job, results: Results, wanted: Sequence[Captured], finished: int) 
     transformer = job.model.transformer.model
     same = SameNumbers(job.ranks, transformer, lambda: job.model.adapter.step_index(job.model.pipeline))
     with ExitStack() as stack:
+        stack.enter_context(closing(same))
         keepers = [stack.enter_context(captured.capturing(finished)) for captured in wanted]
 
         def keep(done: int) -> None:
@@ -111,7 +112,6 @@ def _run(job: Job, results: Results, wanted: Sequence[Captured], finished: int) 
             gallery=float_images(job, results) if job.config.output.do_save_img else None,
             after_batch=keep,
         )
-    same.close()
 
 
 def float_images(job: Job, results: Results) -> Gallery:

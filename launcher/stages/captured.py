@@ -6,12 +6,13 @@ calls by what the float model depends on, ranges by all that the shards depend o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from launcher.files.calibration_parts import DIGEST, CalibrationParts, load_sound_dump
 from launcher.files.digests import digest_of_records
@@ -33,33 +34,33 @@ class Left(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Captured:
+class Captured(ABC):
     """One file that calibrating makes on this rank."""
 
     job: Job
     results: Results
 
     @property
+    @abstractmethod
     def path(self) -> Path:
         """Where the file goes."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """The digest of what the file depends on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self) -> frozenset[int]:
         """Return after how many batches an earlier run can be gone on from."""
-        raise NotImplementedError
 
-    def capturing(self, finished: int) -> Any:
+    @abstractmethod
+    def capturing(self, finished: int) -> AbstractContextManager[Callable[[int], object]]:
         """Return a context that watches the pipeline from that batch on, and yields what keeps the batch just run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def publish(self) -> str:
         """Publish the file from what was kept of all batches; return what it holds, in words."""
-        raise NotImplementedError
 
     @cached_property
     def parts(self) -> CalibrationParts:
@@ -130,8 +131,8 @@ class CapturedCalls(Captured):
         dumper = DumperManager(
             job.model.transformer.model, capture_mode="timestep", step_source=lambda: current_step(job)
         )
-        yield lambda batch: self.parts.save(batch, dumper.take())
-        dumper.close()
+        with closing(dumper):
+            yield lambda batch: self.parts.save(batch, dumper.take())
 
     def publish(self) -> str:
         """Publish the dump from its parts."""

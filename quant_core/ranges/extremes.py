@@ -30,20 +30,12 @@ class Extremes:
         return self.low, self.high
 
 
-class ChannelExtremes:
+class ChannelExtremes(Extremes):
     """The true minimum and maximum of each input channel over all calls, (I,): what smoothing can still divide."""
-
-    reductions: ClassVar[Mapping[str, Reduction]] = {"low": "min", "high": "max"}
-
-    def __init__(self) -> None:
-        self.low = torch.tensor(float("inf"))
-        self.high = torch.tensor(float("-inf"))
 
     def update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         """Widen the range of each channel to contain this call's."""
-        low_I, high_I = x.detach().reshape(-1, x.shape[-1]).aminmax(dim=0)
-        self.low = torch.minimum(self.low.to(low_I), low_I)
-        self.high = torch.maximum(self.high.to(high_I), high_I)
+        super().update(x, *x.detach().reshape(-1, x.shape[-1]).aminmax(dim=0))
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the extremes of all channels."""
