@@ -19,9 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts are not an installed package
 
-import diffusers
 import torch
-import transformers
 
 from quant_core import M4ProcessorConfig, SessionConfig, quant_model
 from quant_core.calibration.replay import silent
@@ -32,7 +30,7 @@ from quant_core.session.quantize import smoothing_of
 from quant_core.session.session import Session
 from scripts.add_outlier_channels import add_outlier_channels
 from scripts.study.grid import Method
-from scripts.study.subject import AT_ONCE, MODELS, Subject
+from scripts.study.subject import AT_ONCE, MODELS, Subject, quiet_libraries
 
 SCHEMES, SMOOTHINGS = ("w8a8", "w8a8_dynamic"), ("none", "m4")
 FUSED = {"none": None, "m4": M4ProcessorConfig(smoothing_groups="all", fused=True)}
@@ -101,9 +99,7 @@ def main() -> int:
     parser.add_argument("--order", action="store_true", help="compare the orders of rotation and smoothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

@@ -23,14 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone that is not installed works as well
 
-import diffusers
 import torch
-import transformers
 
 from quant_core.atomic_file import write_text_atomically
 from scripts.add_outlier_channels import add_outlier_channels
 from scripts.study.grid import Method, chosen, full
-from scripts.study.subject import AT_ONCE, CALIBRATED, MODELS, PAINTED, STEPS, Subject
+from scripts.study.subject import AT_ONCE, CALIBRATED, MODELS, PAINTED, STEPS, Subject, quiet_libraries
 from scripts.study.table import Cell, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,9 +112,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="only write the table")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     study = Study(asked.work, asked.pictures)
     for seed in () if asked.table else range(asked.seeds):
         for model in asked.models:

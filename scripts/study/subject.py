@@ -9,8 +9,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 
@@ -41,6 +43,13 @@ COMPARED_STEPS = 4
 OPTIONS: Mapping[str, dict[str, Any]] = {"flux": {}, "sd3": {"guidance_scale": 3.0}}
 
 Figures = dict[str, float]
+
+
+def quiet_libraries() -> None:
+    """Have diffusers and transformers show no bars, and errors only."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 class Subject:
