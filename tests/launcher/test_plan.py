@@ -163,6 +163,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert int(done.stdout.split()[-1]) < 2**20, "KiB, of a model whose weights take 14 GiB on each rank"
 
 
+def test_a_plan_is_made_also_where_another_library_builds_on_those_left_out(folder: Path):
+    code = """
+import sys
+from launcher.cli.commands import plan
+from launcher.cli.command_line import parse
+plan._SLOW = ("transformers",)  # and peft, which is installed for the tests, imports it
+parse(sys.argv[1:]).run(None)
+assert sys.modules["transformers"] is not None and sys.modules["peft"] is not None
+"""
+    done = subprocess.run([sys.executable, "-c", code, *words(folder, "flux", *DUAL)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ok: the job would start" in done.stdout
+
+
 def test_divisibility_is_told_for_other_numbers_of_ranks(folder: Path):
     assert planned(folder, "flux", *DUAL).tp_sizes == [1, 2, 3, 4, 6, 8, 12]
     assert planned(folder, "sd3").tp_sizes == [1, 2, 3, 4, 6, 8, 12]

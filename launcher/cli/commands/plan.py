@@ -13,6 +13,8 @@ from launcher.config.resolve import job_config_class
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
 
+_SLOW = ("transformers", "peft")  # peft imports transformers, and diffusers imports peft where it is installed
+
 
 def options(name: str) -> type[JobConfig]:
     """Return the options of the job, `plan MODEL`, and the number of ranks, which a job learns from its launcher.
@@ -52,6 +54,13 @@ def _hide_transformers(config: JobConfig) -> None:
     """
     from model_adapters import load_adapter
 
-    brings_files = config.pipeline.lora or config.pipeline.transformer
-    if not brings_files and load_adapter(config.model).library == "diffusers":
-        sys.modules.setdefault("transformers", None)  # pyright: ignore[reportArgumentType]
+    adapter = load_adapter(config.model)
+    if config.pipeline.lora or config.pipeline.transformer or adapter.library != "diffusers":
+        return
+    hidden = [name for name in _SLOW if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    try:
+        adapter.transformer_type()
+    except (ImportError, RuntimeError):  # something else that is installed builds on transformers: slower, with all
+        for name in [*hidden, *(name for name in sys.modules if name.split(".")[0] == "diffusers")]:
+            del sys.modules[name]
