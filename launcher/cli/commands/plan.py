@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import ModuleType
 from typing import Any
 
 from pydantic import Field, create_model
@@ -12,8 +13,6 @@ from launcher.config.job_config import JobConfig
 from launcher.config.resolve import job_config_class
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
-
-_SLOW = ("transformers", "peft")  # peft imports transformers, and diffusers imports peft where it is installed
 
 
 def options(name: str) -> type[JobConfig]:
@@ -36,7 +35,7 @@ def show(config: JobConfig, world: int | None) -> None:
     """Print the plan of a job, without asking the hub. Raises the problems that keep it from starting."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
     use_only("cpu")
-    _hide_transformers(config)
+    _import_quickly(config)
     from launcher.inspection.plan import make_plan
     from launcher.inspection.plan_text import told
     from launcher.journal.logs import quiet_libraries
@@ -47,8 +46,8 @@ def show(config: JobConfig, world: int | None) -> None:
     plan.require_startable()
 
 
-def _hide_transformers(config: JobConfig) -> None:
-    """Make transformers look not installed: diffusers imports it beside each model, for seconds, and a plan needs none.
+def _import_quickly(config: JobConfig) -> None:
+    """Import the model's class without what a plan has no use for: text encoders' library, and torch's compiler.
 
     What reads a file that is brought goes through diffusers' pipelines, which do need it. This process plans, and ends.
     """
@@ -57,10 +56,24 @@ def _hide_transformers(config: JobConfig) -> None:
     adapter = load_adapter(config.model)
     if config.pipeline.lora or config.pipeline.transformer or adapter.library != "diffusers":
         return
-    hidden = [name for name in _SLOW if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    left_out = {name: stand_in for name, stand_in in _slow().items() if name not in sys.modules}
+    sys.modules.update(left_out)  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
         adapter.transformer_type()
-    except (ImportError, RuntimeError):  # something else that is installed builds on transformers: slower, with all
-        for name in [*hidden, *(name for name in sys.modules if name.split(".")[0] == "diffusers")]:
+    except (ImportError, AttributeError, RuntimeError):  # something installed builds on what is left out: with all
+        for name in [*left_out, *(name for name in sys.modules if name.split(".")[0] == "diffusers")]:
             del sys.modules[name]
+
+
+def _slow() -> dict[str, ModuleType | None]:
+    """Return what diffusers imports beside the class of a model, for seconds, with what stands in for it.
+
+    peft imports transformers. The compiler is asked to leave functions alone, and a plan compiles none.
+    """
+
+    def unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
+        return function or unmarked
+
+    compiler = ModuleType("torch._dynamo")
+    vars(compiler).update(allow_in_graph=unmarked, disable=unmarked)
+    return {"transformers": None, "peft": None, compiler.__name__: compiler}
