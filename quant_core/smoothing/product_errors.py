@@ -8,11 +8,14 @@ sqrt(k), the size of R E is that of E on the average over R, and every token has
 that is larger than all others. All that is computed here is linear in the tokens once they are quantized, so R goes to
 the tokens first, and the products are those of k rows instead of N. R is the same for all candidates, so what it adds
 to one it adds to all, and their order hardly depends on it.
+
+Rows of a weight are alike in the same way: the sum over a few hundred of them, evenly spaced, stands for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,10 +27,15 @@ from quant_core.arithmetic.weight_codec import Int8Rows
 
 # So many mixtures stand for all tokens.
 SKETCH_ROWS = 128
+# At least so many of a weight's rows stand for all of them, where it has three times as many.
+SAMPLED_OUTPUTS = 384
 
 
 class ProductErrors(NamedTuple):
-    """Sums of squares over the outputs of one weight: of each candidate's error (C,), and of the exact product ()."""
+    """Sums of squares over the outputs of one weight: of each candidate's error (C,), and of the exact product ().
+
+    Over all outputs, foretold from those that were computed where a weight has many.
+    """
 
     errors: Tensor
     exact: Tensor
@@ -53,14 +61,21 @@ def _errors_of(
     w_OI: Tensor, x_KI: Tensor, inputs: Sequence[Tensor], factors: Sequence[Tensor], codec: Int8Rows
 ) -> ProductErrors:
     errors, exact = torch.zeros(len(inputs), device=x_KI.device), torch.zeros((), device=x_KI.device)
-    for rows in row_blocks(w_OI):
-        block = w_OI[rows].to(torch.float32)
+    sampled_RI = w_OI[:: _stride(len(w_OI))]
+    for rows in row_blocks(sampled_RI):
+        block = sampled_RI[rows].to(torch.float32)
         wanted = F.linear(x_KI, block)
         exact += wanted.square().sum()
         for index, (candidate, factor_I) in enumerate(zip(inputs, factors)):
             found = F.linear(candidate, codec.round_trip(block * factor_I))
             errors[index] += found.sub_(wanted).square_().sum()
-    return ProductErrors(errors, exact)
+    share = len(sampled_RI) / len(w_OI)
+    return ProductErrors(errors / share, exact / share)
+
+
+def _stride(outputs: int) -> int:
+    """Return every which row is looked at; an odd number, because heads are powers of two wide."""
+    return max(1, (outputs // SAMPLED_OUTPUTS - 1) | 1)
 
 
 def sketch(x_NI: Tensor) -> Tensor:
@@ -68,5 +83,9 @@ def sketch(x_NI: Tensor) -> Tensor:
     tokens = len(x_NI)
     if tokens <= SKETCH_ROWS:
         return x_NI
-    signs = torch.randint(2, (SKETCH_ROWS, tokens), generator=torch.Generator().manual_seed(0)).to(x_NI) * 2 - 1
-    return signs @ x_NI / SKETCH_ROWS**0.5
+    return _signs(tokens).to(x_NI) @ x_NI / SKETCH_ROWS**0.5
+
+
+@lru_cache(maxsize=4)
+def _signs(tokens: int) -> Tensor:
+    return torch.randint(2, (SKETCH_ROWS, tokens), generator=torch.Generator().manual_seed(0)).float() * 2 - 1

@@ -114,7 +114,7 @@ def _fresh_statistics(
     model: nn.Module, name: str, method: SmoothingMethod, config: SmoothingConfig, numerics: Numerics
 ) -> InputStatistics:
     linear = linear_at(model, name)
-    dtype = numerics.working(linear.weight).dtype
+    dtype = numerics.working(linear.weight[:0]).dtype
     return InputStatistics(linear.in_features, dtype, method.tokens(config, numerics, linear.in_features))
 
 

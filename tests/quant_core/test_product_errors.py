@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from quant_core.arithmetic import blocks
 from quant_core.arithmetic.scales import fake_quantize_tokens
 from quant_core.arithmetic.weight_codec import INT8_ROWS
-from quant_core.smoothing.product_errors import SKETCH_ROWS, product_errors, sketch
+from quant_core.smoothing.product_errors import SAMPLED_OUTPUTS, SKETCH_ROWS, product_errors, sketch
 
 
 def example(tokens: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -51,3 +51,24 @@ def test_a_token_that_outshines_all_others_has_its_share_in_the_mixtures():
     x_NI = torch.zeros(512, 4)
     x_NI[77] = 100.0
     torch.testing.assert_close(sketch(x_NI).square().sum(), x_NI.square().sum())
+
+
+def with_many_outputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return the same of a weight whose rows are of very different sizes, heads of 64 and some directions alike."""
+    generator = torch.Generator().manual_seed(seed)
+    x_NI, _, factors = example(SKETCH_ROWS)
+    rows, columns = 7 * SAMPLED_OUTPUTS, x_NI.shape[1]
+    w_OI = torch.randn(rows, columns, generator=generator) * torch.randn(rows, 1, generator=generator).mul(0.7).exp()
+    w_OI += 2 * torch.randn(rows, 4, generator=generator) @ torch.randn(4, columns, generator=generator)
+    w_OI[(torch.arange(rows) % 64) < 4] *= 3
+    return x_NI, w_OI.bfloat16(), factors
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_some_of_many_outputs_choose_as_well_as_all(seed: int):
+    x_NI, w_OI, factors = with_many_outputs(seed)
+    [found] = product_errors(x_NI, [w_OI], factors, INT8_ROWS, fake_quantize_tokens)
+    expected = exhaustive(x_NI, w_OI, factors)
+    assert expected[found.errors.argmin()] <= 1.05 * expected.min()
+    torch.testing.assert_close(found.errors / found.errors[0], expected / expected[0], rtol=0.2, atol=0)
+    torch.testing.assert_close(found.exact, F.linear(x_NI, w_OI.float()).square().sum(), rtol=0.3, atol=0)
