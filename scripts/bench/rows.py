@@ -94,6 +94,11 @@ def _calibrated(group: str, name: str, pipeline: str, prompts: int, side: int, s
     return Row(group, name, _launcher(2, model, *flags), floor, pipeline, prompts, model, flags)
 
 
+def _static(name: str, *flags: str) -> Row:
+    row = _calibrated("sd3", name, "sd3-full", 1, 64, 2, "--quant_type", "w8a8", *flags)
+    return replace(row, is_static=True)
+
+
 def _memory(name: str, variant: str, *flags: str) -> Row:
     command = ("-m", "scripts.bench.in_memory")
     words = (variant, "{out}", *flags)
@@ -111,10 +116,8 @@ ROWS: tuple[Row, ...] = (
     _memory("0.42 B in memory, dynamic + FA3", "fa3"),
     _stream("SD3-medium dimensions, dynamic, 1 rank", "sd3-full", 1),
     _stream("SD3-medium dimensions, dynamic, 2 ranks", "sd3-full", 2),
-    replace(
-        _calibrated("sd3", "SD3-medium dimensions, static, 2 ranks", "sd3-full", 1, 64, 2, "--quant_type", "w8a8"),
-        is_static=True,
-    ),
+    _static("SD3-medium dimensions, static, 2 ranks"),
+    _static("the same, online", "--calibrate", "online"),
     _stream("FLUX.1-dev dimensions, dynamic, 1 rank", "flux-full", 1, *_ONE_CARD),
     _stream("FLUX.1-dev dimensions, dynamic, 2 ranks, first time", "flux-full", 2, *_TWO_CARDS),
     _stream("the same, model known by sizes and times", "flux-full", 2, *_TWO_CARDS, "--fingerprint", "stat"),
