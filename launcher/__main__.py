@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher.cli.command_line import parse
+from launcher.devices.host_memory import use_large_pages
 from launcher.devices.launch import Launch, read_launch
 from launcher.failure.record import STARTING, Failure
 from launcher.failure.signals import on_signals, stopped_on
@@ -28,6 +29,7 @@ _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> None:
     """Run one command and exit; every error is explained on the standard error, by one rank if all share it."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    use_large_pages()
     survive_its_loss()
     words = sys.argv[1:] if argv is None else argv
     launch = _launch()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from quant_core.arithmetic.blocks import Rows, row_blocks
+from quant_core.arithmetic.blocks import Rows, magnitudes, row_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class Int8Rows:
         """Return what a row's scale follows from, (O, 1); shards that share scales take the maximum of theirs."""
         import torch
 
-        return torch.cat([_maxima(w_OI[rows]) for rows in row_blocks(w_OI)])
+        return torch.cat([magnitudes(w_OI[rows]) for rows in row_blocks(w_OI)])
 
     def encode(
         self, w_OI: Rows, amax_O1: Tensor, dtype: torch.dtype, numerics: Numerics, *, fake_OI: Tensor | None = None
@@ -94,18 +94,6 @@ class Int8Rows:
 
         scale_O1 = (self.row_maxima(w_OI) / QMAX).clamp(min=torch.finfo(w_OI.dtype).tiny)
         return (w_OI / scale_O1).round_().clamp_(-QMAX, QMAX).mul_(scale_O1)
-
-
-def _maxima(block_RI: Tensor) -> Tensor:
-    """Return the absolute maximum of each row, (R, 1); NaN where a row holds one."""
-    import torch
-
-    integers = {2: torch.int16, 4: torch.int32}.get(block_RI.element_size())
-    if block_RI.device.type != "cpu" or integers is None or not block_RI.is_contiguous():
-        return block_RI.abs().amax(dim=1, keepdim=True)
-    # Without their sign, the bits of floats are in the order of the floats, NaN last; processors are slow at NaN.
-    bits = block_RI.view(integers) & torch.iinfo(integers).max
-    return bits.amax(dim=1, keepdim=True).view(block_RI.dtype)
 
 
 def _reaching(scale: Tensor, amax: Tensor) -> Tensor:

@@ -180,10 +180,9 @@ class Checkpoint:
         return tensor
 
     def _bad_value(self, member: str, tensor: Tensor, values: ValueRule) -> Finding | None:
-        valid = values.holds(tensor)
-        if bool(valid.all()):
+        if values.all_hold(tensor):
             return None
-        index = (~valid).nonzero()[0].tolist()
+        index = (~values.holds(tensor)).nonzero()[0].tolist()
         what = f"'{member}' holds {tensor[tuple(index)].item()} at {index}"
         return Finding("values", self._tensors.path, member, what, f"it may hold {values.says} only")
 
