@@ -34,8 +34,9 @@ TOLERANCE = 0.15
 PROGRAM = """
 import sys
 from pathlib import Path
+from launcher.devices.host_memory import return_large_blocks, use_large_pages
+use_large_pages()
 import torch
-from launcher.devices.host_memory import return_large_blocks
 from model_adapters import load_adapter
 from model_adapters.weights.loading import load_part
 from model_adapters.weights.transformer_part import describe_transformer
