@@ -57,14 +57,11 @@ class SpreadChart:
     @property
     def summary(self) -> str:
         """Say in how many inputs it mattered, and which of them are shown."""
-        gained = "a bit or more against the largest one"
+        middle, all_inputs = "the channel in the middle", f"of {self.count} inputs"
         if not self.mattered:
-            return (
-                f"In none of {self.count} inputs did the channel in the middle gain {gained}: {self.best:.1f} at most."
-            )
+            return f"In none {all_inputs} did {middle} gain a bit against the largest: {self.best:.1f} at most."
         shown = f"; these {len(self.rows)} gained most" if self.mattered > len(self.rows) else ""
-        where = f"In {self.mattered} of {self.count} inputs"
-        return f"{where} the channel in the middle gained a bit or more against the largest{shown}."
+        return f"In {self.mattered} {all_inputs} {middle} gained a bit or more against the largest{shown}."
 
 
 def spread_chart(inputs: Sequence[InputSpread]) -> SpreadChart | None:
