@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from launcher.inspection.plan import Plan
 from model_adapters.memory.memory_model import MemoryModel
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 # What a process takes on the host before it holds a tensor: Python, torch, diffusers; with a card its driver's
 # libraries too, as measured with CUDA 13 on an H100.
 _PROCESS, _PROCESS_WITH_CARD = round(0.4 * _GIB), round(2.1 * _GIB)
@@ -69,23 +69,25 @@ def _pattern(text: str) -> str:
 
 
 def _bytes(plan: Plan, memory: MemoryModel, device: str) -> Iterator[str]:
-    def gib(size: float) -> str:
-        return f"{size / _GIB:.2f} GiB"
-
-    yield f"each rank: {gib(memory.weights)} of float weights, {gib(memory.activations)} in a forward (forecast)"
+    yield f"each rank: {_size(memory.weights)} of float weights, {_size(memory.activations)} in a forward (forecast)"
     if plan.streams:
         yield "  quantized layer by layer from disk, without holding the model"
     stages = _peaks(plan, memory)
     if device == "cpu" and stages:
-        yield f"  host, at most: {gib(max(alone for alone, _, _ in stages) + _PROCESS)}"
+        yield f"  host, at most: {_size(max(alone for alone, _, _ in stages) + _PROCESS)}"
     elif stages:
-        yield f"  {device}, at most: {gib(max(card for _, card, _ in stages))}"
-        yield f"  host, at most: {gib(max(host for _, _, host in stages) + _PROCESS_WITH_CARD)}"
+        yield f"  {device}, at most: {_size(max(card for _, card, _ in stages))}"
+        yield f"  host, at most: {_size(max(host for _, _, host in stages) + _PROCESS_WITH_CARD)}"
     if plan.paints or plan.evaluates:
         yield "  the decoder of pictures comes on top"
     if plan.quant_type:
-        dump = memory.dump if plan.dumps else 0
-        yield f"  disk: {gib(memory.quantized)} published for each shard, {gib(dump)} of calibration data for each rank"
+        dump = f"{_size(memory.dump)} of calibration data for each rank" if plan.dumps else "no calibration data"
+        yield f"  disk: {_size(memory.quantized)} published for each shard, {dump}"
+
+
+def _size(count: float) -> str:
+    """Return bytes in a unit that shows them: a small model's are hundredths of a GiB."""
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / _MIB:.1f} MiB"
 
 
 def _peaks(plan: Plan, memory: MemoryModel) -> list[tuple[int, int, int]]:
