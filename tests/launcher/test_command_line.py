@@ -109,6 +109,9 @@ def test_the_help_shows_what_to_type_on_a_first_day_and_all_of_it_is_understood(
     [
         ([], "the command is missing", "--help"),
         (["--device", "cpu"], "the command is missing", "--help"),
+        (["plan"], "'plan' of which model?", "plan flux --help"),
+        (["plan", "--help"], "'plan' of which model?", "plan flux --help"),
+        (["plan", "flxu"], "no model is called 'flxu'", "flux (nearest name)"),
         (["flxu"], "no command is called 'flxu'", "flux"),
         ([*FLUX, "--widht", "64"], "no flag is called '--widht'", "--width"),
         ([*FLUX, "--widht=64"], "no flag is called '--widht'", "--width"),
