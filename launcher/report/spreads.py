@@ -1,4 +1,7 @@
-"""The channels of inputs before and after outlier suppression, as the numbers that SVG takes, where it mattered."""
+"""The channels of inputs before and after outlier suppression, as the numbers that SVG takes, where it mattered.
+
+Places are shares of the page's width in percent, so that a drawing is as wide as its page and its text stays readable.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ from dataclasses import dataclass
 
 from launcher.files.smoothed_inputs import InputSpread, Spread
 
-# One bit of a common scale: below it a drawing shows nothing that anybody would act on.
-MATTERS_BITS = 1.0
+# Half a bit of a common scale: below it a drawing shows nothing that anybody would act on.
+MATTERS_BITS = 0.5
 # As many rows as a screen holds; report.json has all.
 SHOWN = 24
-WIDTH = 560.0
+# The rest of the width is for the figure behind a bar.
+WIDTH = 86.0
 # Channels that carry nothing have no logarithm.
 _LEAST = 1e-6
 
@@ -28,24 +32,18 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """One input: the first layer that reads it, all of them, and its bars."""
+    """One input and its bars."""
 
     input: InputSpread
     before: Bar
     after: Bar
-
-    @property
-    def name(self) -> str:
-        """Return the first layer, and how many others read the same input."""
-        first, *others = self.input.layers
-        return f"{first} +{len(others)}" if others else first
 
 
 @dataclass(frozen=True)
 class SpreadChart:
     """The inputs where suppression mattered, the most first, on one scale of powers of ten.
 
-    mattered, count: of so many inputs these gained a bit or more; best: what the best one gained.
+    mattered, count: of so many inputs these gained half a bit or more; best: what the best one gained.
     """
 
     rows: Sequence[Row]
@@ -59,9 +57,9 @@ class SpreadChart:
         """Say in how many inputs it mattered, and which of them are shown."""
         middle, all_inputs = "the channel in the middle", f"of {self.count} inputs"
         if not self.mattered:
-            return f"In none {all_inputs} did {middle} gain a bit against the largest: {self.best:.1f} at most."
+            return f"In none {all_inputs} did {middle} gain half a bit against the largest: {self.best:.2f} at most."
         shown = f"; these {len(self.rows)} gained most" if self.mattered > len(self.rows) else ""
-        return f"In {self.mattered} {all_inputs} {middle} gained a bit or more against the largest{shown}."
+        return f"In {self.mattered} {all_inputs} {middle} gained half a bit or more against the largest{shown}."
 
 
 def spread_chart(inputs: Sequence[InputSpread]) -> SpreadChart | None:
