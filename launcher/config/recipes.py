@@ -20,7 +20,7 @@ class Measured(BaseModel):
     """What a recipe cost on a small trained model, in dB: signal over error, and PSNR of pictures.
 
     command: makes the figures; floor: PSNR of the float model's pictures, computed in another dtype; note: what they
-    leave out.
+    leave out, in a few words.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,8 +37,8 @@ class Measured(BaseModel):
         figures = (
             f"output {self.output}, worst layer {self.worst_layer}, pictures {self.pictures} of at most {self.floor}"
         )
-        note = f"; {self.note}" if self.note else ""
-        return f"{figures} dB ({self.model}, {self.command}){note}"
+        note = f", {self.note}" if self.note else ""
+        return f"{figures} dB{note} ({self.model}, {self.command})"
 
 
 @dataclass(frozen=True)
