@@ -18,6 +18,7 @@ from torch import nn
 from launcher.config.job_config import AUTO, JobConfig, Quantization
 from launcher.devices.launch import Launch
 from launcher.files.run_folder import MANIFEST
+from launcher.inspection.last_run import LastRun, last_run_in
 from launcher.inspection.room import by_disk, place_of, require_room, still_needed
 from launcher.ranks.mesh import Mesh
 from launcher.ranks.process_group import lay_out
@@ -72,7 +73,8 @@ class Plan:
     quant_type: empty for a job of images alone. batches: of this rank. What it does: calibrates, keeping the calls
     (dumps), then quantizes by replaying them (replays), from ranges taken meanwhile (is_online) or layer by layer from
     disk (streams), after measuring what to choose (measures); paints images; keeps the weights on the host (offloads);
-    evaluates on so many batches of this rank, 0: on the calibration data, None: not.
+    evaluates on so many batches of this rank, 0: on the calibration data, None: not. last: what was measured in the
+    output folder.
     """
 
     model: str
@@ -96,6 +98,7 @@ class Plan:
     evaluates: int | None = None
     batches: int = 0
     steps: int = 0
+    last: LastRun | None = None
     remarks: list[str] = field(default_factory=list)
     problems: list[ExplainedError] = field(default_factory=list)
 
@@ -303,6 +306,7 @@ def _look_at_disk(plan: Plan, config: JobConfig) -> None:
     for disk in by_disk(needed):
         plan.attempt(lambda disk=disk: require_room(disk))
     folder = output.quant_weight_save_folder
+    plan.last = last_run_in(folder, config) if folder else None
     if folder is not None and (folder / MANIFEST).exists():
         what = "replaced (--overwrite)" if output.overwrite else "kept if it is this job's, and refused if it is not"
         plan.remarks.append(f"{folder} holds a published checkpoint, which is {what}")
