@@ -49,7 +49,7 @@ def parse(argv: Sequence[str]) -> Invocation:
         _print_help_and_exit()
     command = commands().get(name)
     if command is None:
-        raise _unknown_command(name)
+        raise _unknown_command(name, words)
     options = command.options()
     flags = flags_of(options)
     given = typed_values(flag_parser(command, options, flags), words, flags)
@@ -65,14 +65,26 @@ def parse(argv: Sequence[str]) -> Invocation:
     return Invocation(command, resolved)
 
 
-def _unknown_command(name: str) -> ConfigurationError:
+def _unknown_command(name: str, words: Sequence[str]) -> ConfigurationError:
     known = list(commands())
+    if models := [each.removeprefix(f"{name} ") for each in known if each.startswith(f"{name} ")]:
+        return _unknown_model(name, next((word for word in words if not word.startswith("-")), ""), models)
     missing = not name or name.startswith("-")
     return ConfigurationError(
         "the command is missing" if missing else f"no command is called '{name}'",
         where=f"{PROGRAM} {name}".strip(),
         why=f"the first word is one of {', '.join(known)}",
         advice=suggestion(name, () if missing else known, f"{PROGRAM} --help"),
+    )
+
+
+def _unknown_model(command: str, given: str, models: Sequence[str]) -> ConfigurationError:
+    """Explain a command of two words, without its second one or with a wrong one."""
+    return ConfigurationError(
+        f"no model is called '{given}'" if given else f"'{command}' of which model?",
+        where=f"{PROGRAM} {command} {given}".strip(),
+        why=f"the word behind {command} is one of {', '.join(models)}",
+        advice=suggestion(given, models, f"{PROGRAM} {command} {models[0]} --help"),
     )
 
 

@@ -19,7 +19,8 @@ MEASURED = "measured"
 class Measured(BaseModel):
     """What a recipe cost on a small trained model, in dB: signal over error, and PSNR of pictures.
 
-    command: makes the figures; floor: PSNR of the float model's pictures, computed in another dtype.
+    command: makes the figures; floor: PSNR of the float model's pictures, computed in another dtype; note: what they
+    leave out, in a few words.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,12 +31,14 @@ class Measured(BaseModel):
     output: float
     pictures: float
     floor: float
+    note: str = ""
 
     def __str__(self) -> str:
         figures = (
             f"output {self.output}, worst layer {self.worst_layer}, pictures {self.pictures} of at most {self.floor}"
         )
-        return f"{figures} dB ({self.model}, {self.command})"
+        note = f", {self.note}" if self.note else ""
+        return f"{figures} dB{note} ({self.model}, {self.command})"
 
 
 @dataclass(frozen=True)

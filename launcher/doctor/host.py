@@ -40,9 +40,9 @@ def limits() -> Iterator[Finding]:
     """Look at the limits that ranks run into."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield judged("open files", f"{soft} (at most {hard})", f"ulimit -n {hard}", is_well=soft >= _LEAST_FILES)
-    for name, what in (("RLIMIT_NPROC", "processes"), ("RLIMIT_MEMLOCK", "locked memory")):
+    for name, what, unit in (("RLIMIT_NPROC", "processes", ""), ("RLIMIT_MEMLOCK", "locked memory", " bytes")):
         soft, _ = resource.getrlimit(getattr(resource, name))
-        yield Finding("--", what, "unlimited" if soft == resource.RLIM_INFINITY else str(soft))
+        yield Finding("--", what, "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft}{unit}")
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free

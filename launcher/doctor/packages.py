@@ -27,6 +27,7 @@ def packages() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()}, {platform.platform()}")
     try:
         required = [each for each in requires(_OURS) or () if "extra ==" not in each]
+        yield Finding("ok", _OURS, version(_OURS))
     except PackageNotFoundError:
         required = []
         yield Finding(

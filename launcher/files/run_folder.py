@@ -15,6 +15,8 @@ MANIFEST = "quant_manifest.json"
 CONFIG = "quant_job.yaml"
 # What was chosen for each layer and why, which `--layer_schemes @FILE` accepts.
 DECISIONS = "quant_decisions.yaml"
+# What outlier suppression made of the channels of its inputs, for a report.
+SMOOTHED = "quant_smoothed_inputs.json"
 # A folder of its own inside the output folder: on the same file system, so that publishing is a rename.
 STAGING = ".shards"
 # What an evaluation finds, in a folder of its own too.

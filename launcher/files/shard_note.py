@@ -17,6 +17,7 @@ from torch import Tensor
 from launcher.files.digests import digest_of_file, remember
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.run_folder import STAGING, RunFolder
+from launcher.files.smoothed_inputs import smoothed_text
 from model_adapters.weights.loading import LoadedTransformer
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.atomic_file import write_text_atomically
@@ -61,7 +62,8 @@ class ShardNote(_Frozen):
     """Describe one staged shard.
 
     `layers` are the divided linears, `full_shapes` the tensors of the undivided float model, `equal` the sha256 of
-    each tensor that all ranks must hold alike. `job` and `decisions` are texts that are published beside the shards.
+    each tensor that all ranks must hold alike. `job`, `decisions` and `smoothed` are texts that are published beside
+    the shards.
     """
 
     version: Literal[1] = 1
@@ -81,6 +83,7 @@ class ShardNote(_Frozen):
     timestep_sep: int | None = None
     job: str = ""
     decisions: str = ""
+    smoothed: str = ""
 
     def shard(self, layer: str) -> Shard:
         """Return this rank's shard of a linear layer; whole when the layer is not divided."""
@@ -137,6 +140,7 @@ def write_note(
         timestep_sep=result.timestep_sep,
         job=job,
         decisions=decisions,
+        smoothed=smoothed_text(result.smoothed_inputs, fingerprint.digest),
     )
     write_text_atomically(folder.note(), note.model_dump_json(indent=1) + "\n")
 

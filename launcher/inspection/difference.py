@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,12 @@ from launcher.inspection.published import Published, RankCheckpoint, read_publis
 from launcher.inspection.rank_rules import tensor_names
 from quant_core.errors import InputError
 from quant_core.quality.ratio import LIMIT_DB, Ratio, compare
+
+# So many changes are listed one by one.
+SHOWN = 20
+# A block's number in a layer's name; all but the last part of a tensor's.
+_BLOCK, _OWNER = re.compile(r"(?<=\.)\d+(?=\.)"), re.compile(r".*(?=\.)")
+_VALUES = re.compile(r"\d+ of \d+ values differ")
 
 
 @dataclass
@@ -130,16 +138,33 @@ def _weight(rank: RankCheckpoint, name: str) -> Tensor:
 
 
 def told(found: Difference, one: Path, other: Path) -> Iterator[str]:
-    """Yield the difference as lines for a terminal."""
+    """Yield the difference as lines for a terminal; what is alike in many layers is one line with their number."""
     yield f"A {one}"
     yield f"B {other}"
-    for title, changes in (("options", found.options), ("layers", found.layers)):
-        yield f"{title}: {len(changes)} differ"
-        yield from (f"  {name}: {a} -> {b}" for name, (a, b) in changes.items())
-    yield f"tensors: {len(found.tensors)} differ"
-    yield from (f"  {name}: {what}" for name, what in found.tensors.items())
+    layers = {name: f"{a} -> {b}" for name, (a, b) in found.layers.items()}
+    for title, changes in (
+        ("options", {name: f"{a} -> {b}" for name, (a, b) in found.options.items()}),
+        ("layers", _alike(layers, _BLOCK)),
+        ("tensors", _alike(found.tensors, _OWNER)),
+    ):
+        count = len(getattr(found, title))
+        yield f"{title}: {count} differ{'s' * (count == 1)}{' (each one: --json)' if len(changes) < count else ''}"
+        yield from (f"  {name}: {what}" for name, what in changes.items())
     worst = sorted(found.weights, key=lambda name: found.weights[name].decibels)
     unequal = [name for name in worst if found.weights[name].decibels < LIMIT_DB]
     yield f"weights: {len(unequal)} of {len(worst)} layers differ; SQNR of B against A:"
     yield from (f"  {found.weights[name].decibels:7.1f} dB  {name}" for name in unequal)
     yield "the same" if found.is_none else "not the same"
+
+
+def _alike(changes: Mapping[str, str], pattern: re.Pattern[str]) -> Mapping[str, str]:
+    """Return many changes by their names with a star for what the pattern finds, and the number of each.
+
+    How many values differ is left out then.
+    """
+    if len(changes) <= SHOWN:
+        return changes
+    counts = Counter(
+        (pattern.sub("*", name, count=1), _VALUES.sub("values differ", what)) for name, what in changes.items()
+    )
+    return {f"{count:4} {name}": what for (name, what), count in counts.items()}

@@ -15,16 +15,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from launcher.config.config_errors import together
-from launcher.config.job_config import AUTO, JobConfig
+from launcher.config.job_config import AUTO, JobConfig, Quantization
 from launcher.devices.launch import Launch
 from launcher.files.run_folder import MANIFEST
+from launcher.inspection.last_run import LastRun, last_run_in
 from launcher.inspection.room import by_disk, place_of, require_room, still_needed
 from launcher.ranks.mesh import Mesh
 from launcher.ranks.process_group import lay_out
 from launcher.stages.evaluate import check_evaluation
 from launcher.stages.images import check_save_path
-from launcher.stages.online import check_online, reason_to_replay, takes_ranges, writes_dump
+from launcher.stages.online import check_online, needs_prompts, reason_to_replay, takes_ranges, writes_dump
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
@@ -35,9 +35,9 @@ from model_adapters.weights.model_folder import cached_folder, is_hub_id, pipeli
 from model_adapters.weights.transformer_folders import pipeline_files, used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer
 from quant_core.attention.rotated_values import Rotations, find_rotations
-from quant_core.errors import ConfigurationError, ExplainedError, InputError
+from quant_core.errors import ExplainedError, InputError
 from quant_core.naming import linear_names, matches, select
-from quant_core.schemes import SCHEMES
+from quant_core.schemes import QUANT_TYPES, SCHEMES
 from quant_core.schemes.treatment import FLOAT
 from quant_core.session.checks import check_outputs
 from quant_core.session.config import SessionConfig
@@ -73,7 +73,8 @@ class Plan:
     quant_type: empty for a job of images alone. batches: of this rank. What it does: calibrates, keeping the calls
     (dumps), then quantizes by replaying them (replays), from ranges taken meanwhile (is_online) or layer by layer from
     disk (streams), after measuring what to choose (measures); paints images; keeps the weights on the host (offloads);
-    evaluates on so many batches of this rank, 0: on the calibration data, None: not.
+    evaluates on so many batches of this rank, 0: on the calibration data, None: not. last: what was measured in the
+    output folder.
     """
 
     model: str
@@ -97,6 +98,7 @@ class Plan:
     evaluates: int | None = None
     batches: int = 0
     steps: int = 0
+    last: LastRun | None = None
     remarks: list[str] = field(default_factory=list)
     problems: list[ExplainedError] = field(default_factory=list)
 
@@ -120,11 +122,15 @@ class Plan:
             return None
 
     def require_startable(self) -> None:
-        """Raise the problems, as the error that the job would end with."""
+        """Raise an error of the kind that the job would end with; what is wrong stands in the plan, line by line."""
         if self.problems:
-            first = self.problems[0]
-            same = [problem for problem in self.problems if isinstance(problem, ConfigurationError)]
-            raise together(same) if isinstance(first, ConfigurationError) else first
+            count = len(self.problems)
+            raise type(self.problems[0])(
+                "the job would not start",
+                where=f"plan of {self.model}: {count} problem{'s' * (count > 1)}",
+                why="; ".join(problem.what for problem in self.problems),
+                advice="what the plan says below each line that begins with !!",
+            )
 
 
 def make_plan(config: JobConfig, world: int | None = None) -> Plan:
@@ -139,16 +145,15 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
     launch = Launch(world=world or config.ranks.tp_size or (hardware.tp_size if hardware else 1))
     if found := plan.attempt(lambda: lay_out(config, launch)):
         plan.mesh, plan.mesh_reason = found
-    batches = plan.attempt(lambda: read_batches(pipeline))
-    copies = plan.mesh.dp_size if plan.mesh else 1
-    if batches and (share := plan.attempt(lambda: even_share(batches, copies, 0, where=f"{copies} copies"))):
-        plan.batches = len(share)
-    pictures = plan.attempt(lambda: check_evaluation(config, adapter))
-    if config.evaluation.evaluate is not None and pictures is not None:
-        plan.evaluates = len(pictures[::copies])
+    part = session = None
     if folder := _local_folder(plan, pipeline.path):
-        local = config.model_copy(update={"pipeline": pipeline.model_copy(update={"path": str(folder)})})
-        _look_at_model(plan, local, adapter, folder)
+        pipeline = pipeline.model_copy(update={"path": str(folder)})
+        part, session = _look_at_model(plan, config.model_copy(update={"pipeline": pipeline}), adapter, folder)
+    reads = not plan.streams if session else _may_read_activations(options)
+    _look_at_prompts(plan, config, adapter, reads_activations=reads)
+    if part is not None and (session is not None or not options.do_quant):
+        sizes = {"batches": max(1, plan.batches), "evaluates": plan.evaluates is not None}
+        plan.memory = plan.attempt(lambda: estimate_memory(adapter, part, pipeline, session, **sizes))
     plan.attempt(lambda: check_save_path(config))
     if options.do_quant:
         _look_at_disk(plan, config)
@@ -167,13 +172,37 @@ def _local_folder(plan: Plan, path: str) -> Path | None:
     return None
 
 
-def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter, folder: Path) -> None:
-    """Find out what the model's configuration and headers tell: scope, shards, smoothing, bytes."""
+def _may_read_activations(options: Quantization) -> bool:
+    """Tell of a model that is not here whether quantizing it may need calibration data."""
+    if options.smoothing_method is not None or QUANT_TYPES[options.main_type].with_attention:
+        return True
+    return any(scheme.observes_input for scheme in options.schemes)
+
+
+def _look_at_prompts(plan: Plan, config: JobConfig, adapter: ModelAdapter, *, reads_activations: bool) -> None:
+    """Find out how much the pipeline runs, if at all."""
+    needed = needs_prompts(config, reads_activations=reads_activations)
+    batches = plan.attempt(lambda: read_batches(config.pipeline, are_needed=needed))
+    copies = plan.mesh.dp_size if plan.mesh else 1
+    if batches and (share := plan.attempt(lambda: even_share(batches, copies, 0, where=f"{copies} copies"))):
+        plan.batches = len(share)
+    pictures = plan.attempt(lambda: check_evaluation(config, adapter))
+    if config.evaluation.evaluate is not None and pictures is not None:
+        plan.evaluates = len(pictures[::copies])
+
+
+def _look_at_model(
+    plan: Plan, config: JobConfig, adapter: ModelAdapter, folder: Path
+) -> tuple[TransformerPart | None, SessionConfig | None]:
+    """Find out what the model's configuration and headers tell: scope, shards, smoothing.
+
+    Returns a rank's part of the model and the quantizer's session, as far as there are any.
+    """
     tp_size = plan.mesh.tp_size if plan.mesh else 1
     shard_plan = plan.attempt(lambda: adapter.shard_plan(config.ranks.layout))
     whole = plan.attempt(lambda: build_empty(adapter, used_folders(folder)[0]))
     if shard_plan is None or whole is None:
-        return
+        return None, None
     plan.layout = shard_plan.name
     plan.tp_sizes = shard_plan.sizes_that_divide(whole, _SIZES)
     names = linear_names(whole)
@@ -182,17 +211,9 @@ def _look_at_model(plan: Plan, config: JobConfig, adapter: ModelAdapter, folder:
         part = plan.attempt(lambda: _describe(config, adapter, tp_size, with_files=False))
         if part is not None:
             plan.remarks.append("shards and bytes are told by config.json alone: the weights were not looked at")
-    session = None
-    if config.quantization.do_quant:
-        session = _look_at_layers(plan, config, adapter, part, part.model if part else whole, names)
-        if session is None:
-            return
-    if part is not None:
-        batches = max(1, plan.batches)
-        evaluates = plan.evaluates is not None
-        plan.memory = plan.attempt(
-            lambda: estimate_memory(adapter, part, config.pipeline, session, batches=batches, evaluates=evaluates)
-        )
+    if not config.quantization.do_quant:
+        return part, None
+    return part, _look_at_layers(plan, config, adapter, part, part.model if part else whole, names)
 
 
 def _describe(
@@ -285,6 +306,7 @@ def _look_at_disk(plan: Plan, config: JobConfig) -> None:
     for disk in by_disk(needed):
         plan.attempt(lambda disk=disk: require_room(disk))
     folder = output.quant_weight_save_folder
+    plan.last = last_run_in(folder, config) if folder else None
     if folder is not None and (folder / MANIFEST).exists():
         what = "replaced (--overwrite)" if output.overwrite else "kept if it is this job's, and refused if it is not"
         plan.remarks.append(f"{folder} holds a published checkpoint, which is {what}")

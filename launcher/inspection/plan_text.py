@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from launcher.inspection.last_run import LastRun
 from launcher.inspection.plan import Plan
+from launcher.journal.console import format_seconds
+from launcher.ranks.mesh import Mesh
 from model_adapters.memory.memory_model import MemoryModel
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 # What a process takes on the host before it holds a tensor: Python, torch, diffusers; with a card its driver's
 # libraries too, as measured with CUDA 13 on an H100.
 _PROCESS, _PROCESS_WITH_CARD = round(0.4 * _GIB), round(2.1 * _GIB)
@@ -34,6 +37,8 @@ def told(plan: Plan, device: str) -> Iterator[str]:
     if plan.memory is not None:
         yield from _bytes(plan, plan.memory, device)
     yield from _calls(plan)
+    if plan.last is not None:
+        yield from _measured(plan.last, plan.mesh)
     yield from (f"-- {remark}" for remark in plan.remarks)
     for problem in plan.problems:
         yield f"!! {problem.what}"
@@ -69,23 +74,37 @@ def _pattern(text: str) -> str:
 
 
 def _bytes(plan: Plan, memory: MemoryModel, device: str) -> Iterator[str]:
-    def gib(size: float) -> str:
-        return f"{size / _GIB:.2f} GiB"
-
-    yield f"each rank: {gib(memory.weights)} of float weights, {gib(memory.activations)} in a forward (forecast)"
+    yield f"each rank: {_size(memory.weights)} of float weights, {_size(memory.activations)} in a forward (forecast)"
     if plan.streams:
         yield "  quantized layer by layer from disk, without holding the model"
     stages = _peaks(plan, memory)
     if device == "cpu" and stages:
-        yield f"  host, at most: {gib(max(alone for alone, _, _ in stages) + _PROCESS)}"
+        yield f"  host, at most: {_size(max(alone for alone, _, _ in stages) + _PROCESS)}"
     elif stages:
-        yield f"  {device}, at most: {gib(max(card for _, card, _ in stages))}"
-        yield f"  host, at most: {gib(max(host for _, _, host in stages) + _PROCESS_WITH_CARD)}"
+        yield f"  {device}, at most: {_size(max(card for _, card, _ in stages))}"
+        yield f"  host, at most: {_size(max(host for _, _, host in stages) + _PROCESS_WITH_CARD)}"
     if plan.paints or plan.evaluates:
         yield "  the decoder of pictures comes on top"
     if plan.quant_type:
-        dump = memory.dump if plan.dumps else 0
-        yield f"  disk: {gib(memory.quantized)} published for each shard, {gib(dump)} of calibration data for each rank"
+        dump = f"{_size(memory.dump)} of calibration data for each rank" if plan.dumps else "no calibration data"
+        yield f"  disk: {_size(memory.quantized)} published for each shard, {dump}"
+
+
+def _measured(last: LastRun, mesh: Mesh | None) -> Iterator[str]:
+    """Yield what the last job in the folder took, and in which options the planned one differs from it."""
+    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in last.seconds.items() if seconds >= 1)
+    took = f"{format_seconds(sum(last.seconds.values()))}{f' ({stages} s)' if stages else ''}"
+    yield f"measured in this folder on {last.day:%Y-%m-%d}: {took}, at most {_size(last.memory)} on a rank"
+    if last.changed is None:
+        yield "  the options of that job are not known"
+        return
+    changed = [*([f"{last.ranks} ranks, now {mesh.world}"] if mesh and mesh.world != last.ranks else []), *last.changed]
+    yield f"  that job had {'; '.join(changed)}" if changed else "  that job had the same options"
+
+
+def _size(count: float) -> str:
+    """Return bytes in a unit that shows them: a small model's are hundredths of a GiB."""
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / _MIB:.1f} MiB"
 
 
 def _peaks(plan: Plan, memory: MemoryModel) -> list[tuple[int, int, int]]:
@@ -119,7 +138,8 @@ def _calls(plan: Plan) -> Iterator[str]:
 def _counted(plan: Plan) -> Iterator[str]:
     calls = plan.batches * plan.steps
     if plan.calibrates:
-        yield f"{calls} to calibrate ({plan.batches} batches of {plan.steps} steps)"
+        batches = f"{plan.batches} batch{'es' * (plan.batches > 1)}"
+        yield f"{calls} to calibrate ({batches} of {plan.steps} steps)"
     if plan.measures and plan.replays:
         yield "some records replayed to choose"
     if plan.is_online:

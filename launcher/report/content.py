@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from launcher.files.manifest import Manifest, read_manifest
-from launcher.files.run_folder import MANIFEST, QUALITY
+from launcher.files.run_folder import MANIFEST, QUALITY, SMOOTHED
+from launcher.files.smoothed_inputs import InputSpread, read_smoothed
 from launcher.report.layers import LayerRow, ScopeRow, layer_rows, scope_rows
 from launcher.report.running import OptionRow, StageRow, command, option_rows, stage_rows
 from model_adapters.quality.card import QualityCard, read_card
@@ -43,6 +44,7 @@ class Report(BaseModel):
     verdict: list[str]
     scope: list[ScopeRow]
     layers: list[LayerRow]
+    smoothed_inputs: list[InputSpread] = []
     timestep_sep: int | None
     registration: dict[str, str]
     stages: list[StageRow]
@@ -79,6 +81,7 @@ def gather(folder: Path) -> Report:
         verdict=verdict(card) if card else [],
         scope=scope_rows(layers),
         layers=layers,
+        smoothed_inputs=list(read_smoothed(folder / SMOOTHED, manifest.fingerprint)),
         timestep_sep=policy.timestep_sep if policy else None,
         registration=policy.registration if policy else {},
         stages=stage_rows(folder, world),

@@ -12,6 +12,7 @@ from launcher.files.run_folder import QUALITY
 from launcher.journal.console import format_seconds
 from launcher.report.content import Report
 from launcher.report.drawing import errors, ranges, timeline
+from launcher.report.spreads import spread_chart
 from model_adapters.quality.results import SHEET
 from quant_core.atomic_file import write_text_atomically
 
@@ -35,6 +36,7 @@ def page(report: Report, name: str, folder: Path, output: Path) -> str:
         errors=errors(report.layers, report.timestep_sep),
         ranges=ranges(report.layers, report.timestep_sep),
         smoothed=sorted((layer for layer in report.layers if layer.factors), key=lambda layer: layer.factors or ()),
+        spreads=spread_chart(report.smoothed_inputs),
         timeline=timeline(report.stages),
         sheet=_picture(sheet) if report.verdict else None,
         sheet_name=os.path.relpath(sheet, output),

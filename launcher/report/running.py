@@ -89,10 +89,15 @@ def _option(flag: Flag, tree: Mapping[str, Any], words: Sequence[str]) -> Option
 def _origin(flag: Flag, value: Any, words: Sequence[str]) -> str:
     if any(word.partition("=")[0] == flag.option for word in words):
         return "command line"
-    if _shown(value) == _shown(flag.default):
+    if _shown(value) == _shown(_default(flag)):
         return "default"
     config = next(_values(words, "--config"), None)
     return f"--config {config}" if config else "given"
+
+
+def _default(flag: Flag) -> Any:
+    """Return the default as an option of that type holds it: a path has lost its `./`."""
+    return Path(flag.default) if Path in flag.kinds and flag.default is not None else flag.default
 
 
 def _values(words: Sequence[str], option: str) -> Iterator[str]:

@@ -31,7 +31,8 @@ def encode(job: Job) -> None:
 
     encoded = run_together(ranks, "encoding the prompts", lambda: mine() if ranks.mesh.tp_rank == 0 else {})
     job.model.embeddings = share(encoded, ranks)
-    job.console.say(f"encode: {len(job.model.embeddings)} batches of prompts")
+    count = len(job.model.embeddings)
+    job.console.say(f"encode: {count} batch{'es' * (count != 1)} of prompts")
 
 
 def prompts_of(batch: Batch) -> Prompts:

@@ -29,7 +29,8 @@ def identify(job: Job) -> Results:
     """Return where the job's results go and what they depend on; the ranks of each host share the model's files."""
     config, ranks = job.config, job.ranks
     model = shared_model_fields(config, ranks)
-    calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, read_batches(config.pipeline))
+    batches = read_batches(config.pipeline, are_needed=job.model.needs_prompts)
+    calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, batches)
     quantization = quantization_fingerprint(calibration, config, job.model.disabled_layers, online=job.model.is_online)
     require_alike(ranks, quantization.fields, what="what the result depends on")
     folder = run_together(ranks, "making the staging folder", lambda: _folder(job))

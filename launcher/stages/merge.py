@@ -16,7 +16,16 @@ from launcher.failure.phases import run_together
 from launcher.files.digests import move
 from launcher.files.folder_lock import hold
 from launcher.files.manifest import Manifest, read_manifest
-from launcher.files.run_folder import CONFIG, DECISIONS, MANIFEST, STAGING, note_file, staged_files, tp_suffix
+from launcher.files.run_folder import (
+    CONFIG,
+    DECISIONS,
+    MANIFEST,
+    SMOOTHED,
+    STAGING,
+    note_file,
+    staged_files,
+    tp_suffix,
+)
 from launcher.files.shard_checks import OpenedShard, check_contract, check_shards
 from launcher.files.shard_note import ShardNote, read_note
 from launcher.stages.job import Job, Results
@@ -93,7 +102,8 @@ def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = Fals
         files = note.files(folder)
         for path in (files.weights, files.description):
             move(path, folder / path.name)
-    for name, text in ((CONFIG, job or notes[0].job), (DECISIONS, notes[0].decisions)):
+    told = {CONFIG: job or notes[0].job, DECISIONS: notes[0].decisions, SMOOTHED: notes[0].smoothed}
+    for name, text in told.items():
         if text:
             write_text_atomically(folder / name, text)
     manifest.write(folder / MANIFEST)
@@ -114,7 +124,7 @@ def _withdraw(folder: Path, *, keep: set[str]) -> None:
         old = read_manifest(folder / MANIFEST)
     except InputError:
         old = None
-    for name in (MANIFEST, CONFIG, DECISIONS):
+    for name in (MANIFEST, CONFIG, DECISIONS, SMOOTHED):
         (folder / name).unlink(missing_ok=True)
     for file in old.files if old else []:
         # Its names may be a stranger's: only what lies beside it is removed.

@@ -12,7 +12,7 @@ from torch import nn
 from launcher.config.job_config import JobConfig
 from launcher.devices.host_memory import return_large_blocks
 from launcher.ranks.process_group import Ranks
-from launcher.stages.online import check_online, reason_to_replay, takes_ranges
+from launcher.stages.online import check_online, needs_prompts, reason_to_replay, takes_ranges
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
@@ -55,6 +55,11 @@ class ModelSession:
         """Return the patterns of layers to keep float: the user's, else those of the model's recipe."""
         chosen = self.config.quantization.disable_names
         return self.adapter.disabled_layers[self.config.quantization.main_type] if chosen is None else chosen
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Tell whether the job has a use for prompts of its own."""
+        return needs_prompts(self.config, reads_activations=self.reads_activations)
 
     @property
     def layout(self) -> str:

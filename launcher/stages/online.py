@@ -28,6 +28,14 @@ def writes_dump(config: JobConfig, *, reads_activations: bool) -> bool:
     return not config.output.no_dump and (reads_activations or config.output.calibrate != "needed")
 
 
+def needs_prompts(config: JobConfig, *, reads_activations: bool) -> bool:
+    """Tell whether the job runs the pipeline on prompts of its own: to calibrate, for images, or to evaluate."""
+    evaluation = config.evaluation
+    evaluates = evaluation.evaluate is not None and evaluation.evaluate_prompts is None
+    paints = config.output.do_save_img or not config.quantization.do_quant
+    return paints or evaluates or reads_activations or writes_dump(config, reads_activations=reads_activations)
+
+
 def check_online(config: JobConfig, session: SessionConfig, *, reads_activations: bool) -> None:
     """Raise ConfigurationError where no replay can be right, and for `--no_dump` where something is replayed later."""
     online = config.output.calibrate == "online"

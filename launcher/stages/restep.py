@@ -11,8 +11,9 @@ from launcher.config.resolve import job_from_yaml
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.folder_lock import hold
 from launcher.files.manifest import Manifest, TimestepPolicy, read_manifest
-from launcher.files.run_folder import CONFIG, MANIFEST
+from launcher.files.run_folder import CONFIG, MANIFEST, SMOOTHED
 from launcher.files.shard_note import FileDigest
+from launcher.files.smoothed_inputs import copy_smoothed
 from launcher.stages.merge import report
 from model_adapters import load_adapter
 from model_adapters.pipeline.noise_levels import noise_levels
@@ -70,6 +71,7 @@ def _write(source: Path, manifest: Manifest, steps: int, shift: float | None, ta
         files = CheckpointFiles(target / shard.files.weights.name, target / shard.files.description.name)
         write_resampled(shard, levels, files, header)
     _write_job(source / CONFIG, steps, separator, target)
+    copy_smoothed(source / SMOOTHED, manifest.fingerprint, target / SMOOTHED, digest)
     copy = manifest.model_copy(
         update={
             "files": [FileDigest.of(target / name) for name in names],

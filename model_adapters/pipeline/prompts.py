@@ -42,12 +42,15 @@ class ImageRequest:
 Batch = tuple[ImageRequest, ...]
 
 
-def read_batches(options: PipelineOptions) -> list[Batch]:
+def read_batches(options: PipelineOptions, *, are_needed: bool = True) -> list[Batch]:
     """Return all images to make, in batches of at most `batch_size`, for this part of the divided prompts.
 
     A short last batch stays short: the reference pads it with empty prompts, which a calibration must never see.
+    are_needed: of a job that has no use for prompts the file of the default name may be missing: then there are none.
     Raises InputError for a file that is missing, unsafe, empty or malformed.
     """
+    if not are_needed and has_no_prompts(options):
+        return []
     prompts = read_prompts(Path(options.prompt_path), options.prompt_type)
     if options.max_num_prompt:
         prompts = prompts[: options.max_num_prompt]
@@ -58,6 +61,12 @@ def read_batches(options: PipelineOptions) -> list[Batch]:
     ]
     part = even_share(requests, options.data_split_num, options.data_split_id, where="--data_split_num")
     return [tuple(part[start : start + options.batch_size]) for start in range(0, len(part), options.batch_size)]
+
+
+def has_no_prompts(options: PipelineOptions) -> bool:
+    """Tell whether nobody named a prompt file, and none of the default name is there."""
+    default = type(options).model_fields["prompt_path"].default
+    return options.prompt_path == default and not Path(default).exists()
 
 
 def even_share(items: Sequence, parts: int, index: int, *, where: str) -> list:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from model_adapters.options import PipelineOptions
-from model_adapters.pipeline.prompts import Batch, ImageRequest, read_prompts
+from model_adapters.pipeline.prompts import Batch, ImageRequest, has_no_prompts, read_prompts
 
 
 def evaluation_batches(options: PipelineOptions, count: int, prompt_file: Path | None = None) -> list[Batch]:
@@ -21,7 +21,10 @@ def evaluation_batches(options: PipelineOptions, count: int, prompt_file: Path |
 
     prompt_file: prompts of the evaluation alone, in the format of the job's. Raises InputError for a bad file.
     """
-    own = read_prompts(Path(options.prompt_path), options.prompt_type)
+    if not count:
+        return []
+    without = prompt_file is not None and has_no_prompts(options)
+    own = [] if without else read_prompts(Path(options.prompt_path), options.prompt_type)
     calibrated = min(len(own), options.max_num_prompt or len(own))
     first = calibrated * options.num_images_per_prompt
     if prompt_file is None:

@@ -9,7 +9,7 @@ observing). What is left in the caller's hands computes as the hardware will.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from quant_core.session.checks import check_float, check_numerics, check_outputs
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.observation import input_observer, reduce_ranges
 from quant_core.session.session import Session
+from quant_core.smoothing.channels import SmoothedInput
 from quant_core.smoothing.smooth import Smoothing, smooth
 from quant_core.structure import ModelStructure, find_structure
 
@@ -55,7 +56,7 @@ class QuantizedModel:
     With layers of a per-step scheme it also has the number of timesteps, and `timestep_sep`: steps below it are to run
     dynamic.
     `skipped_groups`: which groups outlier suppression left out, by their first linear, and why; `unrotated`: the same
-    of attentions whose values were to be rotated.
+    of attentions whose values were to be rotated. `smoothed_inputs`: the channels of the inputs that it divided.
     """
 
     quant_type: str
@@ -65,6 +66,7 @@ class QuantizedModel:
     timestep_sep: int | None = None
     skipped_groups: Mapping[str, str] = field(default_factory=dict)
     unrotated: Mapping[str, str] = field(default_factory=dict)
+    smoothed_inputs: Sequence[SmoothedInput] = ()
 
 
 @torch.no_grad()
@@ -98,9 +100,15 @@ def quant_model(
     _derive_tensors(session, layers)
     files = _save(session, timestep_sep, digests)
     deploy(model, timestep_sep=timestep_sep)
-    timesteps = len(session.steps) if session.per_step else None
     return QuantizedModel(
-        session.quant_type, layers, files, timesteps, timestep_sep, smoothing.skipped, session.rotations.skipped
+        session.quant_type,
+        layers,
+        files,
+        timesteps=len(session.steps) if session.per_step else None,
+        timestep_sep=timestep_sep,
+        skipped_groups=smoothing.skipped,
+        unrotated=session.rotations.skipped,
+        smoothed_inputs=smoothing.inputs,
     )
 
 

@@ -15,7 +15,7 @@ linears in front of it only on request. Factors come from the float model, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,8 +29,9 @@ from quant_core.calibration.replay import Progress, replay, silent
 from quant_core.errors import InputError
 from quant_core.layers.rescaling import Rescaling
 from quant_core.naming import linear_at
-from quant_core.parallel.groups import Parallel, count_before, reduce_many, reduce_over
+from quant_core.parallel.groups import Group, Parallel, count_before, reduce_many, reduce_over
 from quant_core.smoothing import METHODS
+from quant_core.smoothing.channels import SmoothedInput, smoothed_input
 from quant_core.smoothing.fusion import absorb, check_fusible
 from quant_core.smoothing.groups import LinearGroup, ResolvedGroups, resolve
 from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
@@ -41,10 +42,14 @@ from quant_core.structure import ModelStructure
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Say how each linear changes, by name, and why which groups (by their first linear) were left out."""
+    """Say how each linear changes, by name, and why which groups (by their first linear) were left out.
+
+    inputs: what becomes of the channels of each group's input.
+    """
 
     rescalings: Mapping[str, Rescaling] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    inputs: Sequence[SmoothedInput] = ()
 
 
 @torch.no_grad()
@@ -76,17 +81,14 @@ def smooth(
     groups = [group for group in resolved.smoothed if not set(group.linears) <= set(plain)]
     if not groups:
         return Smoothing(skipped=resolved.skipped)
-    statistics = {
-        shared[0]: _fresh_statistics(model, shared[0], method, config, numerics)
-        for group in groups
-        for shared in group.inputs
-    }
+    statistics = dict(_fresh_statistics(model, groups, method, config, numerics))
     if measured is not None:
         _take_over(statistics, measured)
     else:
         _measure(model, statistics, records, count_before(parallel.dp_group, len(records)), progress)
     _combine(statistics, parallel)
     rescalings: dict[str, Rescaling] = {}
+    inputs: list[SmoothedInput] = []
     for group in groups:
         of_group = _measured(model, group, statistics, structure, numerics, codec, parallel)
         # Equal to the last bit on all ranks that hold rows of the same layers, whatever order they added in.
@@ -94,7 +96,9 @@ def smooth(
         for name, rescaling in _rescale(model, group, factor_I, numerics, config).items():
             if name not in plain:
                 rescalings[name] = rescalings.get(name, Rescaling()).then(rescaling)
-    return Smoothing(rescalings, resolved.skipped)
+        divided = tuple(name for name in group.linears if name not in plain)
+        inputs.append(smoothed_input(divided, of_group.amax_I, factor_I, _other_channels(group, parallel)))
+    return Smoothing(rescalings, resolved.skipped, inputs)
 
 
 def groups_to_smooth(
@@ -111,11 +115,17 @@ def groups_to_smooth(
 
 
 def _fresh_statistics(
-    model: nn.Module, name: str, method: SmoothingMethod, config: SmoothingConfig, numerics: Numerics
-) -> InputStatistics:
-    linear = linear_at(model, name)
-    dtype = numerics.working(linear.weight[:0]).dtype
-    return InputStatistics(linear.in_features, dtype, method.tokens(config, numerics, linear.in_features))
+    model: nn.Module,
+    groups: Iterable[LinearGroup],
+    method: SmoothingMethod,
+    config: SmoothingConfig,
+    numerics: Numerics,
+) -> Iterator[tuple[str, InputStatistics]]:
+    """Yield each input's statistics, by the first linear that reads it."""
+    for name in (shared[0] for group in groups for shared in group.inputs):
+        linear = linear_at(model, name)
+        tokens = method.tokens(config, numerics, linear.in_features)
+        yield name, InputStatistics(linear.in_features, numerics.working(linear.weight[:0]).dtype, tokens)
 
 
 def _measure(
@@ -182,15 +192,20 @@ def _measured(
         for shared in group.inputs
     ]
     # Row-split layers see channels of their own, so each rank chooses for itself.
-    row_split = any(parallel.shard(name).split_dim == 1 for name in group.linears)
     return MeasuredGroup(
         inputs,
         numerics,
         codec,
         alpha=structure.m4_alpha,
         floor=structure.smoothing_floor,
-        tp_group=None if row_split else parallel.tp_group,
+        tp_group=None if _other_channels(group, parallel) else parallel.tp_group,
     )
+
+
+def _other_channels(group: LinearGroup, parallel: Parallel) -> Group | None:
+    """Return the ranks that hold other channels of the group's input; None where each holds all."""
+    row_split = any(parallel.shard(name).split_dim == 1 for name in group.linears)
+    return parallel.tp_group if row_split else None
 
 
 def _rescale(

@@ -49,6 +49,25 @@ def test_two_schemes_differ_in_options_types_and_a_little_in_their_weights(
     assert found["weights_sqnr_db"]["norm_out.linear"] == 150
 
 
+def test_what_is_alike_in_many_layers_is_one_line_and_few_tensors_are_named_each(
+    dual_timestep_job, dual_smoothed_job, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    folders = [str(job.folder / "weights") for job in (dual_timestep_job, dual_smoothed_job)]
+    parse(["diff", *folders]).run(None)
+    said = capsys.readouterr().out
+    assert "layers: 49 differ (each one: --json)" in said
+    assert "     2 transformer_blocks.*.attn.to_q: W8A8_TIMESTEP -> W8A8_DYNAMIC, smoothed\n" in said
+    assert "    90 *.deq_scale: only in A\n" in said
+    assert "values differ" in said
+    assert "rank 0" not in said
+    folder = Folder(shutil.copytree(folders[0], tmp_path / "weights"), "w8a8_timestep")
+    add_to(f"{COL}.weight", 1)(folder)
+    parse(["diff", folders[0], str(folder.path)]).run(None)
+    said = capsys.readouterr().out
+    assert "tensors: 1 differs\n" in said
+    assert f"  rank 0: {COL}.weight: 1 of " in said
+
+
 def test_checkpoints_of_other_numbers_of_ranks_are_not_compared(dual_timestep_job):
     with pytest.raises(InputError, match="divided over other numbers of ranks"):
         difference(dual_timestep_job.folder / "weights", GOLDEN / "flux_w8a8_timestep_bf16")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.files.manifest import read_manifest
-from launcher.files.run_folder import MANIFEST, QUALITY
+from launcher.files.run_folder import MANIFEST, QUALITY, SMOOTHED
 from launcher.report.content import gather
 from launcher.report.pages import page
 from model_adapters.quality.card import LayerQuality, Origin, QualityCard
@@ -38,6 +38,24 @@ def test_it_tells_of_a_job_what_the_job_left(dual_timestep_job: PublishedJob):
     assert origins["--infer_steps"] == ("4", "command line")
     assert origins["--seed"] == ("42", "default")
     assert report.command.startswith("torchrun --nproc_per_node 2 -m launcher flux --path ")
+
+
+def test_channels_before_and_after_are_those_of_the_inputs_that_the_job_divided(
+    dual_smoothed_job: PublishedJob, dual_timestep_job: PublishedJob, tmp_path: Path
+):
+    folder = dual_smoothed_job.folder / "weights"
+    report = gather(folder)
+    divided = {layer.name for layer in report.layers if layer.is_smoothed}
+    assert divided
+    assert {name for each in report.smoothed_inputs for name in each.layers} == divided
+    assert "inputs the channel in the middle gained" in page(report, "report.html", folder, folder)
+    assert gather(dual_timestep_job.folder / "weights").smoothed_inputs == []
+    # An earlier version left no such file.
+    older = Path(shutil.copytree(folder, tmp_path / "weights"))
+    (older / SMOOTHED).unlink()
+    shown = page(gather(older), "report.html", older, older)
+    assert "What multiplies the inputs of 20 layers" in shown
+    assert "the channel in the middle" not in shown
 
 
 def test_a_card_counts_only_if_it_is_of_this_checkpoint(dual_timestep_job: PublishedJob, tmp_path: Path):

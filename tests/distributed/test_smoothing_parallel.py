@@ -66,6 +66,12 @@ def factors(smoothing: Smoothing) -> dict[str, Tensor]:
     return {name: factor.clone() for name, factor in (columns | rows).items() if factor is not None}
 
 
+def spreads(smoothing: Smoothing) -> dict[str, Tensor]:
+    """Return what is told of each input's channels: largest and middle, before and after."""
+    both = {each.layers[0]: (each.before, each.after) for each in smoothing.inputs}
+    return {name: torch.tensor([[c.largest, c.middle] for c in channels]) for name, channels in both.items()}
+
+
 def local_part(kind: str, layout: str, *, agree: bool = True) -> tuple[Any, Parallel]:
     """Build the whole model with the same seed on every rank, and divide it; `agree`: with the others' statistics."""
     model, rank, size = outlier_model(kind), dist.get_rank(), dist.get_world_size()
@@ -86,6 +92,7 @@ def on_each_rank(results: Path) -> None:
                 model, parallel = local_part(kind, layout)
                 smoothing = smoothed(kind, model, config_of(method, form == "fused"), of, disabled(kind), parallel)
                 save_file(factors(smoothing), results / f"{case}_{rank}.safetensors")
+                save_file(spreads(smoothing), results / f"{case}_{rank}_inputs.safetensors")
                 apply_in_float(model, smoothing)
                 errors[case] = relative_error(outputs(model, of), exact)
     for method in METHODS:
@@ -107,8 +114,14 @@ def of_rank(results: Path, case: str, rank: int) -> dict[str, Tensor]:
 @cache
 def whole_factors(kind: str, method: str, form: str) -> dict[str, Tensor]:
     """Return the factors that the undivided model gets."""
+    return factors(whole_smoothing(kind, method, form))
+
+
+@cache
+def whole_smoothing(kind: str, method: str, form: str) -> Smoothing:
+    """Return what smoothing makes of the undivided model."""
     config = config_of(method, form == "fused")
-    return factors(smoothed(kind, outlier_model(kind), config, records(kind, RECORDS), disabled(kind)))
+    return smoothed(kind, outlier_model(kind), config, records(kind, RECORDS), disabled(kind))
 
 
 @cache
@@ -164,6 +177,18 @@ def test_factors_of_the_ranks_are_those_of_the_whole_model(results, kind, layout
             shard = shards(kind, layout)[rank].get(name.rpartition(".")[0])
             expected = part_of_rank(whole[name], name, shard)
             torch.testing.assert_close(ours[name], expected, rtol=SAME_FACTOR, atol=0, msg=f"{name} on rank {rank}")
+
+
+@each_layout
+@each_form
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in CHOSEN_PER_RANK])
+def test_every_rank_tells_of_the_channels_that_all_ranks_hold(results, kind, layout, method, form):
+    whole = spreads(whole_smoothing(kind, method, form))
+    for rank in range(RANKS):
+        ours = load_file(results / f"{kind}_{layout}_{method}_{form}_{rank}_inputs.safetensors")
+        assert ours.keys() == whole.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], whole[name], rtol=SAME_FACTOR, atol=0, msg=name)
 
 
 @each_method

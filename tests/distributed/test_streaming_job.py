@@ -14,8 +14,9 @@ from model_adapters.weights.brought import Brought, LoraFile
 from model_adapters.weights.loading import load_transformer
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
 from scripts.make_tiny_pipeline import write_prompts
+from tests.support.forked_ranks import run_forked
 from tests.support.golden_cases import Written, differing
-from tests.support.tiny_job import run_job
+from tests.support.tiny_job import assert_sound, run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -32,6 +33,15 @@ def test_two_ranks_stream_the_shards_that_a_held_model_gives_and_calibrate_only_
         streamed = Written.read(tmp_path / "weights", "w8a8_dynamic", suffix=f"_{rank}")
         assert differing(streamed.tensors, held.tensors) == []
         assert streamed.description == held.description
+
+
+def test_the_first_job_of_the_help_needs_a_model_and_nothing_else(tiny_flux_folder: Path, tmp_path: Path):
+    places = ("--quant_weight_save_folder", tmp_path / "w", "--quant_dump_calib_folder", tmp_path / "c")
+    asked = ("flux", "--config", "quality", "--path", tiny_flux_folder, "--tp_size", "2", "--device", "cpu")
+    finished = run_forked(2, "-m", "launcher", *asked, *places)
+    assert finished.returncode == 0, finished.stderr
+    assert_sound(tmp_path / "w")
+    assert json.loads((tmp_path / "w" / "quant_manifest.json").read_text())["fields"]["prompts.count"] == 0
 
 
 def _quantize_held(folder: Path, tp_rank: int, output: Path) -> Written:

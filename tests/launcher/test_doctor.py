@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,8 @@ def test_this_machine_has_the_packages_that_the_product_asks_for_and_every_check
     assert {finding.section for finding in findings} == {section for section, _ in CHECKS}
     assert all(finding.mark == "ok" for finding in findings if finding.what in ("python", "torch", "diffusers", "cpu"))
     assert not [finding for finding in findings if finding.found.startswith("could not look")]
+    [ours] = [finding.found for finding in findings if finding.what == "dit-quant-launcher"]
+    assert ours == version("dit-quant-launcher")
 
 
 def test_a_clone_that_is_not_installed_is_told_and_no_trouble(monkeypatch: pytest.MonkeyPatch):

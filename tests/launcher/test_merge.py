@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.files.folder_lock import hold
 from launcher.files.manifest import TimestepPolicy
-from launcher.files.run_folder import CONFIG, DECISIONS, MANIFEST, STAGING, note_file, shard_files
+from launcher.files.run_folder import CONFIG, DECISIONS, MANIFEST, SMOOTHED, STAGING, note_file, shard_files
 from launcher.files.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
 from launcher.stages.merge import merge_files, publish_shards, report
 from quant_core.errors import FolderInUse, InputError, VerificationError
@@ -200,19 +200,22 @@ def test_damaged_or_unfinished_shards_are_refused_before_anything_is_touched(fol
 
 def test_what_tells_of_the_job_is_published_with_its_shards_and_not_before(folder):
     for rank in (0, 1):
-        write_note(folder, rank, job="seed: 1\n", decisions="steps: []\n", equal={"norm.weight": "digest"})
+        texts = {"job": "seed: 1\n", "decisions": "steps: []\n", "smoothed": "{}\n"}
+        write_note(folder, rank, **texts, equal={"norm.weight": "digest"})
     merge_files(folder)
-    assert [(folder / name).read_text() for name in (CONFIG, DECISIONS)] == ["seed: 1\n", "steps: []\n"]
+    told = (CONFIG, DECISIONS, SMOOTHED)
+    assert [(folder / name).read_text() for name in told] == ["seed: 1\n", "steps: []\n", "{}\n"]
     for rank in (0, 1):
         stage(folder, rank)
         write_note(folder, rank, job="seed: 2\n", equal={"norm.weight": str(rank)})
     with pytest.raises(VerificationError):
         publish_shards(folder, notes(folder), job="seed: 3\n")
-    assert [(folder / name).read_text() for name in (CONFIG, DECISIONS)] == ["seed: 1\n", "steps: []\n"]
+    assert [(folder / name).read_text() for name in told] == ["seed: 1\n", "steps: []\n", "{}\n"]
     write_note(folder, 1, equal={"norm.weight": "0"})
     publish_shards(folder, notes(folder), job="seed: 3\n")
     assert (folder / CONFIG).read_text() == "seed: 3\n"
     assert not (folder / DECISIONS).exists()
+    assert not (folder / SMOOTHED).exists()
 
 
 def test_an_old_manifest_goes_before_the_first_file_is_replaced(folder, monkeypatch):

@@ -110,8 +110,8 @@ def test_online_ranges_cost_no_second_forward_and_leave_no_calibration_data(fold
     said = "\n".join(told(plan, "npu"))
     assert "200 to calibrate (4 batches of 50 steps); none to quantize, as ranges are taken while calibrating" in said
     assert "replayed" not in said
-    assert "0.00 GiB of calibration data" in said
-    assert "0.00 GiB of calibration data" not in "\n".join(told(planned(folder, "flux", *ONLINE), "npu"))
+    assert "no calibration data" in said
+    assert "no calibration data" not in "\n".join(told(planned(folder, "flux", *ONLINE), "npu"))
     assert plan.problems == []
 
 
@@ -246,6 +246,27 @@ def test_a_model_that_streams_takes_no_calls_and_little_memory(folder: Path):
     assert "layer by layer from disk" in said
 
 
+def test_prompts_are_needed_where_the_pipeline_runs_and_only_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    given = words(folder, "flux", "--config", "quality")
+    del given[(place := given.index("--prompt_path")) : place + 2]
+    for more, needs in (
+        ((), False),
+        (("--path", "some-owner/some-model"), False),
+        (("--calibrate", "always"), True),
+        (("--quant_type", "w8a8"), True),
+        (("--quant_type", "w8a8", "--path", "some-owner/some-model"), True),
+        (("--anti_method", "m4"), True),
+        (("--do_save_img",), True),
+        (("--evaluate", "2"), True),
+        (("--evaluate", "2", "--evaluate_prompts", str(folder / "prompts.txt")), False),
+    ):
+        problems = make_plan(parse([*given, *more]).options).problems
+        assert ["no such prompt file" in problem.what for problem in problems] == [True] * needs, more
+
+
 def test_a_problem_of_the_fallback_is_one_problem_and_not_an_end(folder: Path, tmp_path: Path):
     for rank in range(2):
         divided = tmp_path / f"transformer_{rank}"
@@ -363,6 +384,11 @@ def test_the_command_and_a_dry_run_of_the_job_print_the_same_plan(folder: Path, 
 
 
 def test_a_plan_with_problems_ends_with_their_kind(folder: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(ConfigurationError, match="no layer matches"):
+    with pytest.raises(ConfigurationError) as ended:
         parse(words(folder, "sd3", "--disable_names", "to_z")).run(None)
-    assert "!! 1 problem: the job would not start" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "!! no layer matches 'to_z'\n   where  --disable_names" in said
+    assert said.endswith("!! 1 problem: the job would not start\n")
+    # Nothing is explained twice on one terminal.
+    assert ended.value.what == "the job would not start"
+    assert ended.value.why == "no layer matches 'to_z'"

@@ -55,7 +55,7 @@ def test_every_recipe_needs_nothing_but_the_model_and_says_what_it_is_for(model:
     assert recipe.summary.endswith(".")
 
 
-@pytest.mark.parametrize(("model", "name"), [each for each in ALL if each != ("flux", "fa3")])
+@pytest.mark.parametrize(("model", "name"), ALL)
 def test_a_recipe_has_the_figures_of_the_study(model: str, name: str):
     [recipe] = [each for each in recipes(model) if each.name == name]
     options, found = job_of(model, "--config", name).quantization, recipe.measured
@@ -97,6 +97,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]):
     listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()[::2]] == [f"{model}/{name}" for model, name in ALL]
     assert "output 28.2, worst layer 33.1, pictures 51.0 of at most 61.8 dB" in listed
+    assert "pictures 53.2 of at most 61.8 dB, attention float (scripts/tiny_models/flux" in listed
     run(RecipesOptions(name="flux/fa3"), None)
     assert "quant_type: w8a8_dynamic_fa3" in capsys.readouterr().out
     run(RecipesOptions(name="quality"), None)

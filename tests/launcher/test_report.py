@@ -13,12 +13,14 @@ import pytest
 
 from launcher.cli.command_line import parse
 from launcher.files.run_folder import CONFIG
+from launcher.files.smoothed_inputs import InputSpread, Spread
 from launcher.journal.logs import LOGS
 from launcher.report.content import FileRow, Report, gather
 from launcher.report.drawing import SHADES_DB, SHADES_RANGE, errors, ranges, timeline
 from launcher.report.layers import LayerRow, scope_rows, why_float
 from launcher.report.pages import PAGES, page, write_report
 from launcher.report.running import OptionRow, StageRow, command, option_rows, stage_rows
+from launcher.report.spreads import spread_chart
 from quant_core.errors import InputError
 
 MB = 2**20
@@ -164,6 +166,54 @@ def test_ranges_have_a_map_with_the_separator_and_smoothed_layers_their_factors(
     assert "smoothed layers" not in html(report())
 
 
+def spread_input(name: str, bits: float, middle: float = 0.5) -> InputSpread:
+    """Return an input whose largest channel stood out by so many bits more before it was divided."""
+    before = Spread(largest=middle * 2 ** (bits + 2), middle=middle)
+    return InputSpread(layers=(name, f"{name}2"), before=before, after=Spread(largest=4 * middle, middle=middle))
+
+
+def test_channels_are_drawn_before_and_after_where_suppression_gained_half_a_bit_the_most_first():
+    shown = report(smoothed_inputs=[spread_input("a.1", 0.4), spread_input("a.0", 1.1), spread_input("b", 6.0)])
+    text = html(shown)
+    assert "In 2 of 3 inputs the channel in the middle gained half a bit or more against the largest." in text
+    assert text.index(">b, b2<") < text.index(">a.0, a.02<")
+    assert ">a.1, " not in text
+    assert "gained most" not in text
+    markdown = page(shown, "report.md", Path("nowhere"), Path("nowhere"))
+    assert "| `b`, `b2` | 128.0 | 2.0 | 0.5 | 0.5 | 6.0 |" in markdown
+    chart = spread_chart(shown.smoothed_inputs)
+    assert chart is not None
+    # From 0.1 to 1000: 0.5 is 0.7 of a power of ten above its left end, and 128 lies 2.4 above 0.5.
+    assert [label for _, label in chart.ticks] == ["0.1", "1", "10", "100", "1000"]
+    assert chart.rows[0].before.x == pytest.approx(0.699 * 86 / 4, abs=0.1)
+    assert chart.rows[0].before.width == pytest.approx(2.408 * 86 / 4, abs=0.1)
+
+
+def test_suppression_that_gained_nothing_says_so_and_draws_nothing():
+    text = html(report(smoothed_inputs=[spread_input("a", 0.25), spread_input("b", -0.5)]))
+    assert "In none of 2 inputs did the channel in the middle gain half a bit" in text
+    assert "0.25 at most." in text
+    assert "Channel maxima" not in text
+    assert "Outlier suppression" not in html(report())
+
+
+def test_of_many_inputs_as_many_are_drawn_as_a_screen_holds():
+    inputs = [spread_input(f"transformer_blocks.{i}.attn.to_q", 1 + i / 100) for i in range(503)]
+    shown = report(smoothed_inputs=inputs)
+    text = html(shown)
+    assert "In 503 of 503 inputs" in text
+    assert "; these 24 gained most." in text
+    assert text.count(">transformer_blocks.502.attn.to_q, ") == 1
+    assert len(text) < MB
+
+
+def test_channels_that_carry_nothing_are_drawn_too():
+    dead = InputSpread(layers=("a",), before=Spread(largest=8, middle=0), after=Spread(largest=1, middle=0))
+    live = InputSpread(layers=("b",), before=Spread(largest=8, middle=1e-9), after=Spread(largest=1, middle=1e-9))
+    assert dead.bits == 0
+    assert html(report(smoothed_inputs=[dead, live]))
+
+
 def test_the_names_of_blocks_never_overlap_and_start_with_the_first_row():
     for count in (3, 60, 503):
         heat = errors([layer(f"block.{i // 3}.q", 20.0, 2) for i in range(count)], None)
@@ -227,7 +277,9 @@ def test_an_option_whose_default_is_made_is_the_default_and_not_given(tmp_path: 
     options = parse(["flux", "--path", "m", "--prompt_path", "p", "--do_save_img"]).options
     (tmp_path / CONFIG).write_text(options.to_yaml())
     origins = {row.flag: row.origin for row in option_rows(tmp_path)[0]}
-    assert {origins[flag] for flag in ("--layer_schemes", "--scheme_costs", "--budget", "--seed")} == {"default"}
+    assert {origins[flag] for flag in ("--layer_schemes", "--scheme_costs", "--budget", "--seed", "--save_path")} == {
+        "default"
+    }
     assert origins["--path"] == "given"
 
 

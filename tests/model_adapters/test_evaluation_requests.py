@@ -11,6 +11,7 @@ from model_adapters.options import PipelineOptions
 from model_adapters.pipeline.prompts import read_batches
 from model_adapters.quality.origin import origin_of
 from model_adapters.quality.requests import evaluation_batches
+from quant_core.errors import InputError
 
 
 def prompt_file(path: Path, count: int) -> Path:
@@ -49,6 +50,15 @@ def test_noise_and_files_are_never_those_of_the_calibration(tmp_path: Path, chan
     stems = [request.file_stem for request in evaluated]
     assert len(set(stems)) == count
     assert not set(stems) & {request.file_stem for request in calibrated}
+
+
+def test_a_job_that_had_no_prompts_is_evaluated_on_those_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    without = load_options("flux").OPTIONS(path="/model")
+    found = flat(evaluation_batches(without, 2, prompt_file(tmp_path / "other.txt", 1)))
+    assert [(request.number, request.file_stem) for request in found] == [(0, "0_0"), (1, "0_1")]
+    with pytest.raises(InputError, match="no such prompt file"):
+        evaluation_batches(without, 2)
 
 
 def test_a_file_of_its_own_gives_the_prompts(tmp_path: Path):

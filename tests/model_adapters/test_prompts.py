@@ -110,3 +110,14 @@ def test_shares_are_consecutive_complete_and_differ_by_one_at_most(count, parts)
 def test_more_parts_than_prompts_is_an_error_because_a_part_would_calibrate_nothing():
     with pytest.raises(ConfigurationError, match="2 cannot be shared out over 3"):
         even_share([1, 2], 3, 0, where="test")
+
+
+def test_a_job_without_a_use_for_prompts_does_without_the_file_of_the_default_name_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    default = PipelineOptions(path="model")
+    assert read_batches(default, are_needed=False) == []
+    for asked, needed in ((default, True), (options(tmp_path / "typo.txt"), False)):
+        with pytest.raises(InputError, match="no such prompt file"):
+            read_batches(asked, are_needed=needed)
+    write(tmp_path / "calib_prompts.txt", "a cat")
+    assert len(read_batches(default, are_needed=False)) == 1

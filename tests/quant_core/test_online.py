@@ -141,6 +141,8 @@ def test_smoothing_by_maxima_needs_no_second_look(kind: str, scheme: str, smooth
     replayed = quant_model(outlier_model(kind).to(dtype), config, structure=structure)
     smoothed = [name for name, layer in replayed.layers.items() if layer.mul_scale_I is not None]
     assert smoothed
+    assert found.smoothed_inputs
+    assert found.smoothed_inputs == replayed.smoothed_inputs
     for name in smoothed:
         layer, factor_I = found.layers[name], replayed.layers[name].mul_scale_I
         assert factor_I is not None

@@ -120,6 +120,57 @@ def test_what_one_stream_absorbs_for_both_outputs_is_one_factor():
         assert torch.equal(changes[f"{attention}.{value}"].rows_O, 1 / factor)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["at run time", "fused"])
+@pytest.mark.parametrize("method", SMOOTHINGS)
+def test_the_channels_of_each_input_are_told_before_it_is_divided_and_after(method: str, fused: bool):
+    model, of = outlier_model("flux"), records("flux", 2)
+    smoothing = smoothed("flux", model, SMOOTHINGS[method](smoothing_groups="all", fused=fused), of)
+    assert {name for each in smoothing.inputs for name in each.layers} == {
+        name for name, change in smoothing.rescalings.items() if change.columns_I is not None
+    }
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Any:
+        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
+            amax_I = args[0].abs().flatten(0, -2).amax(0)
+            seen[name] = torch.maximum(seen.get(name, amax_I), amax_I)
+
+        return hook
+
+    for name in smoothing.rescalings:
+        model.get_submodule(name).register_forward_pre_hook(look(name))
+    outputs(model, of)
+    for each in smoothing.inputs:
+        amax_I = torch.stack([seen[name] for name in each.layers]).amax(0)
+        factor_I = smoothing.rescalings[each.layers[0]].columns_I
+        assert factor_I is not None
+        for told, found_I in ((each.before, amax_I), (each.after, amax_I / factor_I)):
+            assert told.largest == pytest.approx(found_I.max().item(), rel=1e-5)
+            assert told.middle == pytest.approx(found_I.median().item(), rel=1e-5)
+    assert max(e.before.largest / e.before.middle * e.after.middle / e.after.largest for e in smoothing.inputs) > 2
+
+
+def test_a_layer_that_is_left_plain_has_no_part_in_what_is_told_of_its_input():
+    keys = [f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
+    model, scheme = outlier_model("flux"), W8A8DynamicProcessorConfig()
+    of = [{"args": r.args, "kwargs": r.kwargs, "timestep_idx": r.step} for r in records("flux", 1)]
+    config = SessionConfig(
+        processor_cfg_map={"w8a8_dynamic": scheme, "m4": M4ProcessorConfig(smoothing_groups="every")},
+        layer_schemes={keys[1]: scheme.model_copy(update={"smoothed": False})},
+        calib_data=of,
+    )
+    told = quant_model(model, config, structure=structure_of("flux")).smoothed_inputs
+    assert (keys[0], keys[2]) in [each.layers for each in told]
+    assert (
+        quant_model(
+            outlier_model("flux"),
+            SessionConfig(processor_cfg_map={"w8a8_dynamic": scheme}),
+            structure=structure_of("flux"),
+        ).smoothed_inputs
+        == ()
+    )
+
+
 factors = st.integers(0, 2**32 - 1).map(
     lambda seed: torch.exp(3 * torch.randn(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 )

@@ -51,7 +51,8 @@ class Command:
         import_module(self.module).run(options, launch)
 
 
-_TWO_RANKS = "torchrun --nproc_per_node 2 -m launcher"
+# The job of the examples: what a person has is the model's folder.
+_FIRST_JOB = "--config quality --path FOLDER --tp_size 2"
 # In the order of the help: what is of use before a job, and what works on its files.
 _BEFORE = (
     Command(
@@ -97,7 +98,7 @@ def commands() -> dict[str, Command]:
             "launcher.cli.commands.job",
             on_ranks=True,
             takes_config=True,
-            example=f"{_TWO_RANKS} {model} --config quality --path FOLDER --tp_size 2" if index == 0 else "",
+            example=f"torchrun --nproc_per_node 2 -m launcher {model} {_FIRST_JOB}" if index == 0 else "",
         )
         for index, model in enumerate(adapter_names())
     )
@@ -107,7 +108,8 @@ def commands() -> dict[str, Command]:
             f"Say what a job of {model} would do, and all that keeps it from starting.",
             "launcher.cli.commands.plan",
             takes_config=True,
+            example=f"python -m launcher plan {model} {_FIRST_JOB}" if index == 0 else "",
         )
-        for model in adapter_names()
+        for index, model in enumerate(adapter_names())
     )
     return {command.name: command for command in (*_BEFORE, *plans, *jobs, *_AFTER)}

@@ -91,7 +91,7 @@ def _made_by(path: Path) -> dict[str, Any]:
         raise InputError(
             "the job that made the checkpoint is not known",
             where=str(path),
-            why=str(error),
+            why=getattr(error, "strerror", None) or str(error),
             advice="give the folder that a job published into (--quant_weight_save_folder)",
         ) from None
 

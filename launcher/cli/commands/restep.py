@@ -29,6 +29,9 @@ def options(name: str) -> type[RestepOptions]:
 def run(options: RestepOptions, launch: Launch | None) -> None:
     """Compute the rows and publish, in this process, without a device."""
     use_only("cpu")
+    from launcher.journal.logs import quiet_diffusers, quiet_libraries
     from launcher.stages.restep import restep_files
 
+    quiet_libraries()
+    quiet_diffusers()
     restep_files(options.folder, options.infer_steps, shift=options.shift, to=options.to)
