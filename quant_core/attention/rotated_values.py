@@ -71,11 +71,11 @@ def levelled(
     """
     found = dict(rotations.linears)
     for done, names in enumerate(rotations.attentions.values(), start=1):
-        before = {name: rotation for name in names if (rotation := rotation_of(linear_at(model, name)))}
-        if not before:
+        known = {name: rotation for name in names if (rotation := rotation_of(linear_at(model, name)))}
+        if not known:
             levels = value_levels(model, {name: found[name].columns for name in names}, read, parallel or Parallel())
-            before = {name: replace(found[name], levels=levels[name]) for name in names}
-        found |= before
+            known = {name: replace(found[name], levels=levels[name]) for name in names}
+        found |= known
         progress("level", done, len(rotations.attentions))
     return replace(rotations, linears=found)
 
