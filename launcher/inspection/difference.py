@@ -133,8 +133,7 @@ def _weights(ours: RankCheckpoint, theirs: RankCheckpoint) -> Iterator[tuple[str
 def _weight(rank: RankCheckpoint, name: str) -> Tensor:
     """Return what a layer's codes stand for, with smoothing and rotation undone."""
     weight, rotation = rank.checkpoint.read_weight(name), rank.checkpoint.rotations.get(name)
-    # A rotation is its own inverse.
-    return weight if rotation is None else rotation.weight(weight)
+    return weight if rotation is None else rotation.unchanged(weight)
 
 
 def told(found: Difference, one: Path, other: Path) -> Iterator[str]:

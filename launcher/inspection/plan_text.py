@@ -30,7 +30,7 @@ def told(plan: Plan, device: str) -> Iterator[str]:
         sizes = ", ".join(map(str, plan.tp_sizes))
         yield f"layout {plan.layout}: tensor-parallel sizes that divide the model (of 1 to 16): {sizes}"
     if plan.rotations is not None:
-        yield f"rotation: the values of {plan.rotations.attentions} attentions"
+        yield f"rotation: the values of {len(plan.rotations.attentions)} attentions"
         yield from _left_out(plan.rotations.skipped)
     if plan.smoothing is not None:
         yield from _smoothing(plan)

@@ -8,12 +8,14 @@ loads a float one, and a changed weight would be lost without a word.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from quant_core.arithmetic.rotation import Rotation, is_rotatable
+from quant_core.attention.value_levels import Read, value_levels
+from quant_core.calibration.replay import Progress, silent
 from quant_core.errors import ConfigurationError
 from quant_core.naming import linear_at, matches
 from quant_core.parallel.groups import Parallel
@@ -22,36 +24,60 @@ from quant_core.structure import NO_STRUCTURE, AttentionValues, ModelStructure
 
 @dataclass(frozen=True)
 class Rotations:
-    """Say how each linear changes, by name; how many attentions that rotates; which are left alone, and why."""
+    """Say how each linear changes, by name; which of them each rotated attention has; which are left alone, and why."""
 
     linears: Mapping[str, Rotation] = field(default_factory=dict)
-    attentions: int = 0
+    attentions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_rotations(
     model: nn.Module, structure: ModelStructure | None, *, targets: Collection[str], parallel: Parallel | None = None
 ) -> Rotations:
-    """Return what rotating the values changes; the model may be on the meta device, or a rank's part.
+    """Return what rotating the values changes, not levelled; the model may be on the meta device, or a rank's part.
 
     targets: the linears that will be quantized. An attention of which one linear stays float, or whose heads have no
     Hadamard matrix, is left alone whole. Raises ConfigurationError when none is left.
     """
     found: dict[str, Rotation] = {}
+    attentions: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
-    attentions = 0
     for attention, made_by, read_by in _declared_on(model, structure.values if structure else ()):
         head_size = linear_at(model, made_by[0]).out_features // _heads(model, attention)
         if reason := _reason_against(head_size, made_by, read_by, targets):
             skipped[attention] = reason
             continue
-        attentions += 1
+        attentions[attention] = (*made_by, *read_by)
         found |= dict.fromkeys(made_by, Rotation(head_size))
         for name in read_by:
             found[name] = Rotation(head_size, _width(model, made_by[0], name, parallel or Parallel()))
     if not found:
         raise _nothing_to_rotate(model, structure, skipped)
     return Rotations(found, attentions, skipped)
+
+
+@torch.no_grad()
+def levelled(
+    model: nn.Module,
+    rotations: Rotations,
+    read: Read,
+    *,
+    parallel: Parallel | None = None,
+    progress: Progress = silent,
+) -> Rotations:
+    """Return the rotations with the levels of the float model's channels; read: returns its tensors by full name.
+
+    Linears that were rotated before keep what they have. All ranks that hold a part of the model have to come here.
+    """
+    found = dict(rotations.linears)
+    for done, names in enumerate(rotations.attentions.values(), start=1):
+        known = {name: rotation for name in names if (rotation := rotation_of(linear_at(model, name)))}
+        if not known:
+            levels = value_levels(model, {name: found[name].columns for name in names}, read, parallel or Parallel())
+            known = {name: replace(found[name], levels=levels[name]) for name in names}
+        found |= known
+        progress("level", done, len(rotations.attentions))
+    return replace(rotations, linears=found)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -89,12 +90,16 @@ class Checkpoint:
         if rotations is None:
             what = f"the header says {ROTATIONS_KEY} {self.metadata[ROTATIONS_KEY][:60]!r}"
             yield Finding("rotation", self.files.weights, "", what, "it says of each rotated layer the size of a head")
-        for name in rotations or {}:
-            if self._inventory is not None and name not in quantized:
-                what = f"'{name}' was rotated, and is no quantized layer"
-                yield Finding("rotation", self.files.weights, name, what, "the runtime keeps its own weight there")
+        for name, rotation in (rotations or {}).items() if self._inventory else ():
+            if name not in quantized:
+                what, why = f"'{name}' was rotated, and is no quantized layer", "the runtime keeps its own weight there"
+            elif not rotation.fits(*self._infos[quantized[name].members["weight"]].shape):
+                what, why = f"'{name}' cannot be rotated as the header says", "heads or levels do not fit its shape"
+            else:
+                continue
+            yield Finding("rotation", self.files.weights, name, what, why)
 
-    @property
+    @cached_property
     def rotations(self) -> dict[str, Rotation]:
         """Return how layers were rotated, by name; none where the header cannot be read, which is a finding."""
         return read_rotations(self.metadata) or {}

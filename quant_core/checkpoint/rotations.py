@@ -1,6 +1,7 @@
-"""How a checkpoint says in the header of its tensors which layers were rotated, so that nobody takes them for others.
+"""How a checkpoint says in the header of its tensors how layers were rotated, so that nobody takes them for others.
 
-The runtime needs no word of it: rotated layers compute what they always did, together.
+The runtime needs no word of it: rotated layers compute what they always did, together. Levels are a few characters for
+each channel of each layer, about 1 MB for FLUX.1-dev.
 """
 
 from __future__ import annotations

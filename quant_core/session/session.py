@@ -11,7 +11,7 @@ from torch import nn
 
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.attention.head_scales import AttentionObserver
-from quant_core.attention.rotated_values import Rotations, find_rotations
+from quant_core.attention.rotated_values import Rotations, find_rotations, levelled
 from quant_core.attention.session import attention_observers
 from quant_core.calibration.measured import Measured
 from quant_core.calibration.records import Record, as_records
@@ -86,10 +86,12 @@ class Session:
 
     @cached_property
     def rotations(self) -> Rotations:
-        """How the values of attention are rotated, if they are."""
+        """How the values of attention are rotated, if they are; asked for while the model is whole in floats."""
         if not self.config.rotate_values:
             return Rotations()
-        return find_rotations(self.model, self.structure, targets=self.targets, parallel=self.parallel)
+        found = find_rotations(self.model, self.structure, targets=self.targets, parallel=self.parallel)
+        read = self.model.get_parameter
+        return levelled(self.model, found, read, parallel=self.parallel, progress=self.progress)
 
     @cached_property
     def attentions(self) -> dict[str, AttentionObserver]:

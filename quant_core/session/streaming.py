@@ -13,7 +13,7 @@ written): 432 MiB, whatever the depth of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.arithmetic.rotation import Rotation
 from quant_core.atomic_file import write_atomically, write_text_atomically
-from quant_core.attention.rotated_values import Rotations, find_rotations
+from quant_core.attention.rotated_values import Rotations, find_rotations, levelled
 from quant_core.calibration.finite import check_weight
 from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.entries import description_text, entries
@@ -89,6 +89,9 @@ def quantize_streaming(
     rotations = Rotations()
     if config.rotate_values:
         rotations = find_rotations(model, structure or find_structure(model), targets=plan, parallel=parallel)
+    if config.save is not None:
+        # Copies of the model that save nothing do not come here, so there is nobody to agree with.
+        rotations = levelled(model, rotations, read, parallel=replace(parallel, dp_group=None), progress=progress)
     layers = describe_layers(model, plan, numerics)
     if config.save is None:
         return QuantizedModel(quant_type, layers, None, unrotated=rotations.skipped)

@@ -13,7 +13,7 @@ from torch import nn
 
 from quant_core import FA3ProcessorConfig, M4ProcessorConfig, SaveProcessorConfig, SessionConfig, quant_model
 from quant_core.arithmetic.rotation import Rotation
-from quant_core.attention.rotated_values import find_rotations, rotate_values
+from quant_core.attention.rotated_values import find_rotations, levelled, rotate_values
 from quant_core.calibration.records import as_records
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
@@ -24,6 +24,7 @@ from quant_core.quality.decide import measure_layers
 from quant_core.schemes.treatment import FLOAT, Treatment
 from quant_core.session.streaming import quantize_streaming
 from quant_core.structure import ModelStructure, find_structure
+from tests.support.massive_values import with_massive_values
 from tests.support.small_model import SCHEMES
 from tests.support.stored import damaged
 from tests.support.tiny_models import HEAD_DIM, build, example_inputs, louder_records
@@ -54,7 +55,8 @@ def session(
 def rotated(kind: str, dtype: torch.dtype, **changes: Any) -> tuple[Any, Any]:
     """Return a model, and the same one rotated."""
     model, other = (build(kind, **changes).to(dtype) for _ in range(2))
-    rotate_values(other, find_rotations(other, find_structure(other), targets=linear_names(other)).linears)
+    found = find_rotations(other, find_structure(other), targets=linear_names(other))
+    rotate_values(other, levelled(other, found, other.get_parameter).linears)
     return model, other
 
 
@@ -81,7 +83,7 @@ def test_all_linears_around_each_attention_change_and_no_other(kind: str):
     model = build(kind)
     found = find_rotations(model, find_structure(model), targets=linear_names(model))
     assert {name.split(".", 2)[2] for name in found.linears} == LINEARS[kind]
-    assert (found.attentions, found.skipped) == (ATTENTIONS[kind], {})
+    assert (len(found.attentions), found.skipped) == (ATTENTIONS[kind], {})
     model, other = rotated(kind, torch.float32)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, other.get_parameter(n))}
     values = {f"{name}.bias" for name, rotation in found.linears.items() if rotation.columns is None}
@@ -96,12 +98,24 @@ def test_the_feed_forwards_columns_of_a_layer_that_reads_both_stay():
     assert (before[:, :width] != after[:, :width]).float().mean() > 0.9
 
 
-def test_a_rotation_is_its_own_inverse_and_spreads_one_massive_channel_over_its_head():
+def test_a_rotation_is_its_own_inverse_without_levels_and_spreads_one_massive_channel_over_its_head():
     values = torch.zeros(8)
     values[5] = 100.0
-    rotation = Rotation(head_size=4)
-    assert rotation.output(values).abs().tolist() == [0, 0, 0, 0, 50, 50, 50, 50]
-    assert torch.equal(rotation.output(rotation.output(values)), values)
+    rotation = Rotation(head_size=4, columns=8)
+    assert rotation.input(values).abs().tolist() == [0, 0, 0, 0, 50, 50, 50, 50]
+    assert torch.equal(rotation.input(rotation.input(values)), values)
+
+
+@pytest.mark.parametrize("columns", [None, 8], ids=["makes values", "reads them"])
+@pytest.mark.parametrize("levels", [(), (3, -1, 0, 0, 2, 7, -12, 1)], ids=["plain", "levelled"])
+def test_what_changed_can_be_changed_back(columns: int | None, levels: tuple[int, ...]):
+    makes, reads = Rotation(4, levels=levels), Rotation(4, 8, levels)
+    values = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(makes.output(reads.input(values)), values)
+    weight = torch.randn(8, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight, rotation = (weight, makes) if columns is None else (weight[:, :8], reads)
+    assert relative(rotation.weight(weight), weight) > 0.5
+    torch.testing.assert_close(rotation.unchanged(rotation.weight(weight)), weight)
 
 
 def test_a_narrow_weight_is_rounded_once():
@@ -112,24 +126,12 @@ def test_a_narrow_weight_is_rounded_once():
 
 def test_massive_channels_of_values_cost_a_static_model_less():
     """Channel 3 of every head is 60 times larger, and read by columns as many times smaller."""
-
-    def outliers() -> Any:
-        model = build("flux")
-        for name in find_rotations(model, find_structure(model), targets=linear_names(model)).linears:
-            linear = model.get_submodule(name)
-            if name.endswith(("to_v", "add_v_proj")):
-                linear.weight[3::HEAD_DIM] *= 60
-                linear.bias[3::HEAD_DIM] *= 60
-            else:
-                linear.weight[:, 3 : 12 * HEAD_DIM : HEAD_DIM] /= 60
-        return model
-
-    exact = outliers()(**example_inputs("flux"))[0]
+    exact = with_massive_values("flux")(**example_inputs("flux"))[0]
     errors = {}
     for rotate in (False, True):
-        quant_model(model := outliers(), session(scheme="w8a8", rotate=rotate))
+        quant_model(model := with_massive_values("flux"), session(scheme="w8a8", rotate=rotate))
         errors[rotate] = relative(model(**example_inputs("flux"))[0], exact)
-    assert errors[True] < errors[False] / 1.5
+    assert errors[True] < errors[False] / 5
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd35"])
@@ -191,13 +193,25 @@ def test_the_header_says_which_layers_were_rotated_and_nothing_without_a_rotatio
             assert (ROTATIONS_KEY in (file.metadata() or {})) == rotate
         if rotate:
             width = 12 * HEAD_DIM
-            assert checkpoint.rotations["single_transformer_blocks.0.proj_out"] == Rotation(HEAD_DIM, columns=width)
+            last = checkpoint.rotations["single_transformer_blocks.0.proj_out"]
+            assert (last.head_size, last.columns, len(last.levels)) == (HEAD_DIM, width, width)
             exact, rotation = build("flux").get_parameter(f"{TO_V}.weight"), checkpoint.rotations[TO_V]
             assert relative(checkpoint.read_weight(TO_V), exact) > 1
-            assert relative(rotation.weight(checkpoint.read_weight(TO_V)), exact) < 0.02
+            assert relative(rotation.unchanged(checkpoint.read_weight(TO_V)), exact) < 0.02
 
 
-@pytest.mark.parametrize("said", ["[]", '{"proj_out": {"head_size": 8}}', '{"a": {"head_size": 6}}', "{"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[]",
+        "{",
+        '{"proj_out": {"head_size": 8}}',
+        '{"a": {"head_size": 6}}',
+        f'{{"{TO_V}": {{"head_size": 64}}}}',
+        f'{{"{TO_V}": {{"head_size": 8, "levels": [1, 2]}}}}',
+        f'{{"{TO_OUT}": {{"head_size": 8, "columns": 128}}}}',
+    ],
+)
 def test_a_header_that_says_what_cannot_be_is_found(tmp_path: Path, said: str):
     files = quant_model(build("flux"), session(tmp_path)).files
     assert files is not None
