@@ -5,8 +5,9 @@
     python scripts/choices exponent      m4's exponent by scheme
     python scripts/choices estimator     how ranges are estimated, layer by layer
 
-Each takes ten to thirty minutes. A seed has its own prompts and noise to calibrate, and its own noise to paint; what is
-measured was not calibrated with. All with float32 numerics, in this process; SD3's transformer computes in float32.
+`scripts/choices.md` holds the tables, each with its command. A table takes ten minutes to an hour. A seed has its own
+prompts and noise to calibrate, and its own noise to paint; what is measured was not calibrated with. All with float32
+numerics, in this process; SD3's transformer computes in float32.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ times what such noise becomes at the output.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import fsum
 from statistics import mean
@@ -17,43 +18,50 @@ from quant_core.calibration.records import Record, as_records
 from quant_core.layers.deployed import DeployedLayer, DeployedLinear
 from quant_core.parallel.groups import Parallel
 from quant_core.quality.output_error import layer_noise, of_tokens, output_gains
+from quant_core.quality.replayed import sampled
 from quant_core.schemes.treatment import Treatment
 from scripts.choices.asked import Asked
 from scripts.study.grid import Method
-from scripts.study.subject import Subject
+from scripts.study.subject import COMPARED_STEPS, Subject
 
 _SCHEME, _CHOSEN = "w8a8", "by layer"
 _NAMES = ("minmax", "histogram", "percentile", "mse")
+# The default and the best of the others, each on all layers; the study has all of them.
+_ALONE = ("minmax", "mse")
 
 
 def rows(asked: Asked) -> Iterator[Sequence[str]]:
     """Yield the table: the output's ratio and, in brackets, the pictures', means over seeds; what was chosen."""
-    yield ("model", *_NAMES, _CHOSEN, "chosen")
-    yield ("---",) * (len(_NAMES) + 3)
+    yield ("model", *_ALONE, _CHOSEN, "chosen")
+    yield ("---",) * (len(_ALONE) + 3)
     for model in asked.models:
-        cells: dict[str, list[tuple[float, float]]] = {name: [] for name in (*_NAMES, _CHOSEN)}
-        counts = dict.fromkeys(_NAMES, 0)
+        cells: dict[str, list[tuple[float, float]]] = {name: [] for name in (*_ALONE, _CHOSEN)}
+        counts = Counter[str]()
         for seed in asked.seeds:
             subject = asked.subject(model, seed)
             chosen = best_by_layer(subject)
-            for name in chosen.values():
-                counts[name] += 1
-            sessions = {name: subject.session(Method(_SCHEME, estimator=name)) for name in _NAMES}
-            sessions[_CHOSEN] = _by_layer(sessions["minmax"], chosen)
-            said = {name: name for name in _NAMES} | {_CHOSEN: str(chosen)}
-            for name, config in sessions.items():
-                deployed = subject.quantized(config)
-                cells[name].append(
-                    (subject.output(deployed).overall.decibels, mean(subject.psnrs(deployed, said[name])))
-                )
-        texts = (" ".join(f"{mean(each):.1f}" for each in zip(*found)) for found in cells.values())
-        yield (model, *(f"{output} ({psnr})" for output, psnr in map(str.split, texts)), _said(counts))
+            counts.update(chosen.values())
+            for name, config in _sessions(subject, chosen).items():
+                deployed, said = subject.quantized(config), str(chosen) if name == _CHOSEN else name
+                cells[name].append((subject.output(deployed).overall.decibels, mean(subject.psnrs(deployed, said))))
+        means = ([mean(each) for each in zip(*found)] for found in cells.values())
+        said = ", ".join(f"{counts[name]} {name}" for name in _NAMES)
+        yield (model, *(f"{output:.1f} ({psnr:.1f})" for output, psnr in means), said)
+
+
+def _sessions(subject: Subject, chosen: Mapping[str, str]) -> dict[str, SessionConfig]:
+    found = {name: subject.session(Method(_SCHEME, estimator=name)) for name in _ALONE}
+    schemes = {
+        layer: W8A8ProcessorConfig(cfg=W8A8QuantConfig(act_method=name))  # pyright: ignore[reportArgumentType]
+        for layer, name in chosen.items()
+    }
+    return {**found, _CHOSEN: found["minmax"].model_copy(update={"layer_schemes": schemes})}
 
 
 def best_by_layer(subject: Subject) -> dict[str, str]:
     """Return for each layer the estimator whose noise is foretold to be least at the output, in the mean of steps."""
-    records = subject.calibration
-    fitted, held_out = records[: len(records) // 2], as_records(records[len(records) // 2 :])
+    records = as_records(subject.calibration)
+    fitted, held_out = records[: len(records) // 2], sampled(records[len(records) // 2 :], COMPARED_STEPS)
     deployed = {name: subject.quantized(_on(subject, name, fitted)) for name in _NAMES}
     layers = {
         layer: {Treatment(name): _layer(model.get_submodule(layer)) for name, model in deployed.items()}
@@ -81,15 +89,3 @@ def _on(subject: Subject, estimator: str, records: Sequence[Record]) -> SessionC
 def _layer(linear: nn.Module) -> DeployedLayer:
     assert isinstance(linear, DeployedLinear)
     return DeployedLayer(linear.arithmetic, {**dict(linear.named_parameters()), **dict(linear.named_buffers())})
-
-
-def _by_layer(config: SessionConfig, chosen: Mapping[str, str]) -> SessionConfig:
-    schemes = {
-        layer: W8A8ProcessorConfig(cfg=W8A8QuantConfig(act_method=name))  # pyright: ignore[reportArgumentType]
-        for layer, name in chosen.items()
-    }
-    return config.model_copy(update={"layer_schemes": schemes})
-
-
-def _said(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)

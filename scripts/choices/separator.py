@@ -21,7 +21,6 @@ from scripts.choices.asked import Asked
 from scripts.study.grid import Method
 from scripts.study.subject import Subject
 
-STEPS = (8, 20)
 _METHOD = Method("w8a8_timestep")
 
 
@@ -44,17 +43,16 @@ class Sweep:
 
 
 def rows(asked: Asked) -> Iterator[Sequence[str]]:
-    """Yield the table: a row for each model, seed and number of steps."""
-    yield ("model", "steps", "seed", "advised", "best", "output, advised", "output, best", "lost", "by separator")
-    yield ("---",) * 9
+    """Yield the table: a row for each model and seed."""
+    yield ("model", "seed", "advised", "best", "output, advised", "output, best", "lost", "by separator")
+    yield ("---",) * 8
     for model in asked.models:
-        for steps in STEPS:
-            for seed in asked.seeds:
-                found = sweep(asked.subject(model, seed, steps))
-                given, best = found.outputs[found.advised], found.outputs[found.best]
-                numbers = (f"{each:.2f}" for each in (given, best, found.lost))
-                curve = " ".join(f"{output:.1f}" for output in found.outputs)
-                yield (model, str(steps), str(seed), str(found.advised), str(found.best), *numbers, curve)
+        for seed in asked.seeds:
+            found = sweep(asked.subject(model, seed))
+            given, best = found.outputs[found.advised], found.outputs[found.best]
+            numbers = (f"{each:.2f}" for each in (given, best, found.lost))
+            curve = " ".join(f"{output:.1f}" for output in found.outputs)
+            yield (model, str(seed), str(found.advised), str(found.best), *numbers, curve)
 
 
 def sweep(subject: Subject) -> Sweep:
