@@ -17,7 +17,7 @@ from scripts.compare_online import online
 from scripts.study.grid import Method
 from scripts.study.subject import Subject
 
-EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+EXPONENTS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _SCHEMES = tuple(name for name, scheme in SCHEMES.items() if scheme.multiplies_input)
 
 
