@@ -187,7 +187,7 @@ def _measured(
         inputs,
         numerics,
         codec,
-        alpha=structure.m4_alpha,
+        alpha=structure.m4_exponent(is_reference=numerics.is_reference),
         floor=structure.smoothing_floor,
         tp_group=None if row_split else parallel.tp_group,
     )

@@ -2,7 +2,8 @@
 
     python scripts/choices restep        rows made by `restep` against calibrating at that many steps
     python scripts/choices separator     the separator of `--timestep_sep auto` against every other
-    python scripts/choices exponent      m4's exponent by scheme
+    python scripts/choices exponent      m4's exponent by scheme; `exponent_every` with m4 on every layer,
+                                         `exponent_pictures`: pictures
     python scripts/choices estimator     how ranges are estimated, layer by layer
 
 `scripts/choices.md` holds the tables, each with its command. A table takes ten minutes to an hour. A seed has its own
@@ -16,6 +17,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone that is not installed works as well
@@ -30,6 +32,8 @@ TABLES: Mapping[str, Callable[[Asked], Iterator[Sequence[str]]]] = {
     "restep": restep.rows,
     "separator": separator.rows,
     "exponent": exponent.rows,
+    "exponent_every": partial(exponent.rows, groups="every"),
+    "exponent_pictures": exponent.pictures,
     "estimator": estimator.rows,
 }
 

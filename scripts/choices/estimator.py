@@ -1,7 +1,7 @@
 """How static ranges are estimated: one estimator for all layers, against the one that is foretold best for each layer.
 
 Foretold as `--quant_type auto` foretells: the noise of the layer's input, on records that its range does not come from,
-times what such noise becomes at the output.
+times what such noise becomes at the output. Ranges are those of the float model's inputs, as with `--calibrate online`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from quant_core.quality.output_error import layer_noise, of_tokens, output_gains
 from quant_core.quality.replayed import sampled
 from quant_core.schemes.treatment import Treatment
 from scripts.choices.asked import Asked
+from scripts.compare_online import online
 from scripts.study.grid import Method
 from scripts.study.subject import COMPARED_STEPS, Subject
 
@@ -42,7 +43,7 @@ def rows(asked: Asked) -> Iterator[Sequence[str]]:
             chosen = best_by_layer(subject)
             counts.update(chosen.values())
             for name, config in _sessions(subject, chosen).items():
-                deployed, said = subject.quantized(config), str(chosen) if name == _CHOSEN else name
+                deployed, said = subject.quantized(online(subject, config)), str(chosen) if name == _CHOSEN else name
                 cells[name].append((subject.output(deployed).overall.decibels, mean(subject.psnrs(deployed, said))))
         means = ([mean(each) for each in zip(*found)] for found in cells.values())
         said = ", ".join(f"{counts[name]} {name}" for name in _NAMES)
@@ -83,7 +84,7 @@ def best_by_layer(subject: Subject) -> dict[str, str]:
 
 def _on(subject: Subject, estimator: str, records: Sequence[Record]) -> SessionConfig:
     config = subject.session(Method(_SCHEME, estimator=estimator))
-    return config.model_copy(update={"calib_data": records})
+    return online(subject, config.model_copy(update={"calib_data": records}))
 
 
 def _layer(linear: nn.Module) -> DeployedLayer:
