@@ -19,7 +19,7 @@ from scripts.study.grid import Method
 from scripts.study.subject import Subject
 
 EXPONENTS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-# Those whose pictures are compared: better ones by the output, and SD3's in the reference tool.
+# Those whose pictures are compared: one of the best by the output, and SD3's in the reference tool.
 PAINTED = (0.6, 0.9)
 _SCHEMES = tuple(name for name, scheme in SCHEMES.items() if scheme.multiplies_input)
 
