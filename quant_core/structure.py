@@ -62,17 +62,25 @@ class ModelStructure(_Frozen):
     """Say which linears share an input and where the attentions are.
 
     `optional_smoothing_groups` are smoothed on request, or where all others stay float. `m4_alpha` and
-    `smoothing_floor`: the model's own exponent of m4, and the least factor of m4 and m6. `attentions` are patterns of
-    attention modules, in the grammar of `quant_core.naming`; `values` what is linear in front of and behind each.
+    `smoothing_floor`: the model's own exponent of m4, and the least factor of m4 and m6; `reference_m4_alpha`: the
+    reference tool's exponent, where it is another. `attentions` are patterns of attention modules, in the grammar of
+    `quant_core.naming`; `values` what is linear in front of and behind each.
     """
 
     model_class: str
     smoothing_groups: tuple[SmoothingGroup, ...] = ()
     optional_smoothing_groups: tuple[SmoothingGroup, ...] = ()
     m4_alpha: float = 0.5
+    reference_m4_alpha: float | None = None
     smoothing_floor: float = 1e-5
     attentions: tuple[str, ...] = ()
     values: tuple[AttentionValues, ...] = ()
+
+    def m4_exponent(self, *, is_reference: bool) -> float:
+        """Return the model's own exponent of m4. is_reference: in the numerics of the reference tool."""
+        if is_reference and self.reference_m4_alpha is not None:
+            return self.reference_m4_alpha
+        return self.m4_alpha
 
 
 def find_structure(model: nn.Module) -> ModelStructure | None:

@@ -28,9 +28,8 @@ from quant_core.parallel.groups import Parallel
 from quant_core.quality.replayed import compare_outputs, kept_outputs, replay
 from quant_core.session.quantize import smoothing_of
 from quant_core.session.session import Session
-from scripts.add_outlier_channels import add_outlier_channels
 from scripts.study.grid import Method
-from scripts.study.subject import AT_ONCE, MODELS, Subject, quiet_libraries
+from scripts.study.subject import AT_ONCE, VARIANTS, Subject, model_folder, quiet_libraries
 
 SCHEMES, SMOOTHINGS = ("w8a8", "w8a8_dynamic"), ("none", "m4")
 FUSED = {"none": None, "m4": M4ProcessorConfig(smoothing_groups="all", fused=True)}
@@ -47,12 +46,10 @@ class Rotated(Method):
 
 def subjects(work: Path) -> Iterator[tuple[str, Subject]]:
     """Yield the trained models, each as it is and with outlier channels."""
-    for kind in ("flux", "sd3"):
-        for name, path in ((kind, MODELS / kind), (f"{kind}, outliers", work / f"{kind}_with_outliers")):
-            path = path if path.exists() else add_outlier_channels(MODELS / kind, path)
-            subject = Subject(kind, path, 0, AT_ONCE, work / name)
-            subject.float_figures()
-            yield name, subject
+    for variant in VARIANTS:
+        subject = Subject(variant.partition(",")[0], model_folder(variant, work), 0, AT_ONCE, work / variant)
+        subject.float_figures()
+        yield variant, subject
 
 
 def gains(work: Path) -> Iterator[tuple[str, ...]]:

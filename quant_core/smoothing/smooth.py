@@ -196,7 +196,7 @@ def _measured(
         inputs,
         numerics,
         codec,
-        alpha=structure.m4_alpha,
+        alpha=structure.m4_exponent(is_reference=numerics.is_reference),
         floor=structure.smoothing_floor,
         tp_group=None if _other_channels(group, parallel) else parallel.tp_group,
     )

@@ -26,13 +26,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone that is 
 import torch
 
 from quant_core.atomic_file import write_text_atomically
-from scripts.add_outlier_channels import add_outlier_channels
 from scripts.study.grid import Method, chosen, full
-from scripts.study.subject import AT_ONCE, CALIBRATED, MODELS, PAINTED, STEPS, Subject, quiet_libraries
+from scripts.study.subject import (
+    AT_ONCE,
+    CALIBRATED,
+    PAINTED,
+    STEPS,
+    VARIANTS,
+    Subject,
+    model_folder,
+    quiet_libraries,
+)
 from scripts.study.table import Cell, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = ("flux", "flux, outliers", "sd3", "sd3, outliers")
 # The row of the model itself: which of its pictures are right, and the noise floor's likeness to them.
 FLOAT = {"scheme": "float; noise floor", "smoothing": "", "estimator": "", "numerics": ""}
 
@@ -61,9 +68,8 @@ class Study:
         missing = [method for method in methods if asdict(method) not in done]
         if FLOAT in done and not missing:
             return
-        kind = model.partition(",")[0]
         folder = self.work / model.replace(", ", "_") / str(seed)
-        subject = Subject(kind, self._path(kind, model), seed, self.pictures, folder)
+        subject = Subject(model.partition(",")[0], model_folder(model, self.work), seed, self.pictures, folder)
         figures = subject.float_figures()
         if FLOAT not in done:
             self._keep(model, seed, {**FLOAT, **figures})
@@ -74,12 +80,6 @@ class Study:
 
     def _is_of(self, cell: Cell, model: str, seed: int) -> bool:
         return (cell["model"], cell["seed"]) == (model, seed)
-
-    def _path(self, kind: str, model: str) -> Path:
-        if model == kind:
-            return MODELS / kind
-        path = self.work / f"{kind}_with_outliers"
-        return path if path.exists() else add_outlier_channels(MODELS / kind, path)
 
     def _keep(self, model: str, seed: int, found: Cell) -> None:
         cell = {"model": model, "seed": seed, "pictures": self.pictures, **found}

@@ -40,7 +40,7 @@ from quant_core.smoothing.measured_group import MeasuredGroup, SharedInput
 from quant_core.smoothing.method import SmoothingConfig
 from quant_core.smoothing.smooth import groups_to_smooth
 from quant_core.smoothing.statistics import SAMPLE_SIZE, AllCalls, InputStatistics, NoTokens, TokenSample
-from quant_core.structure import Modulation
+from quant_core.structure import ModelStructure, Modulation
 from tests.support.smoothed_models import (
     apply_in_float,
     outlier_model,
@@ -321,6 +321,13 @@ def test_the_models_exponent_is_used_when_m4_has_none():
     given = METHODS["m4"].factor(group, M4ProcessorConfig(alpha=0.9))
     assert torch.equal(METHODS["m4"].factor(group, M4ProcessorConfig()), given)
     assert not torch.equal(METHODS["m4"].factor(group, M4ProcessorConfig(alpha=0.5)), given)
+
+
+def test_the_reference_tools_exponent_counts_in_its_numerics_alone():
+    structure = ModelStructure(model_class="Model", m4_alpha=0.6, reference_m4_alpha=0.9)
+    assert structure.m4_exponent(is_reference=False) == 0.6
+    assert structure.m4_exponent(is_reference=True) == 0.9
+    assert ModelStructure(model_class="Model", m4_alpha=0.6).m4_exponent(is_reference=True) == 0.6
 
 
 def quantized_error(x: Tensor, w: Tensor, factor: Tensor) -> float:

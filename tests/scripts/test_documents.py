@@ -43,7 +43,7 @@ PARSED = {
     **dict.fromkeys(("python -m launcher flux", "python /the/absolute/path", "--quant_type"), _MODEL),
     **dict.fromkeys((f"python -m launcher {name}" for name in ("trace", "verify", "evaluate", "report")), _FOLDERS),
     **dict.fromkeys((f"python -m launcher {name}" for name in ("diff", "restep", "merge")), _FOLDERS),
-    **dict.fromkeys((f"python scripts/{name}" for name in ("bench", "study", "fault_matrix.py")), _HOURS),
+    **dict.fromkeys((f"python scripts/{name}" for name in ("bench", "study", "choices", "fault_matrix.py")), _HOURS),
     **dict.fromkeys((f"python scripts/{name}.py" for name in ("compare_estimators", "compare_online")), _HOURS),
     "python scripts/rotation_table.py": _HOURS,
     "sh scripts/demo.sh": "it installs, from the network; its command is read",
