@@ -14,6 +14,7 @@ import pytest
 
 from launcher.cli.command_line import parse
 from launcher.run import run
+from quant_core.errors import FolderInUse
 from scripts.fault_matrix import files_below
 from tests.support.torchrun import start_launcher
 
@@ -48,25 +49,32 @@ def halted_after_a_batch(words: list[object], dumps: Path) -> Iterator[subproces
 
 
 def test_a_second_job_on_the_same_dumps_is_refused_and_the_first_publishes_its_own(
-    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     weights, dumps, alone = tmp_path / "job" / "weights", tmp_path / "job" / "dumps", tmp_path / "alone"
     undisturbed = job(tiny_flux_folder, prompt_file, alone / "weights", alone / "dumps")
     run(parse(list(map(str, undisturbed))).options)
+    capsys.readouterr()
     with halted_after_a_batch(job(tiny_flux_folder, prompt_file, weights, dumps), dumps) as first:
         stale = weights / ".live.1.tmp"
         stale.touch()
-        others = [
-            start_launcher(*job(tiny_flux_folder, prompt_file, tmp_path / "own", dumps, "--seed", 7, "--overwrite")),
-            start_launcher(*job(tiny_flux_folder, prompt_file, weights, tmp_path / "own", "--seed", 7, "--overwrite")),
-        ]
-        for other, option, folder in zip(others, ("dump_calib", "weight_save"), (dumps, weights)):
-            printed, _ = other.communicate(timeout=120)
-            assert other.returncode == 6, printed
-            assert "error: another job works in this folder" in printed
-            assert f"process {first.pid} on {socket.gethostname()} has held it since" in printed
-            assert f"--quant_{option}_folder {folder}" in printed
-            assert "encode:" not in printed
+
+        def refused(said: str, option: str, folder: Path) -> None:
+            assert "error: another job works in this folder" in said
+            assert f"process {first.pid} on {socket.gethostname()} has held it since" in said
+            assert f"--quant_{option}_folder {folder}" in said
+
+        own, others = tmp_path / "own", ("--seed", 7, "--overwrite")
+        other = start_launcher(*job(tiny_flux_folder, prompt_file, weights, own, *others))
+        printed, _ = other.communicate(timeout=120)
+        assert other.returncode == 6, printed
+        refused(printed, "weight_save", weights)
+        assert "encode:" not in printed
+        words = job(tiny_flux_folder, prompt_file, own, dumps, *others)
+        with pytest.raises(FolderInUse) as caught:  # in this process, which is not the first one's either
+            run(parse(list(map(str, words))).options)
+        refused(str(caught.value), "dump_calib", dumps)
+        assert "encode:" not in capsys.readouterr().out
         assert stale.exists()
         stale.unlink()
     assert files_below(tmp_path / "job") == files_below(alone)
