@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # Quantizes the golden FLUX with records of 400 image tokens, of each count in turn, and prints the peak resident memory
-# in MiB after each. One record's inputs of all linears are about 13 MiB in float32, so whoever keeps those of 64 records
-# needs 0.8 GiB more.
+# in MiB after each. One record's inputs of all linears are about 13 MiB in float32, so whoever keeps those of 64
+# records needs 0.8 GiB more.
 PROGRAM = """
 import resource, sys
 import torch
