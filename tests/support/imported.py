@@ -6,6 +6,7 @@ import gc
 import os
 from importlib import import_module
 
+gc.disable()  # nothing of what is imported is garbage
 _before = dict(os.environ)
 
 # `launcher` before torch, as everywhere; the pipelines bring the text encoders of transformers.
@@ -23,5 +24,5 @@ for _name in (
 VARIABLES_SET = {name: value for name, value in os.environ.items() if _before.get(name) != value}
 
 # A job collects garbage: so it neither looks through all that was imported nor, being forked, copies it.
-gc.collect()
 gc.freeze()
+gc.enable()
