@@ -39,12 +39,16 @@ _GRACE_S = 30
 def run_forked(
     ranks: int, *command: str | Path, timeout_s: float = 240, environ: Mapping[str, str] | None = None
 ) -> Finished:
-    """Run what `run_torchrun` runs; the status is that of the rank that failed first, or 0."""
+    """Run what `run_torchrun` runs; the status is that of the rank that failed first, or 0.
+
+    A single rank is a process by itself, as `python COMMAND...` is.
+    """
     words, start = [str(word) for word in command], time.monotonic()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent hosts it, too
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
-        variables = [environment(environ or {}) | _torchrun(rank, ranks, store.port) for rank in range(ranks)]
+        of_ranks = [_torchrun(rank, ranks, store.port) for rank in range(ranks)] if ranks > 1 else [{}]
+        variables = [environment(environ or {}) | own for own in of_ranks]
         family = [_server().Process(target=_be_rank, args=(words, own, said)) for own in variables]
         try:
             for rank in family:
