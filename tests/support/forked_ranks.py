@@ -60,6 +60,14 @@ def run_forked(
     return Finished(status, stdout, stderr, time.monotonic() - start)
 
 
+def start_forked(*command: str | Path, terminal: Path) -> ForkServerProcess:
+    """Start what `python COMMAND...` does in a forked process that prints into a pipe or terminal, by its path."""
+    words = [str(word) for word in command]
+    started = _server().Process(target=_be_rank, args=(words, environment({}), [terminal, terminal]))
+    started.start()
+    return started
+
+
 @cache
 def _server() -> ForkServerContext:
     """Start the fork server, which ends with this process."""
@@ -123,7 +131,7 @@ def _be_rank(words: list[str], environ: dict[str, str], said: list[Path]) -> Non
     os.environ.clear()
     os.environ.update(VARIABLES_SET | environ)
     for descriptor, path in enumerate(said, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY), descriptor)
     sys.path[:0] = environ["PYTHONPATH"].split(os.pathsep)
     if words[0] == "-m":
         sys.argv = words[1:]
