@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from launcher.cli.command_line import parse
 from launcher.run import run
 from quant_core.errors import FolderInUse
 from scripts.fault_matrix import files_below
+from tests.support.forked_ranks import start_forked
 from tests.support.torchrun import start_launcher
 
 pytestmark = pytest.mark.distributed
@@ -31,21 +32,25 @@ def job(model: Path, prompts: Path, weights: Path, dumps: Path, *flags: object) 
 
 
 @contextmanager
-def halted_after_a_batch(words: list[object], dumps: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a job and let it stand still inside the block as soon as it has saved its first batch."""
-    first = start_launcher(*words)
+def halted_after_a_batch(words: list[object], dumps: Path, said: Path) -> Iterator[int]:
+    """Run a job, which prints into a file, and let it stand still inside the block once it has saved its first batch.
+
+    The block is given the number of its process.
+    """
+    first = start_forked("-m", "launcher", *map(str, words), terminal=said)
+    assert first.pid
     try:
         while not (dumps / ".calib_parts" / "calib_data" / "batch_00000.pth").exists():
-            assert first.poll() is None, first.communicate()[0]
+            assert first.is_alive(), said.read_text()
             time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)
-        yield first
-        first.send_signal(signal.SIGCONT)
-        printed, _ = first.communicate(timeout=120)
-        assert first.returncode == 0, printed
+        os.kill(first.pid, signal.SIGSTOP)
+        yield first.pid
+        os.kill(first.pid, signal.SIGCONT)
+        first.join(timeout=120)
+        assert first.exitcode == 0, said.read_text()
     finally:
         first.kill()
-        first.wait()
+        first.join()
 
 
 def test_a_second_job_on_the_same_dumps_is_refused_and_the_first_publishes_its_own(
@@ -55,13 +60,14 @@ def test_a_second_job_on_the_same_dumps_is_refused_and_the_first_publishes_its_o
     undisturbed = job(tiny_flux_folder, prompt_file, alone / "weights", alone / "dumps")
     run(parse(list(map(str, undisturbed))).options)
     capsys.readouterr()
-    with halted_after_a_batch(job(tiny_flux_folder, prompt_file, weights, dumps), dumps) as first:
+    words = job(tiny_flux_folder, prompt_file, weights, dumps)
+    with halted_after_a_batch(words, dumps, tmp_path / "said") as first:
         stale = weights / ".live.1.tmp"
         stale.touch()
 
         def refused(said: str, option: str, folder: Path) -> None:
             assert "error: another job works in this folder" in said
-            assert f"process {first.pid} on {socket.gethostname()} has held it since" in said
+            assert f"process {first} on {socket.gethostname()} has held it since" in said
             assert f"--quant_{option}_folder {folder}" in said
 
         own, others = tmp_path / "own", ("--seed", 7, "--overwrite")
