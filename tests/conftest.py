@@ -23,13 +23,6 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several processes begin with what starts processes of its own: the quick files then fill what is left evenly."""
-    if hasattr(config, "workerinput"):
-        long = {item.path for item in items if any(item.iter_markers("distributed")) or any(item.iter_markers("slow"))}
-        items.sort(key=lambda item: item.path not in long)
-
-
 def pytest_collection_finish() -> None:
     """Leave what was imported out of later collections of garbage: a job asks for two, a fifth of its time."""
     gc.freeze()
