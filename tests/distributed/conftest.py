@@ -29,9 +29,8 @@ def made_once(
     """Return a function that has a folder of that name filled by the first who asks for it, and returns it."""
 
     def made(name: str, fill: Callable[[Path], object]) -> Path:
-        folder = (
-            tmp_path_factory.mktemp(name) if worker_id == "master" else tmp_path_factory.getbasetemp().parent / name
-        )
+        base = tmp_path_factory.getbasetemp()
+        folder = (base if worker_id == "master" else base.parent) / name
         whole = folder / "whole"
         with FileLock(f"{folder}.lock"):
             if not whole.exists():

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from launcher.config.layer_schemes import read_layer_schemes
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
-from scripts.make_tiny_pipeline import write_prompts
+from scripts.make_tiny_pipeline import FLUX, write_components, write_prompts
 from tests.support.tiny_job import STEPS, run_job
 
 pytestmark = pytest.mark.distributed
@@ -23,13 +25,23 @@ CHOOSES = ("--quant_type", "auto", "--budget", "balanced", "dynamic=0.5", "--tim
 FLAGS = ("--device_type", "A2-32g-dual", *CHOOSES)
 
 
+def make_pipeline(folder: Path) -> Path:
+    """Make a FLUX with one block of each sort: how often `auto` runs the model grows with the number of its layers."""
+    folder.mkdir()
+    fewest = replace(FLUX, transformer={**FLUX.transformer, "num_layers": 1, "num_single_layers": 1})
+    write_components(fewest, folder, 0, torch.bfloat16, "10GB")
+    return folder
+
+
 @pytest.fixture(scope="module")
-def job(tiny_flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Run the job, with the images of both models, and return its folder and what it said."""
     out = tmp_path_factory.mktemp("auto")
     info = ("--info_file_save_path", out / "image_info.json", "--max_num_prompt", "1")
     images = ("--do_save_img", "--save_path", out / "images", *info)
-    finished = run_job(2, "flux", tiny_flux_folder, write_prompts(out / "prompts.txt"), out, *FLAGS, *images)
+    finished = run_job(
+        2, "flux", make_pipeline(out / "model"), write_prompts(out / "prompts.txt"), out, *FLAGS, *images
+    )
     return out, finished.stdout
 
 

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.forked_ranks import start_forked
 from tests.support.torchrun import ROOT
 
 pytestmark = pytest.mark.distributed
@@ -42,13 +44,18 @@ def start(command: list[str], terminal: int) -> subprocess.Popen[bytes]:
 def full_pipe() -> tuple[int, int]:
     """Return a pipe that nobody reads, with not a byte free."""
     readable, writable = os.pipe()
+    fill(writable)
+    return readable, writable
+
+
+def fill(writable: int) -> None:
+    """Leave not a byte free in a pipe."""
     os.set_blocking(writable, False)
     try:
         while True:
             os.write(writable, bytes(4096))
     except BlockingIOError:
         os.set_blocking(writable, True)
-    return readable, writable
 
 
 def status_of(out: Path) -> dict[str, object]:
@@ -70,23 +77,43 @@ def calibrates(out: Path) -> bool:
     return "calibrate" in json.dumps(status_of(out))
 
 
+def forked(job: list[str], terminal: Path) -> ForkServerProcess:
+    """Run a job in one process that is forked: what it prints into is its own, however it was started."""
+    return start_forked(*job[1:], terminal=terminal)
+
+
+def ends(terminal: str, folder: Path) -> tuple[int, int, Path]:
+    """Return the reader's and the writer's end of a pipe or a terminal, and the name by which others write into it."""
+    if "terminal" in terminal:
+        reader, writer = pty.openpty()
+        return reader, writer, Path(os.ttyname(writer))
+    name = folder / "pipe"
+    os.mkfifo(name)
+    reader = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    return reader, os.open(name, os.O_WRONLY), name
+
+
 @pytest.mark.parametrize("terminal", ["pipe whose reader dies", "terminal that vanishes"])
 def test_a_job_goes_on_when_nobody_is_left_to_read_it(
     terminal: str, tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    reader, writer = os.pipe() if "pipe" in terminal else pty.openpty()
-    job = start(words(tiny_flux_folder, prompt_file, tmp_path), writer)
-    os.close(writer)
+    reader, writer, name = ends(terminal, tmp_path)
+    job = forked(words(tiny_flux_folder, prompt_file, tmp_path), name)
     assert os.read(reader, 1)  # it has begun to speak
     os.close(reader)
-    assert job.wait(timeout=120) == 0
+    os.close(writer)
+    job.join(timeout=120)
+    assert job.exitcode == 0
     assert status_of(tmp_path)["state"] == "published"
 
 
 def test_a_job_goes_on_when_its_reader_stops_reading(tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
-    _reader, writer = full_pipe()
-    job = start(words(tiny_flux_folder, prompt_file, tmp_path), writer)
-    assert job.wait(timeout=120) == 0
+    _reader, writer, name = ends("pipe", tmp_path)
+    fill(writer)
+    job = forked(words(tiny_flux_folder, prompt_file, tmp_path), name)
+    job.join(timeout=120)
+    assert job.exitcode == 0
     assert status_of(tmp_path)["state"] == "published"
 
 

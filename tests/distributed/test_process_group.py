@@ -37,9 +37,10 @@ def reports_in(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank of one torchrun saw; one start serves all tests of this number of ranks."""
+    """What each rank saw; one start serves all tests of this number of ranks, and that of four is torchrun's."""
     folder = tmp_path_factory.mktemp("reports")
-    done = run_torchrun(request.param, WORKER, folder, *DUAL)
+    start = run_torchrun if request.param == 4 else run_forked
+    done = start(request.param, WORKER, folder, *DUAL)
     assert done.returncode == 0, done.stderr[-4000:]
     return reports_in(folder)
 

@@ -135,7 +135,7 @@ def test_it_makes_no_difference_how_many_layers_are_held_at_once(
     cards: dict[str, QualityCard],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(evaluate_module, "HELD_BYTES", 20_000)
+    monkeypatch.setattr(evaluate_module, "HELD_BYTES", 80_000)
     subject, told = subjects["sd3"], []
     records = subject.painting(folders["sd3"]).store.records(subject.batches)
     measured = evaluate_layers(

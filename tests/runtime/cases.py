@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from launcher.runtime.agreement import Agreement
-from tests.runtime.product import ROOT, run_forked
+from tests.runtime.product import run_forked
 
 WORKER = Path(__file__).with_name("runtime_worker.py")
 _TIMEOUT_S = 200
@@ -89,17 +86,9 @@ def run_cases(cases: Mapping[str, Case], packages: Path, folder: Path, *, ranks:
     request = folder / "request.json"
     request.write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
     words = [str(WORKER), str(packages), str(request), str(folder)]
-    finished = run_forked(ranks, *words, timeout_s=_TIMEOUT_S) if ranks > 1 else _run_alone(words)
+    finished = run_forked(ranks, *words, timeout_s=_TIMEOUT_S)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return [_answers(folder / f"answers_{rank}.json") for rank in range(ranks)]
-
-
-def _run_alone(words: list[str]) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-    )
 
 
 def _answers(path: Path) -> dict[str, Answer]:

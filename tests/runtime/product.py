@@ -30,7 +30,6 @@ from quant_core.checkpoint.reader import open_checkpoint as open_checkpoint
 from quant_core.schemes import BY_TYPE
 from tests.support.forked_ranks import run_forked as run_forked
 from tests.support.tiny_models import KINDS, build, example_inputs
-from tests.support.torchrun import ROOT as ROOT
 
 SCHEMES: Mapping[str, Any] = {quant_type: scheme.config for quant_type, scheme in BY_TYPE.items()}
 # What may come with a scheme, by a short name.

@@ -3,7 +3,8 @@
 Importing is most of what a tiny job does, six seconds of a processor a rank. So a test about what ranks compute and
 write has them forked, by the standard library's fork server; to them it looks as if torchrun had started them, with
 its variables, and a store that their starter hosts. Starting, failing, signals and statuses are torchrun's business
-and the supervisor's: tests of those start the real ones (`torchrun.py`), as does a whole job of two and of four ranks.
+and the supervisor's: tests of those start the real ones (`torchrun.py`), as do a whole job of two ranks and a process
+group of four.
 
 A forked rank is unlike a started one in what Python and libraries decide when they load: all ranks hash strings alike,
 and variables that libraries read at their import are those of this process.
@@ -38,12 +39,16 @@ _GRACE_S = 30
 def run_forked(
     ranks: int, *command: str | Path, timeout_s: float = 240, environ: Mapping[str, str] | None = None
 ) -> Finished:
-    """Run what `run_torchrun` runs; the status is that of the rank that failed first, or 0."""
+    """Run what `run_torchrun` runs; the status is that of the rank that failed first, or 0.
+
+    A single rank is a process by itself, as `python COMMAND...` is.
+    """
     words, start = [str(word) for word in command], time.monotonic()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's agent hosts it, too
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
-        variables = [environment(environ or {}) | _torchrun(rank, ranks, store.port) for rank in range(ranks)]
+        of_ranks = [_torchrun(rank, ranks, store.port) for rank in range(ranks)] if ranks > 1 else [{}]
+        variables = [environment(environ or {}) | own for own in of_ranks]
         family = [_server().Process(target=_be_rank, args=(words, own, said)) for own in variables]
         try:
             for rank in family:
@@ -53,6 +58,14 @@ def run_forked(
             _end(family)
         stdout, stderr = (path.read_text() if path.exists() else "" for path in said)
     return Finished(status, stdout, stderr, time.monotonic() - start)
+
+
+def start_forked(*command: str | Path, terminal: Path) -> ForkServerProcess:
+    """Start what `python COMMAND...` does in a forked process that prints into a pipe or terminal, by its path."""
+    words = [str(word) for word in command]
+    started = _server().Process(target=_be_rank, args=(words, environment({}), [terminal, terminal]))
+    started.start()
+    return started
 
 
 @cache
@@ -118,7 +131,7 @@ def _be_rank(words: list[str], environ: dict[str, str], said: list[Path]) -> Non
     os.environ.clear()
     os.environ.update(VARIABLES_SET | environ)
     for descriptor, path in enumerate(said, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY), descriptor)
     sys.path[:0] = environ["PYTHONPATH"].split(os.pathsep)
     if words[0] == "-m":
         sys.argv = words[1:]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib import import_module
 
+gc.disable()  # nothing of what is imported is garbage
 _before = dict(os.environ)
 
 # `launcher` before torch, as everywhere; the pipelines bring the text encoders of transformers.
@@ -20,3 +22,7 @@ for _name in (
 
 # Environment variables that these modules set.
 VARIABLES_SET = {name: value for name, value in os.environ.items() if _before.get(name) != value}
+
+# A job collects garbage: so it neither looks through all that was imported nor, being forked, copies it.
+gc.freeze()
+gc.enable()
