@@ -22,6 +22,7 @@ from tests.support import consumer
 from tests.support.golden_cases import Written, differing
 from tests.support.tiny_job import run_job
 from tests.support.tiny_models import save
+from tests.support.torchrun import run_torchrun
 
 pytestmark = pytest.mark.distributed
 
@@ -55,7 +56,7 @@ def test_two_copies_of_two_shards_publish_what_one_copy_does_each_shard_once(
 ):
     images = ("--do_save_img", "--save_path", tmp_path / "img", "--info_file_save_path", tmp_path / "info.json")
     flags = (*dual_timestep_job.flags, *images)
-    finished = run_job(4, "flux", tiny_flux_folder, dual_timestep_job.prompts, tmp_path, *flags)
+    finished = run_job(4, "flux", tiny_flux_folder, dual_timestep_job.prompts, tmp_path, *flags, start=run_torchrun)
     assert "world 4 = dp 2 × tp 2" in finished.stdout
     assert sorted(path.name for path in (tmp_path / "weights").glob("*.safetensors")) == [
         "quant_model_weight_w8a8_timestep_0.safetensors",

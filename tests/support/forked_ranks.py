@@ -3,8 +3,7 @@
 Importing is most of what a tiny job does, six seconds of a processor a rank. So a test about what ranks compute and
 write has them forked, by the standard library's fork server; to them it looks as if torchrun had started them, with
 its variables, and a store that their starter hosts. Starting, failing, signals and statuses are torchrun's business
-and the supervisor's: tests of those start the real ones (`torchrun.py`), as do a whole job of two ranks and a process
-group of four.
+and the supervisor's: tests of those start the real ones (`torchrun.py`), as does a whole job of two and of four ranks.
 
 A forked rank is unlike a started one in what Python and libraries decide when they load: all ranks hash strings alike,
 and variables that libraries read at their import are those of this process.
