@@ -45,6 +45,11 @@ class PipelineOptions(BaseModel):
     lora: tuple[str, ...] = Field(
         default=(), description="LoRA files to fuse into the weights before anything is measured: FILE[:scale]"
     )
+    variant: str | None = Field(
+        default=None,
+        pattern=r"^\w+$",
+        description="read the weights of this variant (fp16), also where the usual ones are there",
+    )
     prompt_path: str = Field(default="./calib_prompts.txt", min_length=1, description="file with the prompts")
     prompt_type: PromptType = Field(default="plain", description="format of the prompt file")
     num_images_per_prompt: int = Field(default=1, ge=1, description="images to generate for each prompt")

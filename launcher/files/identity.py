@@ -60,7 +60,7 @@ def model_fields(config: JobConfig, share: int = 0, shares: int = 1) -> dict[str
 
     The shares of all ranks are the whole. A job that asks for it describes the large files by size and time.
     """
-    folder, brought = pipeline_folder(config.pipeline.path), Brought.of(config.pipeline)
+    folder, brought = pipeline_folder(config.pipeline.path, config.pipeline.variant), Brought.of(config.pipeline)
     describe = digest_of_file if config.output.fingerprint == "content" else _stat
     files = {str(path.relative_to(folder)): path for path in pipeline_files(folder, brought)}
     if brought.transformer is not None:

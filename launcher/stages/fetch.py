@@ -32,7 +32,7 @@ def fetch(config: JobConfig, ranks: Ranks, watch: Monitor) -> JobConfig:
         return config
     watch.enter("fetch")
     watch.console.say(f"model: the first rank of each host fetches {hub_id} from the hub")
-    fetching = _begin(hub_id) if launch.local_rank == 0 else None
+    fetching = _begin(hub_id, config.pipeline.variant) if launch.local_rank == 0 else None
     while not group_agrees(ranks.control, fetching is None or fetching.done()):
         watch.safe_point(ranks.control)
         wait([fetching] if fetching else [], min(_LOOK_S, ranks.timeout_s / 4))
@@ -56,9 +56,9 @@ def _names_the_hub(path: str, ranks: Ranks) -> bool:
     return said[0] is not None
 
 
-def _begin(hub_id: str) -> Future[Path]:
+def _begin(hub_id: str, variant: str | None) -> Future[Path]:
     """Fetch in a thread; nobody waits for it when the process is to leave."""
     pool = ThreadPoolExecutor(1)
-    fetching = pool.submit(pipeline_folder, hub_id)
+    fetching = pool.submit(pipeline_folder, hub_id, variant)
     pool.shutdown(wait=False)
     return fetching

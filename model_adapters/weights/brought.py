@@ -1,4 +1,4 @@
-"""What a person brings beside a pipeline folder: files that replace its transformer, or change its weights."""
+"""What a person asks of a transformer's weights: which of the folder's, which file instead, what changes them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class Brought:
-    """Name the file of the transformer, if it is not the folder's, and the LoRA files, in the order to apply them."""
+    """Name the file of the transformer, if it is not the folder's, and the LoRA files, in the order to apply them.
+
+    variant: whose files of the folder are read; None: the usual ones, or those of the only variant.
+    """
 
     transformer: Path | None = None
     loras: tuple[LoraFile, ...] = ()
+    variant: str | None = None
 
     @classmethod
     def of(cls, options: PipelineOptions) -> Brought:
@@ -49,7 +53,7 @@ class Brought:
             _require_file(transformer, "--transformer")
         for lora in loras:
             _require_file(lora.path, "--lora")
-        return cls(transformer, loras)
+        return cls(transformer, loras, options.variant)
 
 
 NOTHING = Brought()

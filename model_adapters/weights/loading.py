@@ -122,7 +122,8 @@ def load_text_encoders(
     Raises InputError when the folder is not whole.
     """
     # Some encoders ask for the transformer's widths, which a model without weights knows too.
-    empty, loras = build_empty(adapter, used_folders(pipeline_folder(options.path))[0]), Brought.of(options).loras
+    folder, loras = pipeline_folder(options.path, options.variant), Brought.of(options).loras
+    empty = build_empty(adapter, used_folders(folder)[0])
     pipeline = _assemble(adapter, options, dtype, {**_without(_DECODERS, options), "transformer": empty})
     for name, part in pipeline.components.items():
         if name.startswith(_TEXT) and isinstance(part, nn.Module):
@@ -134,18 +135,19 @@ def load_text_encoders(
 
 def _without(parts: tuple[str, ...], options: PipelineOptions) -> dict[str, None]:
     """Return None for every part of the pipeline whose name begins so, which loads the pipeline without it."""
-    return dict.fromkeys(name for name in read_parts(pipeline_folder(options.path)) if name.startswith(parts))
+    folder = pipeline_folder(options.path, options.variant)
+    return dict.fromkeys(name for name in read_parts(folder) if name.startswith(parts))
 
 
 def _assemble(
     adapter: ModelAdapter, options: PipelineOptions, dtype: torch.dtype, given: Mapping[str, nn.Module | None]
 ) -> Any:
     """Load all parts of a pipeline but those that are given (or None, to go without), on the host, frozen."""
-    folder = pipeline_folder(options.path)
+    folder = pipeline_folder(options.path, options.variant)
     check_class(folder / PARTS_NAME, read_json(folder / PARTS_NAME), adapter.pipeline_class)
     missing = {name: None for name, kind in read_parts(folder).items() if not any(kind)}
     try:
-        return _freeze(_from_folder(adapter, folder, dtype, {**missing, **given}))
+        return _freeze(_from_folder(adapter, folder, options.variant, dtype, {**missing, **given}))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"the {adapter.pipeline_class} around the transformer cannot be loaded",
@@ -155,7 +157,13 @@ def _assemble(
         ) from error
 
 
-def _from_folder(adapter: ModelAdapter, folder: Path, dtype: torch.dtype, given: Mapping[str, nn.Module | None]) -> Any:
+def _from_folder(
+    adapter: ModelAdapter,
+    folder: Path,
+    variant: str | None,
+    dtype: torch.dtype,
+    given: Mapping[str, nn.Module | None],
+) -> Any:
     with warnings.catch_warnings():
         # The newest diffusers calls it `dtype`, the oldest one that is supported knows only this name.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
@@ -165,7 +173,7 @@ def _from_folder(adapter: ModelAdapter, folder: Path, dtype: torch.dtype, given:
             torch_dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
-            variant=variant_of_pipeline(folder),
+            variant=variant or variant_of_pipeline(folder),
         )
 
 

@@ -29,10 +29,10 @@ _USUAL = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors(?:\.index\.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def pipeline_folder(path: str) -> Path:
+def pipeline_folder(path: str, variant: str | None = None) -> Path:
     """Return the folder of a pipeline; a hub id (`owner/name` that is no path here) is fetched into the hub's cache.
 
-    Raises InputError for a path that is neither.
+    variant: whose weights are fetched, the usual ones when left out. Raises InputError for a path that is neither.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -40,7 +40,7 @@ def pipeline_folder(path: str) -> Path:
     if folder.exists():
         raise InputError(f"'{path}' is a file, not a model folder", where=path, advice="give the folder it lies in")
     if is_hub_id(path):
-        return _download(path)
+        return _download(path, variant)
     raise InputError(
         f"there is no model folder '{path}'",
         where=str(folder.absolute()),
@@ -118,38 +118,41 @@ def variant_of(folder: Path) -> str | None:
             f"{folder.name}/ has weights in several variants: {', '.join(found)}",
             where=str(folder),
             why="none of them has the usual names, so it is unclear which are meant",
-            advice="keep the files of one variant, or give its files the names without it",
+            advice=f"say which, --variant {found[0]}, or give the files of one the names without it",
         )
     return found[0] if found else None
 
 
 def has_weights(folder: Path) -> bool:
     """Tell whether a diffusers model's folder holds weights, or an index of them."""
-    return any(path.is_file() for path in _leading(folder))
+    return any(_USUAL.fullmatch(path.name) or _VARIANT.fullmatch(path.name) for path in folder.glob("*"))
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """Return the safetensors files of a model folder in the order to read them: those of the index, else the one.
 
-    Raises InputError when there is none, or when the index names a file that is missing.
+    variant: whose files; left out: the usual ones, or those of the only variant. Raises InputError when there is none,
+    or when the index names a file that is missing.
     """
-    index, single = _leading(folder)
+    index, single = _leading(folder, variant or variant_of(folder))
     if index.exists():
         return _indexed_files(index)
     if single.is_file():
         return [single]
     others = ", ".join(sorted(found.name for found in folder.glob("*.*") if found.name != "config.json")) or "nothing"
     raise InputError(
-        f"{folder.name}/ has no weights",
+        f"{folder.name}/ has no weights{f' of the variant {variant}' if variant else ''}",
         where=str(folder),
-        why=f"neither {WEIGHTS_NAME} nor {INDEX_NAME} is there, but {others}",
-        advice="save the model with save_pretrained(..., safe_serialization=True)",
+        why=f"neither {single.name} nor {index.name} is there, but {others}",
+        advice="leave --variant out, or give one that is there"
+        if variant
+        else "save the model with save_pretrained(..., safe_serialization=True)",
     )
 
 
-def _leading(folder: Path) -> tuple[Path, Path]:
+def _leading(folder: Path, variant: str | None) -> tuple[Path, Path]:
     """Return where the index of a diffusers model's weights would be, and where the only file would, variant or not."""
-    end = f".{variant}" if (variant := variant_of(folder)) else ""
+    end = f".{variant}" if variant else ""
     index, single = INDEX_NAME.removesuffix(".json"), WEIGHTS_NAME.removesuffix(".safetensors")
     return folder / f"{index}{end}.json", folder / f"{single}{end}.safetensors"
 
@@ -183,12 +186,12 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, variant: str | None) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise InputError(
             f"'{hub_id}' is neither a folder here nor a model the hub gives out",

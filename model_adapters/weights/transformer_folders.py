@@ -63,14 +63,14 @@ def folder_of_rank(root: Path, plan: ShardPlan, tp_rank: int, tp_size: int) -> t
     )
 
 
-def files_of(folder: Path, *, is_divided: bool) -> list[Path]:
+def files_of(folder: Path, *, is_divided: bool, variant: str | None = None) -> list[Path]:
     """Return the weight files of a transformer's folder; the runtime's program may leave the index behind.
 
     Raises InputError when there are none.
     """
     if is_divided and not (folder / INDEX_NAME).exists() and (found := sorted(folder.glob("*.safetensors"))):
         return found
-    return weight_files(folder)
+    return weight_files(folder, variant)
 
 
 def pipeline_files(root: Path, brought: Brought = NOTHING) -> list[Path]:
@@ -85,7 +85,8 @@ def pipeline_files(root: Path, brought: Brought = NOTHING) -> list[Path]:
     is_divided = folders != [root / WHOLE]
     own = [folders[0] / CONFIG_NAME]
     if brought.transformer is None:
-        own = [path for folder in folders for path in (folder / CONFIG_NAME, *files_of(folder, is_divided=is_divided))]
+        found = {folder: files_of(folder, is_divided=is_divided, variant=brought.variant) for folder in folders}
+        own = [path for folder, files in found.items() for path in (folder / CONFIG_NAME, *files)]
     index = root / PARTS_NAME
     if not index.exists():
         return own

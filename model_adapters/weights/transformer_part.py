@@ -75,7 +75,7 @@ def describe_transformer(
     Raises ConfigurationError when the layout does not divide over `tp_size` ranks and InputError when the folder is
     not whole or holds another model, or a brought file does not fit it.
     """
-    plan, root, single = adapter.shard_plan(layout), pipeline_folder(path), brought.transformer
+    plan, root, single = adapter.shard_plan(layout), pipeline_folder(path, brought.variant), brought.transformer
     folder, is_divided = (used_folders(root)[0], False) if single else folder_of_rank(root, plan, tp_rank, tp_size)
     model = empty or build_empty(adapter, folder)
     full_shapes = _shapes(model)
@@ -83,7 +83,7 @@ def describe_transformer(
     expected = _shapes(model) if is_divided else full_shapes
     stored: Mapping[str, Stored] = {}
     if with_files:
-        paths = [] if single else files_of(folder, is_divided=is_divided)
+        paths = [] if single else files_of(folder, is_divided=is_divided, variant=brought.variant)
         stored = {name: tensor for path in paths for name, tensor in stored_tensors(path).items()}
         if single:
             stored = converted_tensors(single, adapter.transformer_class, expected)

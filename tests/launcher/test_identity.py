@@ -30,7 +30,7 @@ from model_adapters.pipeline.prompts import read_batches
 # Every option that tells jobs apart by its value. A new option belongs here, or into OUTSIDE_IDENTITY with a reason.
 _OF_PIPELINE = {
     *("num_images_per_prompt", "infer_steps", "seed", "batch_size", "data_split_num", "data_split_id"),
-    *("width", "height", "guidance_scale"),
+    *("width", "height", "guidance_scale", "variant"),
 }
 COUNTS = {
     "pipeline": _OF_PIPELINE,

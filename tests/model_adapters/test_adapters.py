@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,23 @@ def test_sd3_without_t5_in_fp16_files_only_makes_images(tiny_sd3_folder, tmp_pat
     transformer = load_transformer(adapter, str(tmp_path), dtype=torch.float32, device="cpu").model
     pipeline = load_pipeline(adapter, options, transformer, "cpu", torch.float32)
     assert len(adapter.generate(pipeline, embeddings, options, generator())) == 1
+
+
+def test_text_encoders_are_those_of_the_variant_that_is_asked_for(tiny_sd3_folder, tmp_path):
+    shutil.copytree(tiny_sd3_folder, tmp_path, dirs_exist_ok=True)
+    adapter = load_adapter("sd3")
+    other = adapter.pipeline_type().from_pretrained(tiny_sd3_folder).text_encoder
+    for parameter in other.parameters():
+        parameter.data += 1
+    other.save_pretrained(tmp_path / "text_encoder", variant="fp16")  # the other parts have their usual weights only
+
+    def weights(variant: str | None) -> dict[str, torch.Tensor]:
+        options = adapter.options(path=str(tmp_path), variant=variant)
+        return load_text_encoders(adapter, options, "cpu", torch.float16).text_encoder.state_dict()
+
+    usual, asked = weights(None), weights("fp16")
+    assert all(torch.equal(asked[name], tensor) for name, tensor in other.state_dict().items())
+    assert not any(torch.equal(asked[name], tensor) for name, tensor in usual.items())
 
 
 def test_a_part_that_is_plainly_null_is_explained(tiny_sd3_folder, tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
+from model_adapters.weights.brought import Brought
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_transformer
 from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, pipeline_folder
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
@@ -58,6 +59,26 @@ def test_a_folder_that_holds_one_variant_only_is_read(max_shard_size, tmp_path):
     assert not any((tmp_path / "transformer" / name).exists() for name in (WEIGHTS_NAME, INDEX_NAME))
     expected, read = build("flux").state_dict(), load("flux", tmp_path).model.state_dict()
     assert list(read) == list(expected)
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "500KB"])
+def test_the_variant_that_is_asked_for_is_read_where_the_usual_weights_are_too(max_shard_size, tmp_path):
+    folder, other = save("flux", tmp_path), build("flux")
+    for parameter in other.parameters():
+        parameter.data += 1
+    other.save_pretrained(folder / "transformer", max_shard_size=max_shard_size, variant="fp16")
+    for variant, expected in (("fp16", other), (None, build("flux"))):
+        read = load("flux", folder, brought=Brought(variant=variant)).model.state_dict()
+        assert all(torch.equal(read[name], tensor) for name, tensor in expected.state_dict().items())
+    with pytest.raises(InputError, match="transformer/ has no weights of the variant bf16"):
+        load("flux", folder, brought=Brought(variant="bf16"))
+
+
+def test_one_of_several_variants_is_read_when_it_is_asked_for(flux):
+    expected = load("flux", flux).model.state_dict()
+    _use_variants(flux, "bf16", "fp16")
+    read = load("flux", flux, brought=Brought(variant="bf16")).model.state_dict()
     assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
 
 
