@@ -12,8 +12,8 @@ import pytest
 
 from scripts.make_tiny_pipeline import write_prompts
 from tests.runtime.cases import described_classes
-from tests.runtime.product import ROOT
 from tests.support.tiny_job import STEPS, run_job
+from tests.support.torchrun import ROOT
 
 pytestmark = pytest.mark.distributed
 
