@@ -17,6 +17,7 @@ from quant_core.errors import ConfigurationError
 _SHARED = {
     "transformer": None,
     "lora": (),
+    "variant": None,
     "prompt_path": "./calib_prompts.txt",
     "width": 1024,
     "height": 1024,
