@@ -146,7 +146,7 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
     if found := plan.attempt(lambda: lay_out(config, launch)):
         plan.mesh, plan.mesh_reason = found
     part = session = None
-    if folder := _local_folder(plan, pipeline.path):
+    if folder := _local_folder(plan, pipeline.path, pipeline.variant):
         pipeline = pipeline.model_copy(update={"path": str(folder)})
         part, session = _look_at_model(plan, config.model_copy(update={"pipeline": pipeline}), adapter, folder)
     reads = not plan.streams if session else _may_read_activations(options)
@@ -160,13 +160,13 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
     return plan
 
 
-def _local_folder(plan: Plan, path: str) -> Path | None:
+def _local_folder(plan: Plan, path: str, variant: str | None) -> Path | None:
     """Return the model's folder; of one on the hub what was fetched before, as nothing is fetched for a plan."""
     if not is_hub_id(path):
         return plan.attempt(lambda: pipeline_folder(path))
     folder = cached_folder(path)
     with suppress(InputError):
-        if folder and pipeline_files(folder):
+        if folder and pipeline_files(folder, Brought(variant=variant)):
             return folder
     plan.remarks.append(f"{path} is not on this machine: the job fetches it; what follows from its files is left out")
     return None
