@@ -13,7 +13,7 @@ from launcher.devices.host_memory import use_large_pages
 from launcher.devices.launch import Launch, read_launch
 from launcher.failure.record import STARTING, Failure
 from launcher.failure.signals import on_signals, stopped_on
-from launcher.failure.way_out import leave
+from launcher.failure.way_out import finish, leave
 from launcher.journal.terminal import survive_its_loss
 from launcher.start.supervisor_flags import asks_for_ranks
 from quant_core.errors import EnvironmentFailure, ExplainedError
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
         if asks_for_ranks(words):
             from launcher.start.supervisor import supervise
 
-            sys.exit(supervise(words, entry))
+            finish(supervise(words, entry))
         command = parse(words)
     except ExplainedError as error:  # every rank has the same words, so it is as well the first one's
         leave(Failure.of(error, 0), text=str(error), speaks=speaks)
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
         command.run(launch)
     except (Exception, KeyboardInterrupt) as error:
         leave(Failure.of(error, rank, STARTING if launch and launch.is_distributed else ""), error)
+    finish()
 
 
 def _launch() -> Launch | None:

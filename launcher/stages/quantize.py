@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,16 @@ from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.errors import InputError
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
+from quant_core.reused_memory import ReusedMemory
 from quant_core.schemes import QUANT_TYPES
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.quantize import QuantizedModel, quant_model
 from quant_core.session.streaming import quantize_streaming
+
+# Stages that go from layer to layer, each a moment: a rank that waited for the others behind each would wait as long
+# as it works, because one reads from the disk what the next one finds in the system's cache.
+_BY_LAYER = ("quantize", "weights", "derive")
+_LAYERS_AT_ONCE = 8
 
 
 def quantize(job: Job, results: Results, dump: Path | None, ranges: Path | None = None) -> None:
@@ -48,12 +55,13 @@ def quantize(job: Job, results: Results, dump: Path | None, ranges: Path | None 
     """
     job.watch.enter("quantize")
     mine = run_together(job.ranks, "looking at the shards", lambda: _is_staged(job, results))
-    if all_agree(job.ranks, mine, what="whether to quantize"):
+    is_reused = all_agree(job.ranks, mine, what="whether to quantize")
+    if is_reused:
         job.console.say(f"quantize: reusing {results.folder.staged().weights}")
     else:
         _stage(job, results, ranges or dump)
-    # Each rank reads its own, all at the same time; merging then publishes without reading anything.
-    run_together(job.ranks, "checking what was staged", lambda: _check(job, results))
+    # Each rank looks at its own, all at the same time; merging then publishes without reading anything.
+    run_together(job.ranks, "checking what was staged", lambda: _check(job, results, with_values=is_reused))
 
 
 def _stage(job: Job, results: Results, data: Path | None) -> None:
@@ -101,6 +109,7 @@ def _in_memory(
             parallel=parallel,
             progress=progress,
             digests=digests,
+            checked=True,
         )
     assert_collectives(loaded.model)
     return result, loaded, decisions
@@ -128,21 +137,23 @@ def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[Qua
     digests.wanted = _equal_on_all_ranks(job, part)
     result = quantize_streaming(
         part.model,
-        part.read,
+        partial(part.read, empty=ReusedMemory().empty),
         _session(job, job.config.quantization, [], *_saves(job, results)),
         structure=job.model.adapter.structure,
         parallel=parallel_of(job, part.shards),
         device=job.ranks.device,
         progress=lambda stage, done, total: _progress(job, stage, done, total),
         digests=digests,
+        checked=True,
     )
     return result, part
 
 
 def _progress(job: Job, stage: str, done: int, total: int, *, of: str = "quantize") -> None:
-    """Show how far the quantizer is; between two records the ranks of one copy may stop together."""
+    """Show how far the quantizer is; between two records, or some layers, the ranks of one copy may stop together."""
     job.watch.progress(f"{of}: {stage}", done, total)
-    job.watch.safe_point(job.ranks.tp_control)
+    if stage not in _BY_LAYER or done % _LAYERS_AT_ONCE == 0:
+        job.watch.safe_point(job.ranks.tp_control)
 
 
 def _session(
@@ -208,10 +219,13 @@ def _note(
         )
 
 
-def _check(job: Job, results: Results) -> None:
-    """Read this rank's shard by the consumer's rules; an interrupted merge may have moved it to its place already."""
+def _check(job: Job, results: Results, *, with_values: bool) -> None:
+    """Hold this rank's shard against the consumer's rules; an interrupted merge may have moved it to its place already.
+
+    with_values: read it, too. One that this run made had its values checked before they were written.
+    """
     if _writes(job) and (note := read_note(results.folder.note())):
-        check_contract(note.files(results.folder.weights))
+        check_contract(note.files(results.folder.weights), with_values=with_values)
 
 
 def _writes(job: Job) -> bool:

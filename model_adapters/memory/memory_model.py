@@ -43,8 +43,8 @@ class MemoryModel:
     weights: this rank's float part; visiting: the most of it that is on a card which runs it block by block;
     activations: the most that one forward holds beside them; record: what one batch adds to the dump; dump: all of it;
     codes: int8 weights beside the float ones; workspace: the most that quantizing one layer or one input takes; widest:
-    the largest tensor; widest_codes: of the largest layer; quantized: what is published; comparing: what activations
-    are while an evaluation compares layers, or computes the noise floor.
+    the largest tensor; widest_codes: of the largest layer; widest_kept: the largest that stays float; quantized: what
+    is published; comparing: what activations are while an evaluation compares layers, or computes the noise floor.
     """
 
     weights: int
@@ -56,6 +56,7 @@ class MemoryModel:
     workspace: int
     widest: int
     widest_codes: int
+    widest_kept: int
     quantized: int
     comparing: int
 
@@ -94,9 +95,10 @@ class MemoryModel:
     def streaming(self) -> int:
         """Peak of quantizing from disk, layer by layer: it does not grow with the model's depth.
 
-        One layer is computed and one read ahead; the codes of three others wait to be written.
+        One layer is computed and one read ahead, into memory that is used again, and the codes of three others wait to
+        be written; later it is three float tensors that wait.
         """
-        return 2 * self.widest + self.workspace + 3 * self.widest_codes
+        return 2 * self.widest + max(self.workspace + 3 * self.widest_codes, 3 * self.widest_kept)
 
 
 def estimate_memory(
@@ -115,21 +117,22 @@ def estimate_memory(
     """
     model, dtype = part.model, adapter.dtype(options)
     schemes = {n: SCHEMES[config.key] for n, config in layer_plan(model, session).items()} if session else {}
-    weights = [model.get_parameter(f"{name}.weight") for name in schemes]
+    state, weights = model.state_dict(), [model.get_parameter(f"{name}.weight") for name in schemes]
     inputs = adapter.transformer_inputs(getattr(model, "config"), options, dtype)  # noqa: B009, a Module has no config
     arguments = inputs.arguments()
     activations, largest_input = _follow_forward(model, schemes, arguments)
     replays = session is not None and reads_activations(model, session)
     return MemoryModel(
-        weights=size(model.state_dict()),
+        weights=size(state),
         visiting=_visiting_bytes(model),
         activations=activations + size(arguments),
         record=inputs.dump_bytes(1, options.infer_steps),
         dump=inputs.dump_bytes(batches, options.infer_steps),
         codes=sum(weight.numel() for weight in weights),
         workspace=_workspace(weights, largest_input if replays else None, schemes.values(), NUMERICS["float32"]),
-        widest=max(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        widest=max(tensor.nbytes for tensor in state.values()),
         widest_codes=max((weight.numel() for weight in weights), default=0),
+        widest_kept=max((kept.nbytes for name, kept in state.items() if name.removesuffix(".weight") not in schemes)),
         quantized=_quantized_bytes(model, schemes, options.infer_steps),
         comparing=_follow_evaluation(model, schemes, arguments, dtype) + size(arguments) if evaluates else 0,
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from model_adapters.weights.model_folder import damaged_weights, open_weights
 from quant_core.checkpoint.tensor_file import DTYPES
 from quant_core.parallel.sharding import Slice
+from quant_core.reused_memory import Empty, fresh
 from quant_core.tensor_bytes import raw_bytes
 
 
@@ -31,15 +32,15 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def read(self, parts: Sequence[Slice] = ()) -> Tensor:
-        """Return the parts, concatenated, or the whole tensor without any: contiguous, on the host.
+    def read(self, parts: Sequence[Slice] = (), empty: Empty = fresh) -> Tensor:
+        """Return the parts, concatenated, or the whole tensor without any: contiguous, on the host, in given memory.
 
         Raises InputError when the file ends early or cannot be read.
         """
         shape = list(self.shape)
         if parts:
             shape[parts[0].dim] = sum(part.stop - part.start for part in parts)
-        tensor = torch.empty(shape, dtype=self.dtype)
+        tensor = empty(shape, self.dtype)
         if not tensor.numel():
             return tensor
         memory, filled = raw_bytes(tensor), 0
@@ -105,8 +106,11 @@ class JoinedTensor:
         """The shape of the whole."""
         return (sum(piece.shape[0] for piece in self.pieces), *self.pieces[0].shape[1:])
 
-    def read(self, parts: Sequence[Slice] = ()) -> Tensor:
-        """Return the parts, concatenated, or the whole tensor without any, as `StoredTensor.read` does."""
+    def read(self, parts: Sequence[Slice] = (), empty: Empty = fresh) -> Tensor:
+        """Return the parts, concatenated, or the whole tensor without any, as `StoredTensor.read` does.
+
+        It is made of several, so it has memory of its own.
+        """
         if not parts or parts[0].dim:
             return torch.cat([piece.read(parts) for piece in self.pieces])
         return torch.cat([rows.read() for part in parts for rows in self._rows(part)])

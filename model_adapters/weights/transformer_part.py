@@ -25,6 +25,7 @@ from model_adapters.weights.stored_tensor import Stored, stored_tensors
 from model_adapters.weights.transformer_folders import WHOLE, files_of, folder_of_rank, used_folders
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard, Style
+from quant_core.reused_memory import Empty, fresh
 
 _WHOLE = Shard(Style.REPLICATED, 0, 1)
 
@@ -45,12 +46,12 @@ class TransformerPart:
     is_divided: bool = False
     changes: Changes = field(default_factory=dict)
 
-    def read(self, name: str) -> Tensor:
-        """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file."""
+    def read(self, name: str, empty: Empty = fresh) -> Tensor:
+        """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file; empty: into what."""
         layer, _, tensor = name.rpartition(".")
         shard = _WHOLE if self.is_divided else self.shards.get(layer, _WHOLE)
         stored = self.stored[name]
-        local = stored.read(shard.slices(tensor, stored.shape))
+        local = stored.read(shard.slices(tensor, stored.shape), empty)
         return fuse(local, self.changes[layer]) if tensor == "weight" and layer in self.changes else local
 
 

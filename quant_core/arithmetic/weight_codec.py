@@ -34,12 +34,20 @@ class Int8Rows:
         return torch.cat([magnitudes(w_OI[rows]) for rows in row_blocks(w_OI)])
 
     def encode(
-        self, w_OI: Rows, amax_O1: Tensor, dtype: torch.dtype, numerics: Numerics, *, fake_OI: Tensor | None = None
+        self,
+        w_OI: Rows,
+        amax_O1: Tensor,
+        dtype: torch.dtype,
+        numerics: Numerics,
+        *,
+        fake_OI: Tensor | None = None,
+        codes_OI: Tensor | None = None,
     ) -> QuantizedWeight:
         """Quantize a weight, or some rows of one.
 
         w_OI: in any precision; amax_O1: its row maxima, over all shards if they share scales; dtype: the model's.
-        fake_OI: takes what the codes stand for, where somebody reads it; it may be the weight itself.
+        fake_OI: takes what the codes stand for, where somebody reads it; it may be the weight itself. codes_OI: takes
+        the codes, where memory for them is there already.
         """
         import torch
 
@@ -52,7 +60,8 @@ class Int8Rows:
         exact_O1 = scale_O1.to(compute)
         # The reference tool computes with -128 where its rounding leads there, and stores -127.
         least = QMIN if numerics.is_reference else -QMAX
-        codes_OI = torch.empty(tuple(w_OI.shape), dtype=torch.int8, device=w_OI.device)
+        if codes_OI is None:
+            codes_OI = torch.empty(tuple(w_OI.shape), dtype=torch.int8, device=w_OI.device)
         buffer = None
         for rows in row_blocks(w_OI):
             block = w_OI[rows]

@@ -117,5 +117,9 @@ def write_checkpoint(
 
 def description_text(found: Iterable[Entry], quant_type: str, header: Mapping[str, str] | None = None) -> str:
     """Return the description as JSON text: the model's type, the further keys of `header`, the type of each entry."""
-    types = {entry.name: entry.type for entry in found}
-    return json.dumps({MODEL_TYPE_KEY: quant_type, **(header or {}), **types}, indent=2) + "\n"
+    return json.dumps(described(found, quant_type, header or {}), indent=2) + "\n"
+
+
+def described(found: Iterable[Entry], quant_type: str, header: Mapping[str, str]) -> dict[str, str]:
+    """Return the description as it is read back."""
+    return {MODEL_TYPE_KEY: quant_type, **header, **{entry.name: entry.type for entry in found}}

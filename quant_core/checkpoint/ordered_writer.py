@@ -17,7 +17,8 @@ from queue import Queue
 from threading import Thread
 
 _WAITING = 2
-_READ_BYTES = 1 << 20
+# So much is written, and digested while it is still in the processor's cache.
+_BLOCK_BYTES = 1 << 20
 
 # Where a piece goes, and what makes its bytes, in the thread; None ends it.
 _Piece = tuple[int, Callable[[], memoryview]] | None
@@ -69,15 +70,17 @@ class OrderedWriter:
     def _write(self, place: int, piece: Callable[[], memoryview]) -> None:
         data, written = piece(), 0
         while written < len(data):
-            written += os.pwrite(self._file, data[written:], place + written)
-        if self._digest is not None and place == self._digested:
-            self._digest.update(data)
-            self._digested += len(data)
+            block = data[written : written + _BLOCK_BYTES]
+            count = os.pwrite(self._file, block, place + written)
+            if self._digest is not None and place + written == self._digested:
+                self._digest.update(block[:count])
+                self._digested += count
+            written += count
 
     def _whole_digest(self) -> str | None:
         if self._digest is None:
             return None
-        while data := os.pread(self._file, _READ_BYTES, self._digested):
+        while data := os.pread(self._file, _BLOCK_BYTES, self._digested):
             self._digest.update(data)
             self._digested += len(data)
         return self._digest.hexdigest()

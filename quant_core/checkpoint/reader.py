@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from quant_core.arithmetic.rotation import Rotation
+from quant_core.checkpoint.content import Content
 from quant_core.checkpoint.entries import NUMERICS_KEY, TIMESTEP_SEP_KEY, CheckpointFiles
-from quant_core.checkpoint.findings import Finding, check
+from quant_core.checkpoint.findings import Finding
 from quant_core.checkpoint.inventory import Inventory, StoredGroup, take_inventory
 from quant_core.checkpoint.json_file import read_object
-from quant_core.checkpoint.layer_rules import LAYER_RULES, StoredLayer
 from quant_core.checkpoint.rotations import ROTATIONS_KEY, read_rotations
 from quant_core.checkpoint.tensor_parts import TensorFiles, TensorInfo, index_path
 from quant_core.errors import ConfigurationError, suggestion
 from quant_core.layers.deployed import DeployedArithmetic, DeployedLayer
 from quant_core.schemes import BY_TYPE
 from quant_core.schemes.scheme import separator
-from quant_core.schemes.tensor_rules import FINITE, TensorRule, ValueRule
+from quant_core.schemes.tensor_rules import TensorRule
 
 
 class Checkpoint:
@@ -60,20 +60,8 @@ class Checkpoint:
     def findings(self) -> Iterator[Finding]:
         """Yield all that breaks a rule: form first, then, reading layer by layer, values and what follows from them."""
         yield from self._form_findings()
-        if self._inventory is None:
-            return
-        for group in (*self._inventory.layers.values(), *self._inventory.attentions.values()):
-            tensors = {key: self._tensors.read(member) for key, member in group.members.items()}
-            bad = [self._bad_value(group.members[key], t, group.rules[key].values) for key, t in tensors.items()]
-            yield from filter(None, bad)
-            # Of values that are no scales or codes nothing follows.
-            if not any(bad) and group.type in BY_TYPE:
-                yield from check(
-                    LAYER_RULES, StoredLayer(group, tensors, self.metadata.get(NUMERICS_KEY)), self.files.weights
-                )
-        for name in self._inventory.floats:
-            if self._infos[name].dtype.is_floating_point:
-                yield from filter(None, [self._bad_value(name, self._tensors.read(name), FINITE)])
+        if self._inventory is not None:
+            yield from self._content.findings(self._tensors.read)
 
     def _form_findings(self) -> Iterator[Finding]:
         yield from self._form
@@ -98,6 +86,10 @@ class Checkpoint:
             else:
                 continue
             yield Finding("rotation", self.files.weights, name, what, why)
+
+    @cached_property
+    def _content(self) -> Content:
+        return Content(self.inventory, self._tensors.path, self.metadata.get(NUMERICS_KEY))
 
     @cached_property
     def rotations(self) -> dict[str, Rotation]:
@@ -180,16 +172,9 @@ class Checkpoint:
 
     def _read_checked(self, member: str, rule: TensorRule) -> Tensor:
         tensor = self._tensors.read(member)
-        if finding := self._bad_value(member, tensor, rule.values):
+        if finding := self._content.bad_value(member, tensor, rule):
             raise finding.error()
         return tensor
-
-    def _bad_value(self, member: str, tensor: Tensor, values: ValueRule) -> Finding | None:
-        if values.all_hold(tensor):
-            return None
-        index = (~values.holds(tensor)).nonzero()[0].tolist()
-        what = f"'{member}' holds {tensor[tuple(index)].item()} at {index}"
-        return Finding("values", self._tensors.path, member, what, f"it may hold {values.says} only")
 
 
 def open_checkpoint(files: CheckpointFiles) -> Checkpoint:

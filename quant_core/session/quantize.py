@@ -20,6 +20,7 @@ from quant_core.attention.rotated_values import rotate_values
 from quant_core.attention.session import reduce_attentions
 from quant_core.attention.watch import watch_attentions
 from quant_core.calibration.replay import Progress, replay, silent
+from quant_core.checkpoint.content import ContentCheck
 from quant_core.checkpoint.entries import (
     FA_QUANT,
     FA_QUANT_TYPE_KEY,
@@ -78,11 +79,13 @@ def quant_model(
     parallel: Parallel | None = None,
     progress: Progress = silent,
     digests: WrittenDigests | None = None,
+    checked: bool = False,
 ) -> QuantizedModel:
     """Quantize the model in place as configured, save it if the configuration says where, and leave it deployed.
 
     structure: found by the model's class when left out. parallel: this rank's place, when the model is a shard.
-    digests: takes those of the file of weights.
+    digests: takes those of the file of weights. checked: hold what is saved against the consumer's rules before it is
+    written, and raise VerificationError where it breaks one.
     Raises ConfigurationError for patterns that match nothing and InputError for calibration data that does not cover
     every layer and step.
     """
@@ -98,7 +101,7 @@ def quant_model(
     layers = _quantize_weights(session, smoothing)
     _observe(session, layers)
     _derive_tensors(session, layers)
-    files = _save(session, timestep_sep, digests)
+    files = _save(session, timestep_sep, digests, checked=checked)
     deploy(model, timestep_sep=timestep_sep)
     return QuantizedModel(
         session.quant_type,
@@ -186,7 +189,9 @@ def _derive_tensors(session: Session, layers: Mapping[str, QuantizedLayer]) -> N
         session.progress("derive", done, len(layers))
 
 
-def _save(session: Session, timestep_sep: int | None, digests: WrittenDigests | None) -> CheckpointFiles | None:
+def _save(
+    session: Session, timestep_sep: int | None, digests: WrittenDigests | None, *, checked: bool
+) -> CheckpointFiles | None:
     save, quant_type = session.config.save, session.quant_type
     if save is None:
         return None
@@ -196,12 +201,18 @@ def _save(session: Session, timestep_sep: int | None, digests: WrittenDigests | 
     said = {NUMERICS_KEY: session.numerics.name} if saturates else {}
     said |= {} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}
     said |= said_of_rotations(session.rotations.linears)
+    header, metadata = {FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {}, said | save.metadata
+    found = list(entries(session.model, buffers=not session.numerics.is_reference, extra=extra))
+    files = checkpoint_files(save, quant_type)
+    if checked:
+        check = ContentCheck(found, files, quant_type, header, metadata)
+        check.all({entry.name: entry.tensor for entry in found})
     return write_checkpoint(
-        list(entries(session.model, buffers=not session.numerics.is_reference, extra=extra)),
-        checkpoint_files(save, quant_type),
+        found,
+        files,
         quant_type,
-        header={FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {},
-        metadata=said | save.metadata,
+        header=header,
+        metadata=metadata,
         part_file_size=save.part_file_size,
         digests=digests,
     )

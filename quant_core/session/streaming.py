@@ -7,13 +7,13 @@ reads, one computes, one writes.
 
 Worked example: the widest layer of FLUX.1-dev is (18432, 3072), 108 MiB in bfloat16 and 54 MiB in codes. At most two
 such layers are there in floats (one computed, one read ahead) and four in codes (one computed, two waiting, one being
-written): 432 MiB, whatever the depth of the model.
+written): 432 MiB, whatever the depth of the model. All this memory is used again and again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.attention.rotated_values import Rotations, find_rotations, levelled
 from quant_core.calibration.finite import check_weight
 from quant_core.calibration.replay import Progress, silent
+from quant_core.checkpoint.content import ContentCheck
 from quant_core.checkpoint.entries import description_text, entries
 from quant_core.checkpoint.rotations import said_of_rotations
 from quant_core.checkpoint.tensor_file import TensorFile, WrittenDigests
@@ -33,6 +34,7 @@ from quant_core.errors import ConfigurationError
 from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel, reduce_over
+from quant_core.reused_memory import ReusedMemory
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation, Scheme
@@ -64,12 +66,13 @@ def quantize_streaming(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
     digests: WrittenDigests | None = None,
+    checked: bool = False,
 ) -> QuantizedModel:
     """Quantize and save a model that lies on disk, with the memory of its largest layer; nothing is replayed.
 
     model: on the meta device, with this rank's local shapes in the dtype to compute in; it is changed. read: returns
-    a tensor by its full name, in a thread of its own. device: where to compute. digests: takes
-    those of the file of weights.
+    a tensor by its full name, in a thread of its own. device: where to compute. digests: takes those of the file of
+    weights. checked: hold each tensor against the consumer's rules before it is written, as `quant_model` does.
     The tensors and the description are those of `quant_model`. The layers of the result are on the meta device.
     Without a place to save, nothing is read.
     """
@@ -98,11 +101,12 @@ def quantize_streaming(
     described = list(entries(model, buffers=not numerics.is_reference, extra={}))
     tensors, files = {entry.name: entry.tensor for entry in described}, checkpoint_files(config.save, quant_type)
     metadata = said_of_rotations(rotations.linears) | config.save.metadata
+    check = ContentCheck(described, files, quant_type, {}, metadata) if checked else None
     quantize = _LayerStep(numerics, torch.device(device), parallel, rotations.linears)
 
     def write(path: Path) -> None:
         with TensorFile(path, tensors, metadata, in_front=CODES, digests=digests) as file:
-            _carry(layers, read, quantize, file, tensors, progress)
+            _carry(layers, read, quantize, file, tensors, check, progress)
 
     write_atomically(files.weights, write)
     write_text_atomically(files.description, description_text(described, quant_type))
@@ -128,6 +132,7 @@ def _carry(
     quantize: _LayerStep,
     file: TensorFile,
     described: Mapping[str, Tensor],
+    check: ContentCheck | None,
     progress: Progress,
 ) -> None:
     """Carry everything from where it lies into the file, in its order: codes, then what is small or stays float."""
@@ -139,11 +144,21 @@ def _carry(
     kept_float = [name for name in rest if _owner(name) not in layers]
     with read_ahead(read, [*(_parts(layer) for layer in ordered), *([name] for name in kept_float)]) as ahead:
         for done, layer in enumerate(ordered, start=1):
-            small |= quantize(layer, next(ahead))
+            made = quantize(layer, next(ahead))
+            if check:
+                check.layer(layer.name, made)
+            small |= made
             file.write(f"{layer.name}.weight", small.pop(f"{layer.name}.weight"))
             progress("quantize", done, len(ordered))
+        quantize.memory.release()
         for name in rest:
-            file.write(name, small.pop(name) if name in small else next(ahead)[name].to(described[name].dtype))
+            if name in small:
+                file.write(name, small.pop(name))
+                continue
+            kept = next(ahead)[name].to(described[name].dtype)
+            if check:
+                check.float(name, kept)
+            file.write(name, kept)
 
 
 def _parts(layer: QuantizedLayer) -> list[str]:
@@ -158,6 +173,7 @@ class _LayerStep:
     device: torch.device
     parallel: Parallel
     rotations: Mapping[str, Rotation]
+    memory: ReusedMemory = field(default_factory=ReusedMemory)
 
     def __call__(self, described: QuantizedLayer, floats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the layer's tensors by full name; floats: what was read of it, which is taken out and freed."""
@@ -170,10 +186,11 @@ class _LayerStep:
         amax_O1 = codec.row_maxima(w_OI)
         check_weight(name, amax_O1)
         group = self.parallel.scale_group(name)
-        weight = codec.encode(w_OI, reduce_over(group, "max", amax_O1), dtype, self.numerics)
+        codes_OI = self.memory.empty(w_OI.shape, torch.int8) if w_OI.is_cpu else None
+        weight = codec.encode(w_OI, reduce_over(group, "max", amax_O1), dtype, self.numerics, codes_OI=codes_OI)
         layer = QuantizedLayer(name, described.scheme, weight.codes, weight.scale, bias_O)
         tensors = described.scheme.layer_tensors(layer, Derivation([None], self.numerics, group))
-        return {f"{name}.{tensor_name}": tensor for tensor_name, tensor in tensors.items()}
+        return {f"{name}.{tensor_name}": tensor.cpu() for tensor_name, tensor in tensors.items()}
 
 
 def _owner(tensor_name: str) -> str:

@@ -18,9 +18,11 @@ from model_adapters.adapter import ModelAdapter
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_transformer
 from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, pipeline_folder
+from model_adapters.weights.stored_tensor import stored_tensors
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
 from quant_core.errors import ConfigurationError, InputError
-from quant_core.parallel.sharding import cut, join
+from quant_core.parallel.sharding import Slice, cut, join
+from quant_core.reused_memory import ReusedMemory
 from tests.support.tiny_models import HEADS, KINDS, build, save
 
 ADAPTERS = {name: load_adapter(name) for name in ("flux", "sd3")}
@@ -167,6 +169,23 @@ def test_a_reader_of_whole_tensors_would_be_found_out(flux, counter):
     loaded = load_part(ReadsWholeTensors(**vars(part)), "cpu")
     assert loaded.bytes_read == own_bytes(flux, loaded), "what it returns is right"
     assert counter.bytes > 1.4 * own_bytes(flux, loaded)  # half of most layers is another rank's
+
+
+def test_a_large_tensor_is_read_into_memory_that_is_lent_again(tmp_path):
+    weight = torch.randn(1024, 768)
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    stored, memory, places = stored_tensors(tmp_path / "w.safetensors")["w"], ReusedMemory(), set()
+    for parts in ((), (Slice(0, 512, 1024),), (Slice(1, 0, 256), Slice(1, 512, 768))):
+        expected = (
+            torch.cat([weight.narrow(s.dim, s.start, s.stop - s.start) for s in parts], dim=parts[0].dim)
+            if parts
+            else weight
+        )
+        read = stored.read(parts, memory.empty)
+        assert torch.equal(read, expected)
+        places.add(read.data_ptr())
+        del read
+    assert len(places) == 1
 
 
 def test_a_size_that_does_not_divide_is_refused_before_any_weight_is_looked_for(flux):
