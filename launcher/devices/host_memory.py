@@ -16,7 +16,7 @@ import os
 
 _LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it when it first allocates
 _M_MMAP_THRESHOLD = -3  # the number of the parameter in malloc.h
-_THRESHOLD = 1 << 22
+_THRESHOLD = 1 << 20
 
 
 def use_large_pages() -> None:

@@ -95,10 +95,10 @@ class MemoryModel:
     def streaming(self) -> int:
         """Peak of quantizing from disk, layer by layer: it does not grow with the model's depth.
 
-        One layer is computed and one read ahead, into memory that is used again, and the codes of three others wait to
-        be written; later it is three float tensors that wait.
+        One layer is computed and one read ahead, into memory that is used again, and the codes of two others wait to
+        be written; later it is two float tensors that wait.
         """
-        return 2 * self.widest + max(self.workspace + 3 * self.widest_codes, 3 * self.widest_kept)
+        return 2 * self.widest + max(self.workspace + 2 * self.widest_codes, 2 * self.widest_kept)
 
 
 def estimate_memory(

@@ -1,7 +1,7 @@
 """Write pieces of a file to their places in a thread of their own, and know the file's digest when it is whole.
 
 Writing and digesting take about as long as computing what is written, and wait for the disk. So whoever computes hands
-a piece over and goes on. At most two pieces wait: a third makes the caller wait, so memory is bounded.
+a piece over and goes on. At most one piece waits: a second one makes the caller wait, so memory is bounded.
 
 The digest grows with every piece that begins where the last one ended. What came in another order is read back at the
 end. An error of the thread is raised where the next piece is handed over, or at the end; pieces behind it are dropped.
@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import Queue
 from threading import Thread
 
-_WAITING = 2
+_WAITING = 1
 # So much is written, and digested while it is still in the processor's cache.
 _BLOCK_BYTES = 1 << 20
 
