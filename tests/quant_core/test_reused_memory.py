@@ -31,7 +31,11 @@ def test_a_tensor_that_is_gone_leaves_its_memory_to_the_next(memory: ReusedMemor
     assert second.is_contiguous()
 
 
-@pytest.mark.parametrize("part", [lambda t: t[1:], lambda t: t.numpy(), lambda t: t.view(torch.int16).t()], ids=str)
+@pytest.mark.parametrize(
+    "part",
+    [lambda t: t[1:], lambda t: t.numpy(), lambda t: t.view(torch.int16).t()],
+    ids=["rows", "array", "transposed"],
+)
 def test_whatever_part_somebody_still_sees_is_not_overwritten(memory: ReusedMemory, part):
     whole = lend(memory, 2).fill_(7)
     seen = part(whole)
