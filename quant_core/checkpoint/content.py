@@ -86,16 +86,16 @@ class ContentCheck:
         assert inventory is not None, "without one there is a finding"
         self._content = Content(inventory, files.weights, metadata.get(NUMERICS_KEY))
 
-    def all(self, tensors: Mapping[str, Tensor]) -> None:
-        """Check everything that will be written, by full name."""
+    def everything(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check all that will be written, by full name."""
         _require_none(self._content.findings(lambda name: tensors[name].cpu()))
 
-    def layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def quantized_layer(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Check the tensors of one quantized layer, by full name."""
         group = self._content.inventory.layers[name]
         _require_none(self._content.of_group(group, {key: tensors[member] for key, member in group.members.items()}))
 
-    def float(self, name: str, tensor: Tensor) -> None:
+    def kept_float(self, name: str, tensor: Tensor) -> None:
         """Check a tensor that is not quantized."""
         _require_none(self._content.of_float(name, tensor))
 

@@ -206,7 +206,7 @@ def _save(
     files = checkpoint_files(save, quant_type)
     if checked:
         check = ContentCheck(found, files, quant_type, header, metadata)
-        check.all({entry.name: entry.tensor for entry in found})
+        check.everything({entry.name: entry.tensor for entry in found})
     return write_checkpoint(
         found,
         files,

@@ -146,7 +146,7 @@ def _carry(
         for done, layer in enumerate(ordered, start=1):
             made = quantize(layer, next(ahead))
             if check:
-                check.layer(layer.name, made)
+                check.quantized_layer(layer.name, made)
             small |= made
             file.write(f"{layer.name}.weight", small.pop(f"{layer.name}.weight"))
             progress("quantize", done, len(ordered))
@@ -157,7 +157,7 @@ def _carry(
                 continue
             kept = next(ahead)[name].to(described[name].dtype)
             if check:
-                check.float(name, kept)
+                check.kept_float(name, kept)
             file.write(name, kept)
 
 
