@@ -32,6 +32,7 @@ from quant_core.quality.replayed import HELD_BYTES
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session.config import SessionConfig
+from quant_core.session.read_ahead import AHEAD
 from quant_core.session.streaming import reads_activations
 from quant_core.session.targets import layer_plan
 
@@ -95,10 +96,10 @@ class MemoryModel:
     def streaming(self) -> int:
         """Peak of quantizing from disk, layer by layer: it does not grow with the model's depth.
 
-        One layer is computed and one read ahead, into memory that is used again, and the codes of two others wait to
-        be written; later it is two float tensors that wait.
+        One layer is computed and some are read ahead, into memory that is used again, and the codes of two others wait
+        to be written; later it is two float tensors that wait.
         """
-        return 2 * self.widest + max(self.workspace + 2 * self.widest_codes, 2 * self.widest_kept)
+        return (1 + AHEAD) * self.widest + max(self.workspace + 2 * self.widest_codes, 2 * self.widest_kept)
 
 
 def estimate_memory(

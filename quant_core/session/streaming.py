@@ -5,9 +5,9 @@ forward, so it needs no model either: a description on the meta device says whic
 they have, and each weight is read, quantized, digested and written while the next one is being read: one thread
 reads, one computes, one writes.
 
-Worked example: the widest layer of FLUX.1-dev is (18432, 3072), 108 MiB in bfloat16 and 54 MiB in codes. At most two
-such layers are there in floats (one computed, one read ahead) and three in codes (one computed, one waiting, one being
-written): 378 MiB, whatever the depth of the model. All this memory is used again and again.
+Worked example: the widest layer of FLUX.1-dev is (18432, 3072), 108 MiB in bfloat16 and 54 MiB in codes. At most four
+such layers are there in floats (one computed, three read ahead) and three in codes (one computed, one waiting, one
+being written): 594 MiB, whatever the depth of the model. All this memory is used again and again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One step is read ahead, no more, and what reading raises is raised where the step is asked for."""
+"""Some steps are read ahead, no more, and what reading raises is raised where the step is asked for."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 import pytest
 import torch
 
-from quant_core.session.read_ahead import read_ahead
+from quant_core.session.read_ahead import AHEAD, read_ahead
 
-STEPS = [["a", "b"], ["c"], ["d"], ["e"]]
+STEPS = [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
 
 
-def test_each_step_comes_whole_and_in_order_and_the_one_behind_it_is_read_meanwhile():
-    began = {name: threading.Event() for name in "abcde"}
+def test_each_step_comes_whole_and_in_order_and_those_behind_it_are_read_meanwhile():
+    began = {name: threading.Event() for name in "abcdef"}
 
     def read(name: str) -> torch.Tensor:
         began[name].set()
@@ -21,8 +21,8 @@ def test_each_step_comes_whole_and_in_order_and_the_one_behind_it_is_read_meanwh
 
     with read_ahead(read, STEPS) as ahead:
         found = [next(ahead)]
-        assert began["c"].wait(10), "the next step is read while this one is worked on"
-        assert not began["d"].wait(0.2), "the one behind it is not"
+        assert all(began[name].wait(10) for name in "cde"[:AHEAD]), "the next steps are read while this is worked on"
+        assert not began["f"].wait(0.2), "the one behind them is not"
         found += ahead
     assert [list(step) for step in found] == STEPS
     assert found[0]["b"] == ord("b")
