@@ -129,7 +129,7 @@ def in_write(strike: Callable[[], object]) -> None:
     """Strike when the shard is about to be written."""
     from quant_core.session import quantize
 
-    _before(quantize, "_save", lambda *_: True, strike)
+    _before(quantize, "_save", lambda *_, **__: True, strike)
 
 
 def in_publish(strike: Callable[[], object]) -> None:
