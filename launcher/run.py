@@ -44,9 +44,6 @@ def _on_ranks(
     config: JobConfig, watch: Monitor | None, work: Callable[[Job], object], *, only_weights: bool = False
 ) -> None:
     watch = watch or Monitor(config)
-    if not config.pipeline.lora:
-        # Where it is installed, diffusers imports it, for half a second, and needs it for LoRA files only.
-        sys.modules.setdefault("peft", None)  # pyright: ignore[reportArgumentType, reportCallIssue]
     quiet_diffusers()
     ranks = join(config, watch.launch, watch.rendezvous.groups)
     for reason in ranks.reasons:

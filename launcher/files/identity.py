@@ -11,7 +11,6 @@ that nobody thought of separates two jobs that could have shared a dump, and nev
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +26,6 @@ from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import pipeline_folder, read_json
 from model_adapters.weights.transformer_folders import pipeline_files
 
-# So many files are read at the same time: one alone is read no faster than a processor digests.
-_AT_ONCE = 4
 _PACKAGES = ("torch", "diffusers", "transformers")
 # What a copy of the same model may say differently of itself.
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
@@ -71,9 +68,7 @@ def model_fields(config: JobConfig, share: int = 0, shares: int = 1) -> dict[str
     scales = {f"--lora {number}": f" x {lora.scale}" for number, lora in enumerate(brought.loras)}
     files |= {name: lora.path for name, lora in zip(scales, brought.loras, strict=True)}
     mine = _shares(files, shares)[share]
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        told = threads.map(lambda name: _describe(files[name], describe) + scales.get(name, ""), mine)
-        return dict(zip(mine, told))
+    return {name: _describe(files[name], describe) + scales.get(name, "") for name in mine}
 
 
 def _shares(files: Mapping[str, Path], shares: int) -> list[list[str]]:

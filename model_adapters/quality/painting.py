@@ -92,6 +92,7 @@ def _paint_batch(painting: Painting, kind: str, pipeline: Any, batch: Batch, rec
     ratios: list[dict[int, Ratio]] = [{} for _ in batch]
 
     def see(step: int, found: Tensor) -> None:
+        """Keep the float model's latents of a step, or compare those of another model with them."""
         if not painting.saves:
             return
         if kind == FLOAT:

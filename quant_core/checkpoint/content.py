@@ -6,7 +6,7 @@ again only to know that it is sound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from quant_core.checkpoint.inventory import Inventory, StoredGroup, take_invento
 from quant_core.checkpoint.layer_rules import LAYER_RULES, StoredLayer
 from quant_core.checkpoint.tensor_parts import TensorInfo
 from quant_core.schemes import BY_TYPE
-from quant_core.schemes.tensor_rules import FINITE, TensorRule, ValueRule
+from quant_core.schemes.tensor_rules import FINITE, ValueRule
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Content:
 
     def of_group(self, group: StoredGroup, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
         """Yield what breaks a rule in one layer or attention; tensors: by their names in the rules."""
-        bad = [self.bad_value(group.members[key], t, group.rules[key]) for key, t in tensors.items()]
+        bad = [self.bad_value(group.members[key], t, group.rules[key].values) for key, t in tensors.items()]
         yield from filter(None, bad)
         # Of values that are no scales or codes nothing follows.
         if not any(bad) and group.type in BY_TYPE:
@@ -50,13 +50,10 @@ class Content:
     def of_float(self, name: str, tensor: Tensor) -> Iterator[Finding]:
         """Yield what breaks a rule in a tensor that is not quantized."""
         if tensor.is_floating_point():
-            yield from filter(None, [self._bad(name, tensor, FINITE)])
+            yield from filter(None, [self.bad_value(name, tensor, FINITE)])
 
-    def bad_value(self, member: str, tensor: Tensor, rule: TensorRule) -> Finding | None:
+    def bad_value(self, member: str, tensor: Tensor, values: ValueRule) -> Finding | None:
         """Return what is wrong with a tensor's own values, if anything."""
-        return self._bad(member, tensor, rule.values)
-
-    def _bad(self, member: str, tensor: Tensor, values: ValueRule) -> Finding | None:
         if values.all_hold(tensor):
             return None
         index = (~values.holds(tensor)).nonzero()[0].tolist()
@@ -73,15 +70,14 @@ class ContentCheck:
 
     def __init__(
         self,
-        entries: Iterable[Entry],
+        entries: Sequence[Entry],
         files: CheckpointFiles,
         quant_type: str,
         header: Mapping[str, str],
         metadata: Mapping[str, str],
     ) -> None:
-        listed = list(entries)
-        infos = {entry.name: TensorInfo(entry.tensor.dtype, tuple(entry.tensor.shape)) for entry in listed}
-        inventory, form = take_inventory(described(listed, quant_type, header), infos, files)
+        infos = {entry.name: TensorInfo(entry.tensor.dtype, tuple(entry.tensor.shape)) for entry in entries}
+        inventory, form = take_inventory(described(entries, quant_type, header), infos, files)
         _require_none(form)
         assert inventory is not None, "without one there is a finding"
         self._content = Content(inventory, files.weights, metadata.get(NUMERICS_KEY))

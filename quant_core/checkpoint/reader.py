@@ -172,7 +172,7 @@ class Checkpoint:
 
     def _read_checked(self, member: str, rule: TensorRule) -> Tensor:
         tensor = self._tensors.read(member)
-        if finding := self._content.bad_value(member, tensor, rule):
+        if finding := self._content.bad_value(member, tensor, rule.values):
             raise finding.error()
         return tensor
 

@@ -24,7 +24,7 @@ AHEAD = 3
 def read_ahead(read: ReadTensor, steps: Sequence[Sequence[str]]) -> Iterator[Iterator[dict[str, Tensor]]]:
     """Give the tensors of each step by name, in order; while one is worked on, the next ones are read, and no more.
 
-    What reading raises is raised where the step is asked for.
+    What reading raises is raised where the step is asked for. Whoever leaves early waits for one step at most.
     """
 
     def read_step(names: Sequence[str]) -> dict[str, Tensor]:
@@ -40,4 +40,7 @@ def read_ahead(read: ReadTensor, steps: Sequence[Sequence[str]]) -> Iterator[Ite
             yield coming.popleft().result()
 
     with ThreadPoolExecutor(1, thread_name_prefix="reads ahead") as thread:
-        yield ahead(thread)
+        try:
+            yield ahead(thread)
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -40,6 +40,27 @@ def test_an_error_keeps_its_kind_and_comes_with_its_step():
             next(ahead)
 
 
+def test_what_was_not_begun_is_not_read_when_the_work_fails():
+    begun: list[str] = []
+    go_on = threading.Event()
+
+    def read(name: str) -> torch.Tensor:
+        begun.append(name)
+        if name == "c":
+            assert go_on.wait(10)
+        return torch.zeros(1)
+
+    def work() -> None:
+        with read_ahead(read, STEPS) as ahead:
+            next(ahead)
+            threading.Timer(0.1, go_on.set).start()
+            raise ValueError("no layer")
+
+    with pytest.raises(ValueError, match="no layer"):
+        work()
+    assert begun == ["a", "b", "c"]
+
+
 def test_nothing_to_read_is_no_step():
     with read_ahead({}.__getitem__, []) as ahead:
         assert list(ahead) == []

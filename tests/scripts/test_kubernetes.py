@@ -73,7 +73,9 @@ WITH_PODS = pytest.mark.parametrize("document", [found for found in documents() 
 @WITH_PODS
 def test_the_pods_fit_the_schema_of_kubernetes(document: dict[str, Any]) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
-    for spec in job_specs(document):
+    specs = job_specs(document)
+    assert specs, "whoever has pods has a specification of them"
+    for spec in specs:
         job = {"apiVersion": "batch/v1", "kind": "Job", **SHORT, "spec": spec}
         validator.validate(job, KUBERNETES, strict=True)
 

@@ -150,7 +150,8 @@ def test_a_job_of_several_hosts_that_is_asked_to_stop_ends_with_the_status_that_
     cluster.call("scancel", "--batch", "--signal=TERM", job.number)
     wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", "the job is queued again", timeout_s=30)
     cluster.call("scancel", job.number)
-    cluster.wait_for_end(job.number)
+    ended = cluster.wait_for_end(job.number)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "1")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,9 @@ def under_monitor(config: JobConfig, launch: Launch | None, work: Callable[[Moni
     """Do this rank's part of a job under a started monitor, which ends the process if it fails."""
     # Not later: the monitor asks torch for its accelerator, which must have been loaded by then, in one piece.
     use_only(config.ranks.device)
+    if not config.pipeline.lora:
+        # Where it is installed, diffusers imports it, for half a second, and needs it for LoRA files only.
+        sys.modules.setdefault("peft", None)  # pyright: ignore[reportArgumentType, reportCallIssue]
     from launcher.journal.logs import quiet_libraries
     from model_adapters.weights.offline import stay_offline
 
