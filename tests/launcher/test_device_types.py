@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+import pytest
 
 from launcher.config.resolve import job_config
 from launcher.run import run
@@ -26,3 +29,12 @@ def test_offloading_block_by_block_changes_nothing(tiny_flux_folder: Path, promp
     offloaded = publish("A2-32g-single", tiny_flux_folder, prompt_file, tmp_path / "32g")
     assert differing(whole.tensors, offloaded.tensors) == []
     assert whole.description == offloaded.description
+
+
+def test_a_job_takes_no_library_from_the_process_that_calls_it(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "peft", raising=False)  # making the pipeline imported it
+    before = {name for name, module in sys.modules.items() if module is None}
+    publish("A2-64g", tiny_flux_folder, prompt_file, tmp_path)
+    assert {name for name, module in sys.modules.items() if module is None} == before
