@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from quant_core.atomic_file import write_text_atomically
+from quant_core.passing_read import PassingRead
 from quant_core.tensor_bytes import digest_of_tensor
 
 # Longer than a grain of the clocks that local and network file systems put into a file's status.
@@ -53,13 +54,16 @@ def digest_of_records(records: Sequence[Any]) -> str:
     return digest_of_text(json.dumps(plain(records)))
 
 
-def digest_of_file(path: Path, *, fresh: bool = False) -> str:
-    """Return the sha256 of a file's content; it is read only if it may have changed since, or if it has to be fresh."""
+def digest_of_file(path: Path, *, fresh: bool = False, passing: bool = False) -> str:
+    """Return the sha256 of a file's content; it is read only if it may have changed since, or if it has to be fresh.
+
+    passing: there is no room in memory to keep what is read.
+    """
     status = _status(path)
     if not fresh and (known := _recall(path, status)) is not None:
         return known
     began = time.time_ns()
-    digest = _read(path)
+    digest = _read(path, PassingRead() if passing else None)
     if _status(path) == status and began - max(status["modified"], status["changed"]) > _GRAIN_S * 1e9:
         _remember(path, status, digest)
     return digest
@@ -84,12 +88,15 @@ def move(path: Path, target: Path) -> None:
         _remember(target, _status(target), known)
 
 
-def _read(path: Path) -> str:
-    digest, memory = hashlib.sha256(), memoryview(bytearray(1 << 20))
+def _read(path: Path, passing: PassingRead | None) -> str:
+    digest, memory, place = hashlib.sha256(), memoryview(bytearray(1 << 20)), 0
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count := file.readinto(memory):
             digest.update(memory[:count])
+            if passing:
+                passing.note(path, place, place + count)
+            place += count
     return digest.hexdigest()
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from launcher.config.job_config import Evaluation, JobConfig
+from launcher.devices.host_memory import fits_in_memory
 from launcher.files.digests import digest_of_file, digest_of_text
 from launcher.files.fingerprint import Fingerprint, flatten
 from launcher.ranks.mesh import Mesh
@@ -61,24 +63,25 @@ def model_fields(config: JobConfig, share: int = 0, shares: int = 1) -> dict[str
     The shares of all ranks are the whole. A job that asks for it describes the large files by size and time.
     """
     folder, brought = pipeline_folder(config.pipeline.path, config.pipeline.variant), Brought.of(config.pipeline)
-    describe = digest_of_file if config.output.fingerprint == "content" else _stat
     files = {str(path.relative_to(folder)): path for path in pipeline_files(folder, brought)}
     if brought.transformer is not None:
         files["--transformer"] = brought.transformer
     scales = {f"--lora {number}": f" x {lora.scale}" for number, lora in enumerate(brought.loras)}
     files |= {name: lora.path for name, lora in zip(scales, brought.loras, strict=True)}
-    mine = _shares(files, shares)[share]
-    return {name: _describe(files[name], describe) + scales.get(name, "") for name in mine}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    content = partial(digest_of_file, passing=not fits_in_memory(sum(sizes.values())))
+    describe = content if config.output.fingerprint == "content" else _stat
+    return {name: _describe(files[name], describe) + scales.get(name, "") for name in _shares(sizes, shares)[share]}
 
 
-def _shares(files: Mapping[str, Path], shares: int) -> list[list[str]]:
-    """Divide files into shares of about equal size: the largest first, each to who has least."""
+def _shares(sizes: Mapping[str, int], shares: int) -> list[list[str]]:
+    """Divide files of these sizes into shares of about equal size: the largest first, each to who has least."""
     divided: list[list[str]] = [[] for _ in range(shares)]
-    sizes = [0] * shares
-    for size, name in sorted(((path.stat().st_size, name) for name, path in files.items()), reverse=True):
-        least = sizes.index(min(sizes))
+    taken = [0] * shares
+    for size, name in sorted(((size, name) for name, size in sizes.items()), reverse=True):
+        least = taken.index(min(taken))
         divided[least].append(name)
-        sizes[least] += size
+        taken[least] += size
     return divided
 
 

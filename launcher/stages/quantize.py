@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from launcher.config.job_config import AUTO, Quantization
+from launcher.devices.host_memory import fits_in_memory
 from launcher.failure.phases import run_together
 from launcher.files.shard_checks import check_contract
 from launcher.files.shard_note import equal_on_all_ranks, read_note, write_note
@@ -27,6 +28,7 @@ from launcher.stages.restep import SCHEDULER_KEY
 from model_adapters.parallel.tensor_parallel import assert_collectives
 from model_adapters.pipeline.noise_levels import noise_levels, scheduler_settings
 from model_adapters.weights.loading import LoadedTransformer
+from model_adapters.weights.stored_tensor import Reading
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.measured import Measured
 from quant_core.calibration.records import load_dump
@@ -35,6 +37,7 @@ from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.errors import InputError
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
+from quant_core.passing_read import PassingRead
 from quant_core.reused_memory import ReusedMemory
 from quant_core.schemes import QUANT_TYPES
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
@@ -135,9 +138,10 @@ def _from_disk(job: Job, results: Results, digests: WrittenDigests) -> tuple[Qua
     job.model.drop()
     part = run_together(job.ranks, "looking at the model", job.model.describe)
     digests.wanted = _equal_on_all_ranks(job, part)
+    how = Reading(ReusedMemory().empty, None if fits_in_memory(part.stored_bytes) else PassingRead())
     result = quantize_streaming(
         part.model,
-        partial(part.read, empty=ReusedMemory().empty),
+        partial(part.read, how=how),
         _session(job, job.config.quantization, [], *_saves(job, results)),
         structure=job.model.adapter.structure,
         parallel=parallel_of(job, part.shards),

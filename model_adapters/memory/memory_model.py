@@ -32,7 +32,7 @@ from quant_core.quality.replayed import HELD_BYTES
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme
 from quant_core.session.config import SessionConfig
-from quant_core.session.read_ahead import AHEAD
+from quant_core.session.read_ahead import AHEAD_BYTES, PIECE_BYTES
 from quant_core.session.streaming import reads_activations
 from quant_core.session.targets import layer_plan
 
@@ -44,8 +44,9 @@ class MemoryModel:
     weights: this rank's float part; visiting: the most of it that is on a card which runs it block by block;
     activations: the most that one forward holds beside them; record: what one batch adds to the dump; dump: all of it;
     codes: int8 weights beside the float ones; workspace: the most that quantizing one layer or one input takes; widest:
-    the largest tensor; widest_codes: of the largest layer; widest_kept: the largest that stays float; quantized: what
-    is published; comparing: what activations are while an evaluation compares layers, or computes the noise floor.
+    the largest tensor; piece: what is read of one at once; widest_codes: of the largest layer; widest_kept: the largest
+    that stays float; quantized: what is published; comparing: what activations are while an evaluation compares layers,
+    or computes the noise floor.
     """
 
     weights: int
@@ -56,6 +57,7 @@ class MemoryModel:
     codes: int
     workspace: int
     widest: int
+    piece: int
     widest_codes: int
     widest_kept: int
     quantized: int
@@ -96,10 +98,11 @@ class MemoryModel:
     def streaming(self) -> int:
         """Peak of quantizing from disk, layer by layer: it does not grow with the model's depth.
 
-        One layer is computed and some are read ahead, into memory that is used again, and the codes of two others wait
-        to be written; later it is two float tensors that wait.
+        Some pieces are read ahead, one is computed, and the codes of two layers wait to be written; later it is two
+        float tensors that wait, while one is taken and the next one is read.
         """
-        return (1 + AHEAD) * self.widest + max(self.workspace + 2 * self.widest_codes, 2 * self.widest_kept)
+        ahead = min(AHEAD_BYTES, self.weights)
+        return ahead + max(2 * self.piece + self.workspace + 2 * self.widest_codes, 4 * self.widest_kept)
 
 
 def estimate_memory(
@@ -123,6 +126,7 @@ def estimate_memory(
     arguments = inputs.arguments()
     activations, largest_input = _follow_forward(model, schemes, arguments)
     replays = session is not None and reads_activations(model, session)
+    widest = max(tensor.nbytes for tensor in state.values())
     return MemoryModel(
         weights=size(state),
         visiting=_visiting_bytes(model),
@@ -131,7 +135,9 @@ def estimate_memory(
         dump=inputs.dump_bytes(batches, options.infer_steps),
         codes=sum(weight.numel() for weight in weights),
         workspace=_workspace(weights, largest_input if replays else None, schemes.values(), NUMERICS["float32"]),
-        widest=max(tensor.nbytes for tensor in state.values()),
+        widest=widest,
+        # Rows of a weight that is rotated mix.
+        piece=widest if session and session.rotate_values else min(widest, PIECE_BYTES),
         widest_codes=max((weight.numel() for weight in weights), default=0),
         widest_kept=max((kept.nbytes for name, kept in state.items() if name.removesuffix(".weight") not in schemes)),
         quantized=_quantized_bytes(model, schemes, options.infer_steps),

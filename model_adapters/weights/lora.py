@@ -55,6 +55,10 @@ class LowRank:
             return replace(self, up_OR=cut(self.up_OR, parts))
         return replace(self, down_RI=cut(self.down_RI, parts))
 
+    def of_rows(self, rows: slice) -> LowRank:
+        """Return the change of some rows of the weight."""
+        return replace(self, up_OR=self.up_OR[rows])
+
 
 # layer -> what the LoRA files change of it, in their order
 Changes = Mapping[str, Sequence[LowRank]]

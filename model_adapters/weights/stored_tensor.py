@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,19 @@ from torch import Tensor
 from model_adapters.weights.model_folder import damaged_weights, open_weights
 from quant_core.checkpoint.tensor_file import DTYPES
 from quant_core.parallel.sharding import Slice
+from quant_core.passing_read import PassingRead
 from quant_core.reused_memory import Empty, fresh
 from quant_core.tensor_bytes import raw_bytes
+
+
+class Reading(NamedTuple):
+    """Say how to read: into memory of whom; passing: where the system's cache has no room for all that is read."""
+
+    empty: Empty = fresh
+    passing: PassingRead | None = None
+
+
+PLAIN = Reading()
 
 
 @dataclass(frozen=True)
@@ -32,44 +44,59 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def read(self, parts: Sequence[Slice] = (), empty: Empty = fresh) -> Tensor:
-        """Return the parts, concatenated, or the whole tensor without any: contiguous, on the host, in given memory.
+    def read(self, parts: Sequence[Slice] = (), rows: slice | None = None, how: Reading = PLAIN) -> Tensor:
+        """Return the parts, concatenated, or the whole tensor without any: contiguous, on the host.
 
-        Raises InputError when the file ends early or cannot be read.
+        rows: only these of the result. Raises InputError when the file ends early or cannot be read.
         """
         shape = list(self.shape)
         if parts:
             shape[parts[0].dim] = sum(part.stop - part.start for part in parts)
-        tensor = empty(shape, self.dtype)
+        if rows is not None:
+            shape[0] = rows.stop - rows.start
+        tensor = how.empty(shape, self.dtype)
         if not tensor.numel():
             return tensor
         memory, filled = raw_bytes(tensor), 0
         try:
             file = os.open(self.path, os.O_RDONLY)
             try:
-                for start, length in self._runs(parts):
+                for start, length in self._runs(parts, rows):
                     self._fill(file, memory[filled : filled + length], start)
                     filled += length
             finally:
                 os.close(file)
         except OSError as error:
             raise damaged_weights(self.path, str(error)) from error
+        if how.passing:
+            for first, stop in self._row_ranges(parts, rows):
+                how.passing.note(self.path, self.start + first * self._row_bytes, self.start + stop * self._row_bytes)
         return tensor
 
     def rows(self, start: int, stop: int) -> StoredTensor:
         """Return a range of its rows as a tensor of its own."""
-        row = prod(self.shape[1:]) * self.dtype.itemsize
-        return replace(self, start=self.start + start * row, shape=(stop - start, *self.shape[1:]))
+        return replace(self, start=self.start + start * self._row_bytes, shape=(stop - start, *self.shape[1:]))
 
-    def _runs(self, parts: Sequence[Slice]) -> Iterator[tuple[int, int]]:
+    @property
+    def _row_bytes(self) -> int:
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+    def _row_ranges(self, parts: Sequence[Slice], rows: slice | None) -> Iterator[tuple[int, int]]:
+        """Yield the rows that hold what is wanted; all of their columns or some."""
+        return _ranges(() if parts and parts[0].dim else parts, rows, self.shape[0] if self.shape else 1)
+
+    def _runs(self, parts: Sequence[Slice], rows: slice | None) -> Iterator[tuple[int, int]]:
         """Yield place and length in bytes of all that lies in one piece, in the order of the result."""
         dim = parts[0].dim if parts else 0
-        unit = prod(self.shape[dim + 1 :]) * self.dtype.itemsize
-        width = self.shape[dim] if self.shape else 1
-        ranges = [(part.start, part.stop) for part in parts] or [(0, width)]
-        for outer in range(prod(self.shape[:dim])):
-            for first, stop in ranges:
-                yield self.start + (outer * width + first) * unit, (stop - first) * unit
+        for first, stop in self._row_ranges(parts, rows):
+            if not dim:
+                yield self.start + first * self._row_bytes, (stop - first) * self._row_bytes
+                continue
+            width, lines = self.shape[dim], prod(self.shape[1:dim])
+            unit = prod(self.shape[dim + 1 :]) * self.dtype.itemsize
+            for line in range(first * lines, stop * lines):
+                for part in parts:
+                    yield self.start + (line * width + part.start) * unit, (part.stop - part.start) * unit
 
     def _fill(self, file: int, memory: memoryview, start: int) -> None:
         filled = 0
@@ -106,21 +133,22 @@ class JoinedTensor:
         """The shape of the whole."""
         return (sum(piece.shape[0] for piece in self.pieces), *self.pieces[0].shape[1:])
 
-    def read(self, parts: Sequence[Slice] = (), empty: Empty = fresh) -> Tensor:
+    def read(self, parts: Sequence[Slice] = (), rows: slice | None = None, how: Reading = PLAIN) -> Tensor:
         """Return the parts, concatenated, or the whole tensor without any, as `StoredTensor.read` does.
 
         It is made of several, so it has memory of its own.
         """
-        if not parts or parts[0].dim:
-            return torch.cat([piece.read(parts) for piece in self.pieces])
-        return torch.cat([rows.read() for part in parts for rows in self._rows(part)])
+        columns, own = (parts, ()) if parts and parts[0].dim else ((), parts)
+        ranges = _ranges(own, rows, self.shape[0])
+        pieces = [piece for first, stop in ranges for piece in self._rows(first, stop)]
+        return torch.cat([piece.read(columns, how=how._replace(empty=fresh)) for piece in pieces])
 
-    def _rows(self, part: Slice) -> Iterator[StoredTensor]:
+    def _rows(self, start: int, stop: int) -> Iterator[StoredTensor]:
         begin = 0
         for piece in self.pieces:
-            first, stop = max(part.start - begin, 0), min(part.stop - begin, piece.shape[0])
-            if first < stop:
-                yield piece.rows(first, stop)
+            first, last = max(start - begin, 0), min(stop - begin, piece.shape[0])
+            if first < last:
+                yield piece.rows(first, last)
             begin += piece.shape[0]
 
 
@@ -140,3 +168,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         name: StoredTensor(path, 8 + size + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
         for name, entry in header.items()
     }
+
+
+def _ranges(parts: Sequence[Slice], rows: slice | None, height: int) -> Iterator[tuple[int, int]]:
+    """Yield which rows of a tensor of that height are the wanted rows of its parts, or of the whole without any."""
+    begin = 0
+    for start, stop in [(part.start, part.stop) for part in parts] or [(0, height)]:
+        first, last = (0, stop - start) if rows is None else (rows.start - begin, rows.stop - begin)
+        if max(first, 0) < min(last, stop - start):
+            yield start + max(first, 0), start + min(last, stop - start)
+        begin += stop - start

@@ -21,11 +21,10 @@ from model_adapters.weights.brought import NOTHING, Brought
 from model_adapters.weights.lora import Changes, fuse, read_changes
 from model_adapters.weights.model_folder import CONFIG_NAME, check_class, pipeline_folder, read_json
 from model_adapters.weights.single_file import converted_tensors
-from model_adapters.weights.stored_tensor import Stored, stored_tensors
+from model_adapters.weights.stored_tensor import PLAIN, Reading, Stored, stored_tensors
 from model_adapters.weights.transformer_folders import WHOLE, files_of, folder_of_rank, used_folders
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard, Style
-from quant_core.reused_memory import Empty, fresh
 
 _WHOLE = Shard(Style.REPLICATED, 0, 1)
 
@@ -46,13 +45,21 @@ class TransformerPart:
     is_divided: bool = False
     changes: Changes = field(default_factory=dict)
 
-    def read(self, name: str, empty: Empty = fresh) -> Tensor:
-        """Read this rank's slice of one tensor: contiguous, on the host, in the dtype of the file; empty: into what."""
+    @property
+    def stored_bytes(self) -> int:
+        """How large the files are that tensors are read from."""
+        return sum(path.stat().st_size for path in {stored.path for stored in self.stored.values()})
+
+    def read(self, name: str, rows: slice | None = None, how: Reading = PLAIN) -> Tensor:
+        """Read this rank's slice of one tensor, or some rows of it: contiguous, on the host, in the file's dtype."""
         layer, _, tensor = name.rpartition(".")
         shard = _WHOLE if self.is_divided else self.shards.get(layer, _WHOLE)
         stored = self.stored[name]
-        local = stored.read(shard.slices(tensor, stored.shape), empty)
-        return fuse(local, self.changes[layer]) if tensor == "weight" and layer in self.changes else local
+        local = stored.read(shard.slices(tensor, stored.shape), rows, how)
+        if tensor != "weight" or layer not in self.changes:
+            return local
+        terms = self.changes[layer]
+        return fuse(local, terms if rows is None else [term.of_rows(rows) for term in terms])
 
 
 def describe_transformer(

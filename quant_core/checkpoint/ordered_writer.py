@@ -16,9 +16,9 @@ from pathlib import Path
 from queue import Queue
 from threading import Thread
 
+from quant_core.checkpoint.direct_blocks import BLOCK_BYTES, DirectBlocks, write_all
+
 _WAITING = 1
-# So much is written, and digested while it is still in the processor's cache.
-_BLOCK_BYTES = 1 << 20
 
 # Where a piece goes, and what makes its bytes, in the thread; None ends it.
 _Piece = tuple[int, Callable[[], memoryview]] | None
@@ -30,6 +30,7 @@ class OrderedWriter:
     def __init__(self, path: Path, *, digests: bool) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._digest, self._digested = hashlib.sha256() if digests else None, 0
+        self._in_order = DirectBlocks(self._file, self._take)
         self._error: BaseException | None = None
         self._pieces: Queue[_Piece] = Queue(_WAITING)
         self._thread = Thread(target=self._run, name=f"writes {path.name}", daemon=True)
@@ -55,6 +56,7 @@ class OrderedWriter:
                 return None
             if self._error is not None:
                 raise self._error
+            self._in_order.finish()
             return self._whole_digest()
         finally:
             os.close(self._file)
@@ -68,19 +70,23 @@ class OrderedWriter:
                     self._error = error
 
     def _write(self, place: int, piece: Callable[[], memoryview]) -> None:
-        data, written = piece(), 0
-        while written < len(data):
-            block = data[written : written + _BLOCK_BYTES]
-            count = os.pwrite(self._file, block, place + written)
-            if self._digest is not None and place + written == self._digested:
-                self._digest.update(block[:count])
-                self._digested += count
-            written += count
+        data = piece()
+        if place == self._in_order.end:
+            self._in_order.append(data)
+        else:
+            self._in_order.finish()
+            write_all(self._file, data, place)
+
+    def _take(self, block: memoryview) -> None:
+        """Digest what comes next in the file, while it is still in the processor's cache."""
+        if self._digest is not None:
+            self._digest.update(block)
+            self._digested += len(block)
 
     def _whole_digest(self) -> str | None:
         if self._digest is None:
             return None
-        while data := os.pread(self._file, _BLOCK_BYTES, self._digested):
+        while data := os.pread(self._file, BLOCK_BYTES, self._digested):
             self._digest.update(data)
             self._digested += len(data)
         return self._digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Read tensors in a thread of its own, some steps ahead of whoever works on them.
+"""Read tensors in a thread of its own, some pieces ahead of whoever works on them.
 
-Steps are unequal: one layer may be ten times another. With only one read ahead the disk would stand still while a large
-layer is computed and a small one waits (measured with three: 3 to 7 % less time for a model of 24 GB).
+A large tensor comes in pieces of some rows, so the memory that is needed does not grow with it, and what was read is
+worked on before it has left the processor's cache. Pieces of 4 MB gain as much there as changing threads costs.
 """
 
 from __future__ import annotations
@@ -10,34 +10,57 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 
-# full name of a tensor -> this rank's part of it, on the host
-ReadTensor = Callable[[str], Tensor]
+# Of a full name of a tensor, and of a range of its rows if not all: this rank's part of it, on the host.
+ReadTensor = Callable[..., Tensor]
 
-# So many steps are read, or being read, beside the one that is worked on.
-AHEAD = 3
+# A piece of several rows has at most so many bytes.
+PIECE_BYTES = 16 << 20
+# When so much has been read, or is being read, beside what is worked on, no further piece is begun.
+AHEAD_BYTES = 64 << 20
+
+
+class Piece(NamedTuple):
+    """A tensor, or some rows of it, and its bytes."""
+
+    name: str
+    size: int
+    rows: slice | None = None
+
+
+def row_pieces(name: str, rows: int, row_bytes: int) -> list[Piece]:
+    """Return the pieces that a matrix is read in; one, where that is small enough."""
+    step = max(1, PIECE_BYTES // max(1, row_bytes))
+    if rows <= step:
+        return [Piece(name, rows * row_bytes)]
+    ranges = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+    return [Piece(name, (each.stop - each.start) * row_bytes, each) for each in ranges]
 
 
 @contextmanager
-def read_ahead(read: ReadTensor, steps: Sequence[Sequence[str]]) -> Iterator[Iterator[dict[str, Tensor]]]:
-    """Give the tensors of each step by name, in order; while one is worked on, the next ones are read, and no more.
+def read_ahead(read: ReadTensor, pieces: Sequence[Piece]) -> Iterator[Iterator[Tensor]]:
+    """Give the pieces in order; while one is worked on, the next one is read at least.
 
-    What reading raises is raised where the step is asked for. Whoever leaves early waits for one step at most.
+    What reading raises is raised where the piece is asked for. Whoever leaves early waits for one piece at most.
     """
 
-    def read_step(names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: read(name) for name in names}
+    def read_piece(piece: Piece) -> Tensor:
+        return read(piece.name) if piece.rows is None else read(piece.name, piece.rows)
 
-    def ahead(thread: ThreadPoolExecutor) -> Iterator[dict[str, Tensor]]:
-        coming: deque[Future[dict[str, Tensor]]] = deque()
-        for names in steps:
-            coming.append(thread.submit(read_step, names))
-            if len(coming) > AHEAD:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+    def ahead(thread: ThreadPoolExecutor) -> Iterator[Tensor]:
+        coming: deque[tuple[int, Future[Tensor]]] = deque()
+        unread, size = deque(pieces), 0
+        while unread or coming:
+            while unread and (len(coming) < 2 or size < AHEAD_BYTES):
+                piece = unread.popleft()
+                coming.append((piece.size, thread.submit(read_piece, piece)))
+                size += piece.size
+            taken, piece_read = coming.popleft()
+            size -= taken
+            yield piece_read.result()
 
     with ThreadPoolExecutor(1, thread_name_prefix="reads ahead") as thread:
         try:

@@ -5,14 +5,15 @@ forward, so it needs no model either: a description on the meta device says whic
 they have, and each weight is read, quantized, digested and written while the next one is being read: one thread
 reads, one computes, one writes.
 
-Worked example: the widest layer of FLUX.1-dev is (18432, 3072), 108 MiB in bfloat16 and 54 MiB in codes. At most four
-such layers are there in floats (one computed, three read ahead) and three in codes (one computed, one waiting, one
-being written): 594 MiB, whatever the depth of the model. All this memory is used again and again.
+Worked example: the widest layer of FLUX.1-dev is (18432, 3072), 108 MiB in bfloat16 and 54 MiB in codes. It comes in
+seven pieces, of which six are there at once (one computed, five read ahead): 96 MiB. Three such layers are there in
+codes (one computed, one waiting, one being written): 258 MiB in all, whatever the depth of the model. This memory is
+used again and again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from quant_core.schemes.scheme import Derivation, Scheme
 from quant_core.session.checks import check_outputs
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
-from quant_core.session.read_ahead import ReadTensor, read_ahead
+from quant_core.session.read_ahead import Piece, ReadTensor, read_ahead, row_pieces
 from quant_core.session.targets import layer_plan
 from quant_core.structure import ModelStructure, find_structure
 
@@ -141,10 +142,10 @@ def _carry(
     codes = {f"{name}.weight": layer for name, layer in layers.items()}
     ordered = [codes[name] for name in file.names if name in codes]
     rest = [name for name in file.names if name not in codes]
-    kept_float = [name for name in rest if _owner(name) not in layers]
-    with read_ahead(read, [*(_parts(layer) for layer in ordered), *([name] for name in kept_float)]) as ahead:
+    kept_float = [Piece(name, described[name].nbytes) for name in rest if _owner(name) not in layers]
+    with read_ahead(read, [*(piece for layer in ordered for piece in quantize.pieces(layer)), *kept_float]) as ahead:
         for done, layer in enumerate(ordered, start=1):
-            made = quantize(layer, next(ahead))
+            made = quantize(layer, ahead)
             if check:
                 check.quantized_layer(layer.name, made)
             small |= made
@@ -155,14 +156,10 @@ def _carry(
             if name in small:
                 file.write(name, small.pop(name))
                 continue
-            kept = next(ahead)[name].to(described[name].dtype)
+            kept = next(ahead).to(described[name].dtype)
             if check:
                 check.kept_float(name, kept)
             file.write(name, kept)
-
-
-def _parts(layer: QuantizedLayer) -> list[str]:
-    return [f"{layer.name}.weight", *([] if layer.bias_O is None else [f"{layer.name}.bias"])]
 
 
 @dataclass(frozen=True)
@@ -175,22 +172,40 @@ class _LayerStep:
     rotations: Mapping[str, Rotation]
     memory: ReusedMemory = field(default_factory=ReusedMemory)
 
-    def __call__(self, described: QuantizedLayer, floats: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the layer's tensors by full name; floats: what was read of it, which is taken out and freed."""
+    def pieces(self, layer: QuantizedLayer) -> list[Piece]:
+        """Return what is read of a layer, in order: its bias, then its weight in as many pieces as can be worked on."""
+        bias = [] if layer.bias_O is None else [Piece(f"{layer.name}.bias", layer.bias_O.nbytes)]
+        return [*bias, *self._weight_pieces(layer)]
+
+    def __call__(self, described: QuantizedLayer, read: Iterator[Tensor]) -> dict[str, Tensor]:
+        """Return the layer's tensors by full name; read: gives its pieces."""
         name, dtype, codec = described.name, described.weight_scale_O1.dtype, described.scheme.codec
-        # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
-        w_OI = floats.pop(f"{name}.weight").to(self.device, dtype)
-        bias_O = None if described.bias_O is None else floats.pop(f"{name}.bias").to(dtype)
-        if (rotation := self.rotations.get(name)) is not None:
-            w_OI, bias_O = rotation.weight(w_OI), None if bias_O is None else rotation.bias(bias_O)
-        amax_O1 = codec.row_maxima(w_OI)
-        check_weight(name, amax_O1)
-        group = self.parallel.scale_group(name)
-        codes_OI = self.memory.empty(w_OI.shape, torch.int8) if w_OI.is_cpu else None
-        weight = codec.encode(w_OI, reduce_over(group, "max", amax_O1), dtype, self.numerics, codes_OI=codes_OI)
-        layer = QuantizedLayer(name, described.scheme, weight.codes, weight.scale, bias_O)
+        rotation, group = self.rotations.get(name), self.parallel.scale_group(name)
+        bias_O = None if described.bias_O is None else next(read).to(dtype)
+        if rotation is not None and bias_O is not None:
+            bias_O = rotation.bias(bias_O)
+        codes_OI, scales = self.memory.empty(described.codes_OI.shape, torch.int8), []
+        for piece in self._weight_pieces(described):
+            # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
+            w_OI = next(read).to(self.device, dtype)
+            w_OI = w_OI if rotation is None else rotation.weight(w_OI)
+            amax_O1 = codec.row_maxima(w_OI)
+            check_weight(name, amax_O1)
+            codes = codes_OI if piece.rows is None else codes_OI[piece.rows]
+            amax_O1 = reduce_over(group, "max", amax_O1)
+            scales.append(codec.encode(w_OI, amax_O1, dtype, self.numerics, codes_OI=codes).scale)
+        layer = QuantizedLayer(name, described.scheme, codes_OI, torch.cat(scales), bias_O)
         tensors = described.scheme.layer_tensors(layer, Derivation([None], self.numerics, group))
         return {f"{name}.{tensor_name}": tensor.cpu() for tensor_name, tensor in tensors.items()}
+
+    def _weight_pieces(self, layer: QuantizedLayer) -> list[Piece]:
+        """Return the pieces of a weight; one, where rows mix, all ranks agree on each, or a device takes it whole."""
+        name, (rows, columns) = f"{layer.name}.weight", layer.codes_OI.shape
+        row_bytes = columns * layer.weight_scale_O1.itemsize
+        is_whole = self.device.type != "cpu" or layer.name in self.rotations
+        if is_whole or self.parallel.scale_group(layer.name) is not None:
+            return [Piece(name, rows * row_bytes)]
+        return row_pieces(name, rows, row_bytes)
 
 
 def _owner(tensor_name: str) -> str:

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from launcher.files.digests import digest_of_file, digest_of_records, move, remember
+from quant_core import passing_read
+from tests.support.page_cache import cached_bytes
 
 MB = 2**20
 
@@ -51,6 +53,16 @@ def test_a_file_that_nobody_touched_is_not_read_again_by_any_process(file: Path)
     digest, read = done.stdout.split()
     assert digest == expected
     assert int(read) < MB
+
+
+def test_a_file_that_memory_has_no_room_for_has_the_same_digest_and_does_not_stay(file: Path, monkeypatch):
+    for limit in ("_LAG_BYTES", "_STRETCH_BYTES"):
+        monkeypatch.setattr(passing_read, limit, 2 * MB)
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+    assert digest_of_file(file, fresh=True) == digest_of_file(file, fresh=True, passing=True) == sha256(file)
+    digest_of_file(file, fresh=True, passing=True)
+    assert cached_bytes(file, 0, 4 * MB) == 0
 
 
 def change_a_byte(path: Path) -> None:

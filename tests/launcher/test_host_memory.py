@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from launcher.devices.host_memory import fits_in_memory, group_limits
 
 _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # Starts as a rank does, with a command that imports no torch, and counts the faults of filling 64 MB.
@@ -41,3 +44,29 @@ def test_large_tensors_lie_in_large_pages_unless_the_user_says_otherwise():
     small = faults(THP_MEM_ALLOC_ENABLE="0")
     assert small > 2**26 / 2**12 / 2
     assert faults() < small / 4
+
+
+def test_files_fit_that_leave_a_good_part_of_the_memory_to_others():
+    available = psutil.virtual_memory().available
+    assert fits_in_memory(available // 100)
+    assert not fits_in_memory(available)
+
+
+GROUPS = {
+    "version 2": ("0::/job_7\n", {"job_7/memory.max": "2000\n"}, [2000]),
+    "version 1": ("4:memory:/job_7\n1:cpu:/\n", {"memory/job_7/memory.limit_in_bytes": "3000\n"}, [3000]),
+    "without a limit": ("0::/\n", {"memory.max": "max\n"}, []),
+    "of another container": ("0::/elsewhere\n", {"memory.max": "2000\n"}, []),
+}
+
+
+@pytest.mark.parametrize(("groups", "files", "limits"), GROUPS.values(), ids=GROUPS)
+def test_the_limit_of_a_control_group_is_found(tmp_path: Path, groups: str, files: dict[str, str], limits: list[int]):
+    for name, content in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{n}": c for n, c in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert list(group_limits(tmp_path)) == limits
+
+
+def test_a_system_without_control_groups_sets_no_limit(tmp_path: Path):
+    assert list(group_limits(tmp_path)) == []

@@ -18,7 +18,7 @@ from model_adapters.adapter import ModelAdapter
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_transformer
 from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, pipeline_folder
-from model_adapters.weights.stored_tensor import stored_tensors
+from model_adapters.weights.stored_tensor import JoinedTensor, Reading, stored_tensors
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.parallel.sharding import Slice, cut, join
@@ -181,11 +181,35 @@ def test_a_large_tensor_is_read_into_memory_that_is_lent_again(tmp_path):
             if parts
             else weight
         )
-        read = stored.read(parts, memory.empty)
+        read = stored.read(parts, how=Reading(memory.empty))
         assert torch.equal(read, expected)
         places.add(read.data_ptr())
         del read
     assert len(places) == 1
+
+
+PARTS = {
+    "whole": (),
+    "rows": (Slice(0, 6, 12),),
+    "packed rows": (Slice(0, 1, 4), Slice(0, 7, 10)),
+    "columns": (Slice(1, 2, 5),),
+    "packed columns": (Slice(1, 0, 2), Slice(1, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("is_joined", [False, True], ids=["in one place", "in three places"])
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_some_rows_of_a_part_are_those_of_the_whole_part(tmp_path, parts, is_joined):
+    weight = torch.randn(12, 6)
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    stored = stored_tensors(tmp_path / "w.safetensors")["w"]
+    if is_joined:
+        stored = JoinedTensor((stored.rows(0, 3), stored.rows(3, 8), stored.rows(8, 12)))
+    whole = stored.read(parts)
+    assert torch.equal(whole, cut(weight, parts))
+    for start in range(len(whole)):
+        for stop in range(start + 1, len(whole) + 1):
+            assert torch.equal(stored.read(parts, slice(start, stop)), whole[start:stop])
 
 
 def test_a_size_that_does_not_divide_is_refused_before_any_weight_is_looked_for(flux):

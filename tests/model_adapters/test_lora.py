@@ -18,6 +18,7 @@ from model_adapters import load_adapter
 from model_adapters.weights.brought import Brought, LoraFile
 from model_adapters.weights.loading import load_text_encoders, load_transformer
 from model_adapters.weights.transformer_folders import WHOLE
+from model_adapters.weights.transformer_part import describe_transformer
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Shard
 from scripts.split_transformer import split
@@ -112,6 +113,20 @@ def test_fused_and_then_divided_has_the_bits_of_divided_and_then_fused(
             expected = shards[layer].take(kind_of, whole[name]) if layer in shards else whole[name]
             assert expected is not None
             assert torch.equal(tensor, expected), name
+
+
+def test_some_rows_are_fused_like_the_whole(tmp_path: Path):
+    folder, model = save("flux", tmp_path / "model"), build("flux").bfloat16()
+    lora = LoraFile(write(tmp_path / "1.safetensors", factors(model)), SCALE)
+    for tp_size in (1, 2):
+        adapter, brought = load_adapter("flux"), Brought(loras=(lora,))
+        part = describe_transformer(
+            adapter, str(folder), tp_rank=tp_size - 1, tp_size=tp_size, dtype=torch.bfloat16, brought=brought
+        )
+        for layer in part.changes:
+            whole = part.read(f"{layer}.weight")
+            for rows in (slice(0, 1), slice(3, 17), slice(len(whole) - 2, len(whole))):
+                assert torch.equal(part.read(f"{layer}.weight", rows), whole[rows]), layer
 
 
 def test_a_folder_that_is_divided_already_is_fused_like_the_whole(tmp_path: Path):

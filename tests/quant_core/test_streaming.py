@@ -17,6 +17,7 @@ from quant_core import (
     quant_model,
 )
 from quant_core.arithmetic import blocks
+from quant_core.session import read_ahead
 from quant_core.session.streaming import quantize_streaming, reads_activations
 from tests.support.golden_cases import GoldenCase, Written, differing
 from tests.support.tiny_models import build
@@ -33,7 +34,11 @@ def session(output: Path | None, numerics: str = "float32", **changes: Any) -> S
 def stream(model: Any, config: SessionConfig) -> Any:
     """Quantize from the model's state, of which the quantizer sees one tensor at a time."""
     state = model.state_dict()
-    return quantize_streaming(type(model)(**model.config).to(model.dtype).to("meta"), state.__getitem__, config)
+
+    def read(name: str, rows: slice = slice(None)) -> torch.Tensor:
+        return state[name][rows]
+
+    return quantize_streaming(type(model)(**model.config).to(model.dtype).to("meta"), read, config)
 
 
 def test_the_golden_case_is_written_bit_for_bit_without_holding_the_model(tmp_path: Path):
@@ -45,14 +50,16 @@ def test_the_golden_case_is_written_bit_for_bit_without_holding_the_model(tmp_pa
     assert result.files.weights.stat().st_mode & 0o777 == 0o640
 
 
-# Blocks of 200 numbers: two rows of the 96 wide layers, so that every layer is cut many times and not evenly.
-@pytest.mark.parametrize("block", [200, 2**22])
+# Blocks of 200 numbers: two rows of the 96 wide layers, so that every layer is cut many times and not evenly; and in
+# pieces of seven rows of these, in bfloat16.
+@pytest.mark.parametrize(("block", "piece"), [(200, 1400), (2**22, 2**24)], ids=["small blocks", "large blocks"])
 @pytest.mark.parametrize("numerics", ["float32", "reference"])
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("flux", torch.bfloat16), ("sd3", torch.float16), ("sd35", torch.float32)], ids=str
 )
-def test_both_paths_write_the_same_bytes(tmp_path: Path, monkeypatch, kind: str, dtype, numerics: str, block: int):
+def test_both_paths_write_the_same_bytes(tmp_path: Path, monkeypatch, kind: str, dtype, numerics: str, block, piece):
     monkeypatch.setattr(blocks, "BLOCK_NUMEL", block)
+    monkeypatch.setattr(read_ahead, "PIECE_BYTES", piece)
     streamed = stream(build(kind).to(dtype), session(tmp_path / "streamed", numerics))
     held = quant_model(build(kind).to(dtype), session(tmp_path / "held", numerics))
     assert streamed.files is not None
