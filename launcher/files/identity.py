@@ -11,6 +11,7 @@ that nobody thought of separates two jobs that could have shared a dump, and nev
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -28,6 +29,8 @@ from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import pipeline_folder, read_json
 from model_adapters.weights.transformer_folders import pipeline_files
 
+# Digesting waits for a processor as often as for the disk (three files of a model of 24 GB: 14 s, one by one 17).
+_FILES_AT_ONCE = 3
 _PACKAGES = ("torch", "diffusers", "transformers")
 # What a copy of the same model may say differently of itself.
 _VOLATILE = {"_diffusers_version", "_name_or_path", "transformers_version"}
@@ -71,7 +74,10 @@ def model_fields(config: JobConfig, share: int = 0, shares: int = 1) -> dict[str
     sizes = {name: path.stat().st_size for name, path in files.items()}
     content = partial(digest_of_file, passing=not fits_in_memory(sum(sizes.values())))
     describe = content if config.output.fingerprint == "content" else _stat
-    return {name: _describe(files[name], describe) + scales.get(name, "") for name in _shares(sizes, shares)[share]}
+    mine = _shares(sizes, shares)[share]
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        described = threads.map(lambda name: _describe(files[name], describe), mine)
+        return {name: text + scales.get(name, "") for name, text in zip(mine, described, strict=True)}
 
 
 def _shares(sizes: Mapping[str, int], shares: int) -> list[list[str]]:
