@@ -106,6 +106,11 @@ def end_children() -> None:
         child.kill()
 
 
+def let_children_leave(seconds: float) -> None:
+    """Give the processes that this one started some time to end by themselves; the agent asks for them no more."""
+    psutil.wait_procs(psutil.Process().children(recursive=True), seconds)
+
+
 def _hear(over: threading.Event, insist: Callable[[], object], give_up: Callable[[str], object]) -> None:
     seen: list[signal.Signals] = []
     unanswered = 0.0

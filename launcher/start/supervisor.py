@@ -30,9 +30,12 @@ from launcher.failure.record import STARTING, Failure, write_end
 from launcher.failure.signals import GRACEFUL, Stopped, stopped_on
 from launcher.failure.way_out import leave, tell
 from launcher.journal.status import account_folder, format_time, read_status
-from launcher.start.agent import agent_arguments, end_children, run_agent, signals_heard
+from launcher.start.agent import agent_arguments, end_children, let_children_leave, run_agent, signals_heard
 from launcher.start.supervisor_flags import job_on_ranks, split_at_command
 from quant_core.errors import DistributedError, ExplainedError
+
+# A rank that has written down why it leaves says so next; signal upon signal would have it killed in between.
+_LAST_WORDS_S = 0.5
 
 
 def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
@@ -64,6 +67,8 @@ def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
         except DistributedError as error:
             end = job.told_first() or _said(Failure.of(error, 0))
         finally:
+            if job.told_first():
+                let_children_leave(_LAST_WORDS_S)
             end_children()
     job.write(end)
     return end.exit_code if end else ExitCode.PUBLISHED

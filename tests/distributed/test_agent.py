@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -95,3 +96,52 @@ def test_flags_of_torchrun_that_make_no_sense_are_explained(flags: list[object],
     assert says in output
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir())
+
+
+SLOW_RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from launcher.failure.error_file import write_error_file
+from launcher.failure.record import Failure
+from launcher.failure.signals import stopped_on
+
+def leave(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    write_error_file(Failure.of(stopped_on("SIGTERM"), 0), is_first=True)
+    Path(FOLDER, "noted").touch()
+    time.sleep(0.2)
+    print("last words", flush=True)
+    os._exit(75)
+
+signal.signal(signal.SIGTERM, leave)
+Path(FOLDER, "ready").touch()
+time.sleep(60)
+"""
+SUPERVISE = """
+import sys
+from launcher.start.supervisor import supervise
+sys.exit(supervise(sys.argv[2:], sys.argv[1:2]))
+"""
+
+
+def test_signal_upon_signal_cuts_off_no_rank_that_is_saying_why_it_leaves(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(SLOW_RANK.replace("FOLDER", repr(str(tmp_path))))
+    images = ["flux", "--path", str(tmp_path), "--device", "cpu", "--do_save_img", "--save_path", str(tmp_path / "out")]
+    job = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISE, str(rank), "--nproc_per_node", "1", *images],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for name in ("ready", "noted"):
+        while not (tmp_path / name).exists():
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.01)
+        job.send_signal(signal.SIGTERM)
+    while job.poll() is None:
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    output, _ = job.communicate(timeout=SOON_S)
+    assert job.returncode == 75, output
+    assert "last words" in output
