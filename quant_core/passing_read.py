@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +46,8 @@ class PassingRead:
             self._give_up(self._read.popleft())
 
     def _give_up(self, stretch: _Stretch) -> None:
-        self._bytes -= stretch.stop - stretch.start
-        file = os.open(stretch.path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(file, stretch.start, stretch.stop - stretch.start, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(file)
+        length = stretch.stop - stretch.start
+        self._bytes -= length
+        # It was read already: whatever is wrong with the file now, nothing that this reader needs depends on it.
+        with suppress(OSError), stretch.path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), stretch.start, length, os.POSIX_FADV_DONTNEED)

@@ -98,11 +98,11 @@ class MemoryModel:
     def streaming(self) -> int:
         """Peak of quantizing from disk, layer by layer: it does not grow with the model's depth.
 
-        Some pieces are read ahead, one is computed, and the codes of two layers wait to be written; later it is two
-        float tensors that wait, while one is taken and the next one is read.
+        Some pieces are read ahead, one is computed, and the codes of two layers wait to be written. Later it is two
+        float tensors that wait, while one is taken and the next one is read; the memory of the pieces stays.
         """
-        ahead = min(AHEAD_BYTES, self.weights)
-        return ahead + max(2 * self.piece + self.workspace + 2 * self.widest_codes, 4 * self.widest_kept)
+        pieces = min(AHEAD_BYTES, self.weights) + 2 * self.piece
+        return pieces + max(self.workspace + 2 * self.widest_codes, 4 * self.widest_kept)
 
 
 def estimate_memory(

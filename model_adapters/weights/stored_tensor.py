@@ -174,7 +174,8 @@ def _ranges(parts: Sequence[Slice], rows: slice | None, height: int) -> Iterator
     """Yield which rows of a tensor of that height are the wanted rows of its parts, or of the whole without any."""
     begin = 0
     for start, stop in [(part.start, part.stop) for part in parts] or [(0, height)]:
-        first, last = (0, stop - start) if rows is None else (rows.start - begin, rows.stop - begin)
-        if max(first, 0) < min(last, stop - start):
-            yield start + max(first, 0), start + min(last, stop - start)
-        begin += stop - start
+        height = stop - start
+        first, last = (0, height) if rows is None else (max(rows.start - begin, 0), min(rows.stop - begin, height))
+        if first < last:
+            yield start + first, start + last
+        begin += height

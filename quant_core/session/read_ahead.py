@@ -51,6 +51,7 @@ def read_ahead(read: ReadTensor, pieces: Sequence[Piece]) -> Iterator[Iterator[T
         return read(piece.name) if piece.rows is None else read(piece.name, piece.rows)
 
     def ahead(thread: ThreadPoolExecutor) -> Iterator[Tensor]:
+        """Yield what the thread has read, and have it read on meanwhile."""
         coming: deque[tuple[int, Future[Tensor]]] = deque()
         unread, size = deque(pieces), 0
         while unread or coming:

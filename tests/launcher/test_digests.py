@@ -15,7 +15,7 @@ import torch
 
 from launcher.files.digests import digest_of_file, digest_of_records, move, remember
 from quant_core import passing_read
-from tests.support.page_cache import cached_bytes
+from tests.support.page_cache import cached_bytes, require_pages_that_leave
 
 MB = 2**20
 
@@ -56,6 +56,7 @@ def test_a_file_that_nobody_touched_is_not_read_again_by_any_process(file: Path)
 
 
 def test_a_file_that_memory_has_no_room_for_has_the_same_digest_and_does_not_stay(file: Path, monkeypatch):
+    require_pages_that_leave(file.parent)
     for limit in ("_LAG_BYTES", "_STRETCH_BYTES"):
         monkeypatch.setattr(passing_read, limit, 2 * MB)
     with file.open("rb+") as opened:

@@ -9,7 +9,7 @@ import pytest
 
 from quant_core import passing_read
 from quant_core.passing_read import PassingRead
-from tests.support.page_cache import cached_bytes
+from tests.support.page_cache import cached_bytes, require_pages_that_leave
 
 PIECE, PIECES = 1 << 20, 24
 
@@ -17,6 +17,7 @@ PIECE, PIECES = 1 << 20, 24
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A file that is on the disk: pages that are not yet written cannot leave."""
+    require_pages_that_leave(tmp_path)
     path = tmp_path / "weights"
     path.write_bytes(os.urandom(PIECE) * PIECES)
     with path.open("rb+") as written:
@@ -49,6 +50,15 @@ def test_what_nobody_read_is_left_alone(file: Path):
     for start in range(0, half, PIECE):
         read(file, passing, start, start + PIECE)
     assert cached_bytes(file, half, PIECES * PIECE) == PIECES * PIECE - half
+
+
+def test_a_file_that_has_gone_meanwhile_fails_nobody(file: Path):
+    passing = PassingRead()
+    for number in range(PIECES // 2):
+        read(file, passing, number * PIECE, (number + 1) * PIECE)
+    file.rename(file.with_name("elsewhere"))
+    passing.note(file, 0, 5 * PIECE)
+    passing.note(file, 0, 5 * PIECE)
 
 
 def test_a_reader_that_gives_nothing_up_would_be_found_out(file: Path):

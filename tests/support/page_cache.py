@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
+
+import pytest
 
 
 def cached_bytes(path: Path, start: int, stop: int) -> int:
@@ -20,3 +23,16 @@ def cached_bytes(path: Path, start: int, stop: int) -> int:
     finally:
         libc.munmap(ctypes.c_void_p(place), ctypes.c_size_t(length))
     return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def require_pages_that_leave(folder: Path) -> None:
+    """Skip a test whose files lie in a file system that is memory itself."""
+    probe = folder / "probe"
+    probe.write_bytes(bytes(mmap.PAGESIZE))
+    with probe.open("rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    left = cached_bytes(probe, 0, mmap.PAGESIZE)
+    probe.unlink()
+    if left:
+        pytest.skip("temporary files lie in memory here")
