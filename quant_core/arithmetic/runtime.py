@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quant_core.arithmetic.integer_product import integer_product
-from quant_core.arithmetic.scales import QMAX, quantize, unpack_deq_scale
+from quant_core.arithmetic.scales import QMAX, divided, quantize, unpack_deq_scale
 
 # The tensors of one layer under the last component of their names in a checkpoint; an absent one is None or missing.
 Tensors = Mapping[str, Tensor | None]
@@ -43,7 +43,7 @@ def static_output(x: Tensor, tensors: Tensors, row: int | None = None) -> Tensor
 def dynamic_output(x: Tensor, tensors: Tensors) -> Tensor:
     """Return the output (..., O) of a dynamic layer in x's dtype: each token symmetric in its own range."""
     exact = x.to(torch.float32)
-    scale_N1 = (exact.abs().amax(dim=-1, keepdim=True) / QMAX).clamp(min=_SMALLEST)
+    scale_N1 = divided(exact.abs().amax(dim=-1, keepdim=True), QMAX).clamp(min=_SMALLEST)
     codes = quantize(exact, scale_N1, qmin=-QMAX)
     weight_scale_O = needed(tensors, "weight_scale").to(torch.float32).squeeze(-1)
     y = _product(codes, tensors) * scale_N1 * weight_scale_O

@@ -26,15 +26,20 @@ LEVELS = 255
 EPS = 2.0**-23
 
 
+def divided(x: Tensor, number: int) -> Tensor:
+    """Return x / number, rounded as a division is: by a plain number, CUDA would multiply with its reciprocal."""
+    return x / torch.full_like(x, number)
+
+
 def symmetric_scale(amax: Tensor) -> Tensor:
     """Return the scale that puts +-amax at +-127, at least EPS. amax: any shape, not negative."""
-    return torch.maximum(amax / QMAX, torch.full_like(amax, EPS))
+    return torch.maximum(divided(amax, QMAX), torch.full_like(amax, EPS))
 
 
 def asymmetric_scale(low: Tensor, high: Tensor) -> Tensor:
     """Return the step of 255 that reach from min(low, 0) to max(high, 0), at least EPS."""
     low, high = include_zero(low, high)
-    return torch.maximum((high - low) / LEVELS, torch.full_like(low, EPS))
+    return torch.maximum(divided(high - low, LEVELS), torch.full_like(low, EPS))
 
 
 def asymmetric_offset(low: Tensor, scale: Tensor) -> Tensor:

@@ -99,9 +99,9 @@ class Int8Rows:
         """Return a weight as its codes would have it, in its own precision and with unrounded scales: for a search."""
         import torch
 
-        from quant_core.arithmetic.scales import QMAX
+        from quant_core.arithmetic.scales import QMAX, divided
 
-        scale_O1 = (self.row_maxima(w_OI) / QMAX).clamp(min=torch.finfo(w_OI.dtype).tiny)
+        scale_O1 = divided(self.row_maxima(w_OI), QMAX).clamp(min=torch.finfo(w_OI.dtype).tiny)
         return (w_OI / scale_O1).round_().clamp_(-QMAX, QMAX).mul_(scale_O1)
 
 

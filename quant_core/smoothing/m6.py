@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant_core.arithmetic.numerics import Numerics
-from quant_core.arithmetic.scales import LEVELS, QMIN
+from quant_core.arithmetic.scales import LEVELS, QMIN, divided
 from quant_core.processor import Exponent, StrictModel
 from quant_core.smoothing.balance import balance
 from quant_core.smoothing.measured_group import MeasuredGroup
@@ -107,7 +107,7 @@ def _unbounded_factor(group: MeasuredGroup, candidate: Exponents) -> Tensor:
 def _quantized_activation(x_NI: Tensor) -> Tensor:
     """Quantize between the extremes: nothing lies outside, so nothing is clamped."""
     low, high = x_NI.aminmax()
-    scale = (high - low) / LEVELS
+    scale = divided(high - low, LEVELS)
     offset = torch.round(-low / scale) + QMIN
     return (torch.round(x_NI / scale + offset) - offset) * scale
 

@@ -4,6 +4,7 @@
     python scripts/bench --jobs tiny,memory --repeat 1      a look
     python scripts/bench --startup                          from the command to the first forward of the tiny job
     python scripts/bench --kernel                           the rate of maxima and codes beside that of a copy
+    python scripts/bench --device cuda                      the same on a card; two ranks share one if there is one
 
 A floor runs right before each of our jobs, so that both see the same machine; only their ratio means something on
 another one. A pipeline's files are cold at the start of each. What a floor does and leaves out is said in
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone that is not installed works as well
 from scripts.bench import page_cache
-from scripts.bench.cost import ROOT, CommandFailed, Cost, run
+from scripts.bench.cost import PYTHON_PATH, ROOT, CommandFailed, Cost, run
 from scripts.bench.rows import GROUPS, PIPELINES, ROWS, SMOKE, Command, Row
 from scripts.bench.stages import read_stages
 from scripts.bench.table import Measured, lines
@@ -39,8 +40,8 @@ _THREADS_OF_ONE = os.environ.get("OMP_NUM_THREADS", "2")
 class Bench:
     """Measure rows below a work folder: pipelines are made there once and stay, outputs go."""
 
-    def __init__(self, folder: Path, repeat: int) -> None:
-        self._folder, self._repeat = folder, repeat
+    def __init__(self, folder: Path, repeat: int, device: str) -> None:
+        self._folder, self._repeat, self._device = folder, repeat, device
         folder.mkdir(parents=True, exist_ok=True)
 
     def measure(self, row: Row) -> Measured:
@@ -72,13 +73,14 @@ class Bench:
             "folder": str(self._pipeline(row)),
             "prompts": str(self._folder / f"prompts{row.prompts}.txt"),
             "out": str(out),
+            "device": self._device,
         }
         page_cache.make_cold(self._pipeline(row))
         is_ranked = "torch.distributed.run" in command
         threads = {"OMP_NUM_THREADS": _THREADS_OF_ONE} if not is_ranked else {}
         try:
             # No digest of the model is remembered from an earlier run.
-            environ = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(out / "cache"), **threads}
+            environ = {"PYTHONPATH": PYTHON_PATH, "XDG_CACHE_HOME": str(out / "cache"), **threads}
             cost = run([word.format(**places) for word in command], environ)
             say(f"  {'ours' if told else 'floor'}: {cost.wall_s:.1f} s, {cost.cpu_s:.1f} s of processor")
             if told and is_ranked:
@@ -91,7 +93,7 @@ class Bench:
         stages = read_stages(weights, cost.resident_bytes)
         for stage in stages:
             say(f"  rank {stage.rank}, {stage.name}: {stage.seconds:.1f} s, at most {stage.peak_bytes / 2**30:.2f} GiB")
-        if row.is_static:
+        if row.is_static and self._device == "cpu":
             from scripts.bench.forecast import compare
 
             for line in compare(row, self._pipeline(row), stages):
@@ -110,10 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     asked = _parser().parse_args(arguments)
     if asked.kernel:
-        from scripts.bench.kernel import measure_rates
+        from scripts.bench.rates import measure_rates
 
-        for way, rate in measure_rates().items():
-            print(f"{way:<22} {rate:6.0f} million weights a processor second")
+        for rate in measure_rates(asked.device):
+            print(
+                f"{rate.way:<24} {rate.weights / 1e6:9.0f} million weights/s, {rate.of_copy:4.0%} of a copy's bandwidth"
+            )
         return 0
     if asked.startup:
         from scripts.bench.startup import report
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(report(asked.folder.resolve(), asked.repeat)))
         return 0
     rows = [SMOKE] if asked.smoke else [row for row in ROWS if row.group in asked.jobs and asked.only in row.name]
-    bench = Bench(asked.folder.resolve(), asked.repeat)
+    bench = Bench(asked.folder.resolve(), asked.repeat, asked.device)
     say(f"{os.cpu_count()} cores; each pipeline's files are advised out of the page cache before each run")
     try:
         measured = [bench.measure(row) for row in rows]
@@ -139,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=_groups, default=GROUPS, help=f"of {','.join(GROUPS)} (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name holds this text")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each, of which the median counts (default 3)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where jobs and floors compute")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "demo" / "bench", help="work folder; pipelines in it are made once"

@@ -24,6 +24,8 @@ import psutil
 from scripts.bench.usage import moved, resident
 
 ROOT = Path(__file__).resolve().parents[2]
+# A clone that is not installed works as well, and what the caller has put there stays.
+PYTHON_PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 _SAMPLE_S = 0.1
 
 

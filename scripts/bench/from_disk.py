@@ -6,7 +6,7 @@
 `stream` reads every tensor of the transformer once, in the order of the files, takes maxima and codes in blocks, and
 writes each byte once, digesting it on the way: one thread a core, each with a file of its own, as ranks have.
 `pipeline` loads the pipeline, runs it once for each prompt up to the latent, and then does the same from memory, with
-two threads in the kernels.
+two threads in the kernels. With `--device cuda` the card computes, reached through memory that it can read by itself.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class DigestedFile:
         return self._digest.hexdigest()
 
 
-def stream(folder: Path, out: Path, keep_float: Sequence[str]) -> None:
+def stream(folder: Path, out: Path, keep_float: Sequence[str], device: str) -> None:
     """Quantize the transformer from disk to disk; each thread takes a stretch of the same number of bytes."""
     torch.set_num_threads(1)
     with ThreadPoolExecutor(THREADS) as threads:
         for done in [
-            threads.submit(_stream_share, share, DigestedFile(out / f"floor{number}.bin"), keep_float)
+            threads.submit(_stream_share, share, DigestedFile(out / f"floor{number}.bin"), keep_float, device)
             for number, share in enumerate(_even_shares(places(folder / "transformer")))
         ]:
             done.result()
@@ -98,21 +98,23 @@ def _even_shares(tensors: Sequence[Place]) -> list[list[Place]]:
     return shares
 
 
-def _stream_share(tensors: Sequence[Place], file: DigestedFile, keep_float: Sequence[str]) -> None:
-    largest = max(place.stop - place.start for place in tensors)
-    read, codes = bytearray(largest), torch.empty(largest, dtype=torch.int8)
-    work = Workspace.of(max(place.shape[-1] for place in tensors))
+def _stream_share(tensors: Sequence[Place], file: DigestedFile, keep_float: Sequence[str], device: str) -> None:
+    largest, is_cpu = max(place.stop - place.start for place in tensors), device == "cpu"
+    read, written = (torch.empty(largest, dtype=torch.uint8, pin_memory=not is_cpu) for _ in range(2))
+    codes = torch.empty(largest, dtype=torch.int8, device=device)
+    work = Workspace.of(max(place.shape[-1] for place in tensors), largest, device)
     for place in tensors:
-        raw = memoryview(read)[: place.stop - place.start]
+        raw = read.numpy().data[: place.stop - place.start]
         with place.path.open("rb", buffering=0) as source:
             assert os.preadv(source.fileno(), [raw], place.start) == len(raw), "a tensor is read in one piece"
             os.posix_fadvise(source.fileno(), place.start, len(raw), os.POSIX_FADV_DONTNEED)
         tensor = torch.frombuffer(raw, dtype=place.dtype).view(place.shape)
         if _is_quantized(place, keep_float):
             codes_OI = codes[: tensor.numel()].view(tensor.shape)
-            scale_O1 = quantize_rows(tensor, codes_OI, work)
-            file.write(codes_OI)
-            file.write(scale_O1)
+            scale_O1 = quantize_rows(tensor.to(device), codes_OI, work)
+            host_OI = codes_OI if is_cpu else written.view(torch.int8)[: codes_OI.numel()].copy_(codes_OI.view(-1))
+            file.write(host_OI)
+            file.write(scale_O1.cpu())
         else:
             file.write(tensor)
     file.close()
@@ -123,7 +125,9 @@ def _is_quantized(place: Place, keep_float: Sequence[str]) -> bool:
     return is_linear and not any(fnmatchcase(place.name, pattern) for pattern in keep_float)
 
 
-def run_pipeline(folder: Path, out: Path, keep_float: Sequence[str], prompts: Path, dtype: str, **options: int) -> None:
+def run_pipeline(
+    folder: Path, out: Path, keep_float: Sequence[str], prompts: Path, dtype: str, device: str, **options: int
+) -> None:
     """Run the float pipeline on the prompts, then quantize its transformer; options: width, height and steps."""
     import diffusers
 
@@ -133,7 +137,7 @@ def run_pipeline(folder: Path, out: Path, keep_float: Sequence[str], prompts: Pa
         warnings.simplefilter("ignore")
         pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
             folder, torch_dtype=getattr(torch, dtype), local_files_only=True
-        )
+        ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     for prompt in prompts.read_text().splitlines():
         pipeline(prompt, output_type="latent", **options)
@@ -152,15 +156,16 @@ def main() -> None:
     parser.add_argument("--keep_float", nargs="*", default=[])
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     for option in ("width", "height", "num_inference_steps"):
         parser.add_argument(f"--{option}", type=int)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(asked, name) for name in ("width", "height", "num_inference_steps")}
     kinds: dict[str, Callable[[], None]] = {
-        "stream": lambda: stream(asked.folder, asked.out, asked.keep_float),
+        "stream": lambda: stream(asked.folder, asked.out, asked.keep_float, asked.device),
         "pipeline": lambda: run_pipeline(
-            asked.folder, asked.out, asked.keep_float, asked.prompts, asked.dtype, **options
+            asked.folder, asked.out, asked.keep_float, asked.prompts, asked.dtype, asked.device, **options
         ),
     }
     kinds[asked.kind]()

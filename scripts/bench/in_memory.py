@@ -1,9 +1,10 @@
 """Quantize a FLUX-like model of 0.42 billion parameters in memory, or do the least that this takes.
 
-    python -m scripts.bench.in_memory job|floor VARIANT FOLDER
+    python -m scripts.bench.in_memory job|floor VARIANT FOLDER [--device cuda]
 
 A process of its own for each measurement, because an allocator remembers. Prints what the work alone used, as JSON: the
-model and its six records are made before the clock starts, and memory is counted above them.
+model and its six records are made before the clock starts, and memory is counted above them: the processor's, or the
+card's where it computes.
 
 The floor does the forwards whose results the variant needs (none for weights alone; one a record for ranges, channel
 maxima or attention scales), takes maxima and codes in blocks, and writes everything once. It fake-quantizes nothing,
@@ -71,29 +72,30 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def build(shape: Mapping[str, Any]) -> Any:
+def build(shape: Mapping[str, Any], device: str) -> Any:
     """Build the model with random weights, bfloat16, as large as a signal that keeps its size."""
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
         model = FluxTransformer2DModel(**shape)
-    nn.Module.to(model, torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
+    nn.Module.to(model, torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         bound = (3.0 / parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 0.1
         parameter.uniform_(-bound, bound, generator=generator)
     return model
 
 
-def records(shape: Mapping[str, Any]) -> list[dict[str, Any]]:
+def records(shape: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     """Return calibration records: two prompts of three steps."""
     generator = torch.Generator().manual_seed(1)
 
     def numbers(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).bfloat16()
+        return torch.randn(size, generator=generator).bfloat16().to(device)
 
     side = torch.arange(float(IMAGE_SIDE))
-    ids = {"txt_ids": torch.zeros(TEXT_TOKENS, 3), "img_ids": torch.cartesian_prod(torch.zeros(1), side, side)}
+    img_ids = torch.cartesian_prod(torch.zeros(1), side, side)
+    ids = {"txt_ids": torch.zeros(TEXT_TOKENS, 3).to(device), "img_ids": img_ids.to(device)}
     prompts = [
         {
             "encoder_hidden_states": numbers(1, TEXT_TOKENS, shape["joint_attention_dim"]),
@@ -105,8 +107,8 @@ def records(shape: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "kwargs": {
                 "hidden_states": numbers(1, IMAGE_SIDE**2, shape["in_channels"]),
-                "timestep": torch.tensor([1 - step / STEPS]).bfloat16(),
-                "guidance": torch.tensor([3.5]),
+                "timestep": torch.tensor([1 - step / STEPS], device=device).bfloat16(),
+                "guidance": torch.tensor([3.5], device=device),
                 "return_dict": False,
                 **ids,
                 **prompt,
@@ -134,17 +136,18 @@ def do_floor(model: nn.Module, data: list[dict[str, Any]], variant: str, folder:
 
 
 def quantized(model: nn.Module, kept_float: list[str]) -> Iterator[Tensor]:
-    """Yield the codes and scales of every linear that is not kept float, and the other tensors as they are."""
+    """Yield to the host the codes and scales of linears that are not kept float, and the other tensors as they are."""
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     widest = max((model.get_parameter(name) for name in linears), key=Tensor.numel)
-    codes, work = torch.empty(widest.numel(), dtype=torch.int8), Workspace.of(max(widest.shape))
+    codes = torch.empty(widest.numel(), dtype=torch.int8, device=widest.device)
+    work = Workspace.of(max(widest.shape), widest.numel(), widest.device)
     for name, tensor in model.state_dict().items():
         if name in linears and not any(fnmatchcase(name, pattern) for pattern in kept_float):
             codes_OI = codes[: tensor.numel()].view(tensor.shape)
             scale_O1 = quantize_rows(tensor, codes_OI, work)
-            yield from (codes_OI, scale_O1)
+            yield from (codes_OI.cpu(), scale_O1.cpu())
         else:
-            yield tensor
+            yield tensor.cpu()
 
 
 def write_once(path: Path, tensors: Iterator[Tensor]) -> None:
@@ -160,11 +163,11 @@ def as_bytes(tensor: Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def measured(work: Callable[[], object], weights: int) -> dict[str, Any]:
-    """Return what the work used: seconds of processor and clock, bytes above what was resident, bytes moved."""
-    torch.mm(torch.ones(64, 64).bfloat16(), torch.ones(64, 64).bfloat16())  # wakes the kernels' library
-    before, io = resident(), moved()
-    forget_peak()
+def measured(work: Callable[[], object], weights: int, device: str) -> dict[str, Any]:
+    """Return what the work used: seconds of processor and clock, bytes above what was there, bytes moved."""
+    ones = torch.ones(64, 64, device=device).bfloat16()
+    torch.mm(ones, ones)  # wakes the kernels' library
+    memory, io = (_HostMemory if device == "cpu" else _CardMemory)(), moved()
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -172,12 +175,35 @@ def measured(work: Callable[[], object], weights: int) -> dict[str, Any]:
     return {
         "cpu_s": cpu,
         "wall_s": wall,
-        "peak_bytes": resident(mark="peak") - before,
+        "peak_bytes": memory.above(),
         "weights_bytes": weights,
         "read_bytes": used["read_bytes"],
         "called_bytes": used["rchar"],
         "written_bytes": used["write_bytes"],
     }
+
+
+class _HostMemory:
+    """Know the most that was resident since it was made, in bytes above what was resident then."""
+
+    def __init__(self) -> None:
+        self._before = resident()
+        forget_peak()
+
+    def above(self) -> int:
+        return resident(mark="peak") - self._before
+
+
+class _CardMemory:
+    """The same of what was allocated on the card."""
+
+    def __init__(self) -> None:
+        torch.accelerator.synchronize()
+        self._before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+    def above(self) -> int:
+        return torch.cuda.max_memory_allocated() - self._before
 
 
 def main() -> None:
@@ -186,14 +212,15 @@ def main() -> None:
     parser.add_argument("who", choices=("job", "floor"))
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("folder", type=Path, help="new folder for what is written")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--tiny", action="store_true", help="a model of 6 million parameters, to see that it works")
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     shape = TINY if asked.tiny else MODEL
-    model, data = build(shape), records(shape)
+    model, data = build(shape, asked.device), records(shape, asked.device)
     do = do_job if asked.who == "job" else do_floor
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    print(json.dumps(measured(lambda: do(model, data, asked.variant, asked.folder), weights)))
+    print(json.dumps(measured(lambda: do(model, data, asked.variant, asked.folder), weights, asked.device)))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ other ranks share, so maxima and codes are two passes; `quantize_rows` does both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from time import thread_time
 
 import torch
 from torch import Tensor
@@ -30,14 +29,18 @@ BLOCK_NUMEL = 2**19
 
 @dataclass(frozen=True)
 class Workspace:
-    """Hold the buffer of one thread, for weights of at most `columns` columns."""
+    """Hold the buffer of one thread."""
 
     numbers: Tensor
 
     @staticmethod
-    def of(columns: int) -> Workspace:
-        """Make the buffer; rows are as many as make a block, one at least."""
-        return Workspace(torch.empty(max(1, BLOCK_NUMEL // columns) * columns))
+    def of(columns: int, numel: int, device: torch.device | str = "cpu") -> Workspace:
+        """Make the buffer for weights of at most so many columns and numbers.
+
+        Rows are as many as make a block, one at least; on an accelerator a block is the whole weight.
+        """
+        is_cpu = torch.device(device).type == "cpu"
+        return Workspace(torch.empty(max(1, BLOCK_NUMEL // columns) * columns if is_cpu else numel, device=device))
 
     def load(self, block_RI: Tensor) -> Tensor:
         """Return the block in float32, in the buffer: overwritten by the next call."""
@@ -64,7 +67,7 @@ def row_codes(w_OI: Tensor, scale_O1: Tensor, codes_OI: Tensor, work: Workspace)
 
 def stored_scale(amax_O1: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the scales of rows with these maxima (float32) in the dtype they are stored in, (O, 1)."""
-    scale_O1 = (amax_O1 / QMAX).clamp(min=EPS).to(dtype)
+    scale_O1 = (amax_O1 / torch.full_like(amax_O1, QMAX)).clamp(min=EPS).to(dtype)
     unit = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     # A subnormal scale may be rounded so far down that its row's maximum has no code.
     falls_short_O1 = scale_O1.to(torch.float32) * (QMAX + 0.5) < amax_O1
@@ -73,7 +76,8 @@ def stored_scale(amax_O1: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantize_rows(w_OI: Tensor, codes_OI: Tensor, work: Workspace) -> Tensor:
     """Write the codes of a weight whose scales are its own, in one pass; returns the stored scales (O, 1)."""
-    amax_O1, scale_O1 = torch.empty(len(w_OI), 1), torch.empty(len(w_OI), 1, dtype=w_OI.dtype)
+    amax_O1 = torch.empty(len(w_OI), 1, device=w_OI.device)
+    scale_O1 = torch.empty(len(w_OI), 1, dtype=w_OI.dtype, device=w_OI.device)
     for rows in work.blocks(w_OI):
         block_RI = work.load(w_OI[rows])
         _maxima(block_RI, amax_O1[rows])
@@ -90,32 +94,3 @@ def _maxima(block_RI: Tensor, amax_R1: Tensor) -> None:
 def _codes(block_RI: Tensor, scale_R1: Tensor, codes_RI: Tensor) -> None:
     # The clamp is for scales that are subnormal in float16, where a maximum may lie exactly half a step behind 127.
     codes_RI.copy_(block_RI.div_(scale_R1).round_().clamp_(-QMAX, QMAX))
-
-
-def measure_rates(
-    rows: int = 18432, columns: int = 3072, dtype: torch.dtype = torch.bfloat16, repeat: int = 3
-) -> dict[str, float]:
-    """Return the rates of one thread in million weights a processor second, by what is done, the copy first."""
-    w_OI = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
-    work, copy_OI, amax_O1 = Workspace.of(columns), torch.empty_like(w_OI), torch.empty(rows, 1)
-    codes_OI = torch.empty(w_OI.shape, dtype=torch.int8)
-    exact_O1 = quantize_rows(w_OI, codes_OI, work).to(torch.float32)
-    ways: dict[str, Callable[[], object]] = {
-        "copy of the weight": lambda: copy_OI.copy_(w_OI),
-        "row maxima": lambda: row_maxima(w_OI, amax_O1, work),
-        "codes": lambda: row_codes(w_OI, exact_O1, codes_OI, work),
-        "both in one pass": lambda: quantize_rows(w_OI, codes_OI, work),
-        "codes, whole tensor": lambda: torch.round(w_OI.float() / exact_O1).clamp(-QMAX, QMAX).to(torch.int8),
-    }
-
-    def seconds(work: Callable[[], object]) -> float:
-        start = thread_time()
-        work()
-        return thread_time() - start
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return {way: w_OI.numel() / min(seconds(do) for _ in range(repeat)) / 1e6 for way, do in ways.items()}
-    finally:
-        torch.set_num_threads(threads)

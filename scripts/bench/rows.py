@@ -1,6 +1,7 @@
 """What is measured: a row for each job, with what it needs, its command, and the command of its floor.
 
-Words of commands may hold {folder}, {prompts} and {out}: the row's pipeline, the prompt file, a new folder.
+Words of commands may hold {folder}, {prompts}, {out} and {device}: the row's pipeline, the prompt file, a new folder,
+the kind of device that both compute on.
 """
 
 from __future__ import annotations
@@ -67,15 +68,20 @@ _TWO_CARDS, _ONE_CARD = ("--device_type", "A2-32g-dual"), ("--device_type", "A2-
 def _launcher(ranks: int, model: str, *flags: str) -> Command:
     return [
         *python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
-        *("-m", "launcher", model, _PATH_FLAG[model], "{folder}", "--prompt_path", "{prompts}", "--device", "cpu"),
+        *("-m", "launcher", model, _PATH_FLAG[model], "{folder}", "--prompt_path", "{prompts}", "--device", "{device}"),
         *("--do_quant", "--quant_weight_save_folder", "{out}/weights", "--quant_dump_calib_folder", "{out}/dumps"),
         *flags,
     ]
 
 
+def _floor_from_disk(kind: str, model: str, *flags: str) -> Command:
+    words = (kind, "{folder}", "{out}", "--keep_float", _KEPT_FLOAT[model], "--device", "{device}")
+    return python("-m", "scripts.bench.from_disk", *words, *flags)
+
+
 def _stream(name: str, pipeline: str, ranks: int, *flags: str) -> Row:
     model = pipeline.partition("-")[0]
-    floor = python("-m", "scripts.bench.from_disk", "stream", "{folder}", "{out}", "--keep_float", _KEPT_FLOAT[model])
+    floor = _floor_from_disk("stream", model)
     return Row(model, name, _launcher(ranks, model, *_STREAMED, *flags), floor, pipeline, model=model, flags=flags)
 
 
@@ -87,10 +93,7 @@ def _calibrated(group: str, name: str, pipeline: str, prompts: int, side: int, s
     model = pipeline.partition("-")[0]
     size = ("--width", str(side), "--height", str(side), "--dtype", "bfloat16")
     flags = (*size, "--infer_steps", str(steps), *flags)
-    floor = python(
-        *("-m", "scripts.bench.from_disk", "pipeline", "{folder}", "{out}", "--keep_float", _KEPT_FLOAT[model]),
-        *("--prompts", "{prompts}", *size, "--num_inference_steps", str(steps)),
-    )
+    floor = _floor_from_disk("pipeline", model, "--prompts", "{prompts}", *size, "--num_inference_steps", str(steps))
     return Row(group, name, _launcher(2, model, *flags), floor, pipeline, prompts, model, flags)
 
 
@@ -101,7 +104,7 @@ def _static(name: str, *flags: str) -> Row:
 
 def _memory(name: str, variant: str, *flags: str) -> Row:
     command = ("-m", "scripts.bench.in_memory")
-    words = (variant, "{out}", *flags)
+    words = (variant, "{out}", "--device", "{device}", *flags)
     return Row("memory", name, python(*command, "job", *words), python(*command, "floor", *words))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from scripts.bench.cost import ROOT, python, run
+from scripts.bench.cost import PYTHON_PATH, ROOT, python, run
 from scripts.bench.rows import PIPELINES
 from scripts.bench.stages import begun, said
 
@@ -72,7 +72,7 @@ def _one_run(folder: Path, pipeline: Path, prompts: Path) -> dict[str, float]:
     """Return the seconds of each part in one run, and the number of modules."""
     command = _command(folder, pipeline, prompts, str(ROOT / "scripts" / "bench" / "traced_rank.py"))
     out, start = folder / "startup", time.time()
-    run(command, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BENCH_MARKS": str(out)})
+    run(command, {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1", "BENCH_MARKS": str(out)})
     marks = {**_logged(out / "weights"), **json.loads((out / "rank0.json").read_text())}
     before, parts = start, {"modules": marks["modules"]}
     for part, mark in _PARTS.items():
@@ -97,7 +97,7 @@ def _imports(folder: Path, pipeline: Path, prompts: Path) -> Iterator[str]:
     logs = folder / "startup" / "torchrun"
     place = command.index("--nproc_per_node=2") + 1
     command[place:place] = ["--log-dir", str(logs), "--redirects", "3"]
-    environ = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONPROFILEIMPORTTIME": "1"}
+    environ = {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1", "PYTHONPROFILEIMPORTTIME": "1"}
     subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, check=True, capture_output=True)
     found = [_imported(next(logs.rglob(f"{rank}/stderr.log"))) for rank in range(2)]
     for rank, modules in enumerate(found):

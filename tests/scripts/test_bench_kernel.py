@@ -39,7 +39,7 @@ def test_codes_and_scales_are_those_of_the_quantizer_to_the_last_bit(dtype):
     w_OI = difficult_weight(dtype)
     expected = INT8_ROWS.encode(w_OI, w_OI.abs().amax(1, keepdim=True), dtype, NUMERICS["float32"])
     codes_OI = torch.empty(w_OI.shape, dtype=torch.int8)
-    scale_O1 = quantize_rows(w_OI, codes_OI, Workspace.of(COLUMNS))
+    scale_O1 = quantize_rows(w_OI, codes_OI, Workspace.of(COLUMNS, 0))
     assert scale_O1.dtype == dtype
     assert torch.equal(scale_O1, expected.scale)
     assert torch.equal(codes_OI, expected.codes)
@@ -47,7 +47,7 @@ def test_codes_and_scales_are_those_of_the_quantizer_to_the_last_bit(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_maxima_and_codes_in_two_passes_are_the_same_for_shared_scales(dtype):
-    w_OI, work = difficult_weight(dtype), Workspace.of(COLUMNS)
+    w_OI, work = difficult_weight(dtype), Workspace.of(COLUMNS, 0)
     amax_O1 = torch.empty(len(w_OI), 1)
     row_maxima(w_OI, amax_O1, work)
     assert torch.equal(amax_O1, w_OI.abs().amax(1, keepdim=True).float())
@@ -65,5 +65,5 @@ def test_a_row_with_a_number_that_is_none_has_a_maximum_that_is_none():
     w_OI = torch.randn(20, COLUMNS)
     w_OI[3, 5], w_OI[11, 0] = torch.nan, torch.inf
     amax_O1 = torch.empty(20, 1)
-    row_maxima(w_OI, amax_O1, Workspace.of(COLUMNS))
+    row_maxima(w_OI, amax_O1, Workspace.of(COLUMNS, 0))
     assert (~amax_O1.isfinite()).flatten().nonzero().flatten().tolist() == [3, 11]
