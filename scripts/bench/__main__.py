@@ -46,6 +46,11 @@ class Bench:
 
     def measure(self, row: Row) -> Measured:
         """Run a row's floor and job in turns."""
+        if row.variant and self._device != "cpu":
+            from scripts.bench import on_card
+
+            say(row.name)
+            return on_card.measure(row.name, row.variant, self._folder / "out", self._repeat, self._device)
         self._prepare(row)
         pairs = []
         for number in range(1, self._repeat + 1):

@@ -20,7 +20,8 @@ class Row:
     """A job beside its floor.
 
     group: by which a person chooses it. pipeline: name of the folder it needs (`PIPELINES`), none for work in memory.
-    prompts: how many it reads. is_static: it holds the model while it calibrates and quantizes.
+    prompts: how many it reads. is_static: it holds the model while it calibrates and quantizes. variant: of
+    the work in memory that it is.
     """
 
     group: str
@@ -32,6 +33,7 @@ class Row:
     model: str = ""
     flags: Sequence[str] = ()
     is_static: bool = False
+    variant: str = ""
 
 
 def _tiny(folder: Path) -> None:
@@ -105,7 +107,7 @@ def _static(name: str, *flags: str) -> Row:
 def _memory(name: str, variant: str, *flags: str) -> Row:
     command = ("-m", "scripts.bench.in_memory")
     words = (variant, "{out}", "--device", "{device}", *flags)
-    return Row("memory", name, python(*command, "job", *words), python(*command, "floor", *words))
+    return Row("memory", name, python(*command, "job", *words), python(*command, "floor", *words), variant=variant)
 
 
 ROWS: tuple[Row, ...] = (

@@ -1,8 +1,9 @@
 """Measure the way from the command to the first forward of the tiny two-rank job, and what the ranks import for it.
 
 Where one part of the way ends stands in two places: the log of rank 0 says when its stages begin and when the prompts
-were encoded, and `traced_rank.py` notes the rest. What is imported is asked of Python itself (`-X importtime`), in a
-run of its own, because asking takes time.
+were encoded, and `traced_rank.py` notes the rest. Beside it stands a plain script that loads the same pipeline under
+torchrun and calls it (`plain_start.py`), run in turns with ours. What is imported is asked of Python itself
+(`-X importtime`), in a run of its own, because asking takes time.
 """
 
 from __future__ import annotations
@@ -49,10 +50,14 @@ def report(folder: Path, repeat: int) -> list[str]:
     prompts = folder / "prompts1.txt"
     prompts.write_text("A photo of an astronaut riding a horse on mars\n")
     prompts.chmod(0o640)
-    runs = [_one_run(folder, pipeline, prompts) for _ in range(repeat)]
+    pairs = [(_one_run(folder, pipeline, prompts), _plain(folder, pipeline, prompts)) for _ in range(repeat)]
+    runs = [ours for ours, _ in pairs]
     told = [f"seconds from the command to the first forward, rank 0, median of {repeat}:"]
     told += [f"  {median(found[part] for found in runs):6.2f}  {part}" for part in _PARTS]
-    told.append(f"  {median(sum(found[part] for part in _PARTS) for found in runs):6.2f}  in all")
+    in_all = [sum(ours[part] for part in _PARTS) for ours in runs]
+    told.append(f"  {median(in_all):6.2f}  in all")
+    told.append(f"  {median(plain for _, plain in pairs):6.2f}  a plain script that loads the pipeline and calls it")
+    told.append(f"  {median(ours / plain for ours, (_, plain) in zip(in_all, pairs)):6.2f}  ours beside it")
     told.append(f"modules in rank 0 at the first forward: {runs[-1]['modules']:.0f}")
     return [*told, *_imports(folder, pipeline, prompts)]
 
@@ -80,6 +85,18 @@ def _one_run(folder: Path, pipeline: Path, prompts: Path) -> dict[str, float]:
         parts[part], before = at - before, at
     shutil.rmtree(out)
     return parts
+
+
+def _plain(folder: Path, pipeline: Path, prompts: Path) -> float:
+    """Return the seconds of the plain script, of its rank 0."""
+    out, start = folder / "startup", time.time()
+    out.mkdir(parents=True)
+    script = str(ROOT / "scripts" / "bench" / "plain_start.py")
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(pipeline), str(prompts))
+    run(python(*words), {"OMP_NUM_THREADS": "1", "BENCH_MARKS": str(out)})
+    marks = json.loads((out / "rank0.json").read_text())
+    shutil.rmtree(out)
+    return marks["first forward"] - start
 
 
 def _logged(weights: Path) -> Mapping[str, float]:

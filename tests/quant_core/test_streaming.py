@@ -88,3 +88,17 @@ def test_only_a_dynamic_session_without_smoothing_and_attention_scales_streams()
     assert reads_activations(model, session(None, m4=M4ProcessorConfig()))
     assert reads_activations(model, SessionConfig(processor_cfg_map={"w8a8": W8A8ProcessorConfig()}))
     assert reads_activations(model, GoldenCase("flux_w8a8_dynamic_fa3_bf16").session(None))
+
+
+def test_the_threads_of_a_streaming_session_compute_alone_and_later_as_before(tmp_path: Path):
+    model, seen = build("flux"), set()
+    state = model.state_dict()
+
+    def read(name: str, rows: slice = slice(None)) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return state[name][rows]
+
+    torch.set_num_threads(3)
+    quantize_streaming(type(model)(**model.config).to("meta"), read, session(tmp_path))
+    assert seen == {1}
+    assert torch.get_num_threads() == 3
