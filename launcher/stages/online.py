@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.config.job_config import AUTO, JobConfig
 from quant_core.errors import ConfigurationError
 from quant_core.session.config import SessionConfig
-from quant_core.session.online import second_look
+from quant_core.session.float_forwards import second_look
 
 
 def reason_to_replay(config: JobConfig, session: SessionConfig) -> str | None:

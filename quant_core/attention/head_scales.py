@@ -47,8 +47,18 @@ class HeadRange:
     def widen(self, low_R: Tensor, high_R: Tensor) -> None:
         """Widen to contain one call's range."""
         self.with_rows(len(low_R))
-        self.low_R = torch.minimum(self.low_R, low_R.to(self.low_R))
-        self.high_R = torch.maximum(self.high_R, high_R.to(self.high_R))
+        # Where ranks combine their ranges, infinity stays, and NaN may get lost.
+        self.low_R = torch.minimum(
+            self.low_R, low_R.to(self.low_R).nan_to_num(float("-inf"), float("inf"), float("-inf"))
+        )
+        self.high_R = torch.maximum(
+            self.high_R, high_R.to(self.high_R).nan_to_num(float("inf"), float("inf"), float("-inf"))
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number of every call was finite."""
+        return bool(self.low_R.isfinite().all() and self.high_R.isfinite().all())
 
     def scale(self, numerics: Numerics) -> Tensor:
         """Return the symmetric scales (R, 1) in the range's dtype."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.attention.head_scales import AttentionObserver
+from quant_core.calibration.finite import check_attention
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.naming import matches
 from quant_core.parallel.groups import Group, reduce_many, reduce_over
@@ -48,7 +49,8 @@ def attention_observers(
 def reduce_attentions(observers: Mapping[str, AttentionObserver], group: Group | None) -> None:
     """Combine the ranges over the data-parallel ranks; heads are local, so tensor-parallel ranks share nothing.
 
-    All ranks come through with the same outcome. Raises InputError naming an attention that no rank has seen.
+    All ranks come through with the same outcome. Raises InputError naming an attention that no rank has seen, or one
+    that multiplied NaN or infinity.
     """
     if not observers:
         return
@@ -60,6 +62,9 @@ def reduce_attentions(observers: Mapping[str, AttentionObserver], group: Group |
     for found, count in zip(ranges, rows):
         found.with_rows(count)
     reduce_many(group, (part for observer in observers.values() for part in observer.state()))
+    for name, observer in observers.items():
+        for part, found in observer.ranges.items():
+            check_attention(name, part, is_finite=found.is_finite)
 
 
 def _never_seen(missing: list[str]) -> InputError:

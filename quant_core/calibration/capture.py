@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,11 +91,33 @@ class DumperManager:
         if self._paused:
             return
         bound = self._signature.bind(model, *args, **kwargs)
+        given = set(bound.arguments)
         bound.apply_defaults()
-        arguments = {name: self._keep(name, value) for name, value in list(bound.arguments.items())[1:]}
-        self.records.append(list(arguments.values()) if self._mode == "args" else self._record(arguments))
+        names = list(bound.arguments)[1:]
+        bound.arguments |= {name: self._keep(name, bound.arguments[name]) for name in names}
+        by_position, by_name = list(bound.args[1:]), bound.kwargs
+        if self._mode == "args":
+            self._require_positions([n for n in by_name if n in given or n not in names])
+            self.records.append(by_position)
+        elif self._all_have_names(names):
+            self.records.append(self._record([], dict(zip(names, by_position)) | by_name))
+        else:
+            self.records.append(self._record(by_position, by_name))
 
-    def _record(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _all_have_names(self, names: Sequence[str]) -> bool:
+        kinds = {self._signature.parameters[name].kind for name in names}
+        return kinds.isdisjoint((Parameter.POSITIONAL_ONLY, Parameter.VAR_POSITIONAL))
+
+    def _require_positions(self, by_name: Sequence[str]) -> None:
+        if by_name:
+            raise ConfigurationError(
+                f"argument '{by_name[0]}' of the model has no position",
+                where=f"capturing {type(self._model).__name__}",
+                why="capture_mode='args' keeps arguments by their positions",
+                advice="capture with capture_mode='timestep'",
+            )
+
+    def _record(self, by_position: list[Any], by_name: dict[str, Any]) -> dict[str, Any]:
         step = self._step_source()
         if step is None:
             raise ConfigurationError(
@@ -104,7 +127,7 @@ class DumperManager:
                 advice="set the index at the start of each step of the loop, or capture with capture_mode='args'",
             )
         name = f"{type(self._model).__name__}.forward"
-        return {"tag": "", "timestep_idx": int(step), "module_name": name, "args": [], "kwargs": arguments}
+        return {"tag": "", "timestep_idx": int(step), "module_name": name, "args": by_position, "kwargs": by_name}
 
     def _keep(self, name: str, value: Any) -> Any:
         """Copy plain data and tensors to the host, interning the tensors; refuse what a dump cannot hold."""

@@ -61,14 +61,26 @@ def finite_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[FiniteInp
         yield inputs
 
 
-def check_weight(name: str, amax_O1: Tensor) -> None:
-    """Check the row maxima of a layer's weight. Raises InputError when one is NaN or infinite."""
-    if not amax_O1.isfinite().all():
+def check_layer(name: str, amax_O1: Tensor, bias_O: Tensor | None) -> None:
+    """Check the row maxima of a layer's weight, and its bias. Raises InputError when one is NaN or infinite."""
+    for part, tensor in (("weight", amax_O1), ("bias", bias_O)):
+        if tensor is not None and not tensor.isfinite().all():
+            raise InputError(
+                f"the {part} of layer '{name}' holds NaN or infinity",
+                where=f"{name}.{part}",
+                why="it has no scale; the file is damaged, or was written in a dtype whose range is too small",
+                advice="copy the weights again, or compute in bfloat16 (--dtype bfloat16)",
+            )
+
+
+def check_attention(name: str, part: str, *, is_finite: bool) -> None:
+    """Check what an attention multiplied; part: q, k or v. Raises InputError when it held NaN or infinity."""
+    if not is_finite:
         raise InputError(
-            f"the weight of layer '{name}' holds NaN or infinity",
-            where=f"{name}.weight",
-            why="it has no scale; the file is damaged, or was written in a dtype whose range is too small",
-            advice="copy the weights again, or compute in bfloat16 (--dtype bfloat16)",
+            f"attention '{name}' multiplied NaN or infinity",
+            where=f"calib_data, {part} of {name}",
+            why="it has no scale, and kernels may make finite numbers of it, which mean nothing",
+            advice=_ADVICE,
         )
 
 

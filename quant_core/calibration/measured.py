@@ -23,12 +23,14 @@ from quant_core.errors import InputError
 class Measured:
     """Hold what one rank's `OnlineCalibration` saw; a `SessionConfig` takes it as its calibration data.
 
-    `vars` of it is what a file holds, and `Measured(**data)` takes that back.
+    kept: what of each layer, in words that are the same for the same session. `vars` of it is what a file holds, and
+    `Measured(**data)` takes that back.
     """
 
     forwards: int = 0
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attentions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -57,6 +59,19 @@ class Measured:
             return saved
         factor_I = 1 if mul_scale_I is None else mul_scale_I.cpu()
         return {**saved, "low": (saved["low"] * factor_I).amin(1), "high": (saved["high"] * factor_I).amax(1)}
+
+
+def require_kept(measured: Measured, wanted: Mapping[str, str]) -> None:
+    """Check that of each layer was kept what is wanted. Raises InputError naming the first of which it was not."""
+    for name, kept in wanted.items():
+        measured.of_layer(name)
+        if measured.kept.get(name, kept) != kept:
+            raise InputError(
+                f"the calibration kept the {measured.kept[name]} of layer '{name}', and {kept} is wanted",
+                where="calib_data",
+                why="it was measured for another session",
+                advice="measure with the session that is to quantize",
+            )
 
 
 def _found(saved: Mapping[str, Mapping[str, Any]], name: str, kind: str) -> Mapping[str, Any]:

@@ -64,7 +64,7 @@ class InputObserver:
         steps = sorted(self.calls, key=lambda step: -1 if step is None else step)
         estimators = [self._estimators[step] for step in steps]
         names = estimators[0].reductions if estimators else ()
-        state = {name: torch.stack([getattr(each, name) for each in estimators]).cpu() for name in names}
+        state = {name: torch.stack([getattr(each, name).cpu() for each in estimators]) for name in names}
         return {"steps": steps, "calls": [self.calls[step] for step in steps], **state}
 
     def restore(self, saved: Mapping[str, Any]) -> None:

@@ -96,7 +96,8 @@ def _as_record(index: int, entry: Any) -> Record:
         args, kwargs, step = entry.get("args"), entry.get("kwargs"), entry.get("timestep_idx")
         args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
         if isinstance(args, (list, tuple)) and isinstance(kwargs, Mapping) and _is_step(step):
-            return Record(() if _same_call(args, kwargs) else args, kwargs, step)
+            is_twice = "module_name" in entry and _same_call(args, kwargs)
+            return Record(() if is_twice else args, kwargs, step)
     if isinstance(entry, (list, tuple)):
         return Record(entry)
     raise _not_records(f"entry {index} is a {type(entry).__name__} without args, kwargs and timestep_idx")
@@ -110,7 +111,8 @@ def _same_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether args and kwargs are one call written twice, as the reference tool's timestep records are."""
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     named = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
-    return len(args) == len(kwargs) and bool(tensors) and all(a is b for a, b in zip(tensors, named))
+    are_same = len(tensors) == len(named) and all(a is b for a, b in zip(tensors, named))
+    return len(args) == len(kwargs) and bool(tensors) and are_same
 
 
 def _not_records(why: str, where: str = "calib_data") -> InputError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def replay(
     device = next(model.parameters()).device
     before = TimestepManager.get_timestep_idx()
     try:
-        with finite_inputs(model, measured) as inputs:
+        with finite_inputs(model, measured) as inputs, _evaluating(model):
             for done, record in enumerate(records, start=1):
                 TimestepManager.set_timestep_idx(record.step)
                 begin(done - 1)
@@ -50,16 +51,28 @@ def replay(
         TimestepManager.set_timestep_idx(before)
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep dropout and its like out of what is measured."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _name_of(index: int, record: Record) -> str:
     return f"calib_data, record {index}" + ("" if record.step is None else f" (step {record.step})")
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Return nested lists and mappings with their tensors on the device."""
+    """Return nested lists, tuples and mappings with their tensors on the device."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, list):
-        return [to_device(item, device) for item in value]
-    if isinstance(value, dict):
+    if type(value) in (list, tuple):
+        return type(value)(to_device(item, device) for item in value)
+    if isinstance(value, Mapping):
         return {key: to_device(item, device) for key, item in value.items()}
     return value

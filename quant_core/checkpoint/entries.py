@@ -109,6 +109,8 @@ def write_checkpoint(
     """
     listed = list(found)
     tensors = {entry.name: entry.tensor for entry in listed}
+    # Tensors may be new and a description old: then there is none for a moment.
+    files.description.unlink(missing_ok=True)
     part_bytes = None if part_file_size is None else part_file_size * GB
     weights = write_tensors(files.weights, tensors, metadata=metadata, part_bytes=part_bytes, digests=digests)
     write_text_atomically(files.description, description_text(listed, quant_type, header))

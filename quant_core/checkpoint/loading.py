@@ -7,7 +7,7 @@ before the first tensor is replaced, so a model that is refused stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ def _problems(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[str, s
         elif tuple(floats[name].shape) != shape:
             yield name, f"'{name}' has the shape {shape}", f"in the model it is {tuple(floats[name].shape)}"
     stored = set(checkpoint.inventory.floats)
+    for name in sorted(name for name, tensor in floats.items() if name not in stored and _is_lost(tensor)):
+        yield name, f"nothing says what the buffer '{name}' holds", "it lies on the meta device, and no file has it"
     for name, tensor in floats.items():
         # A reference-numerics checkpoint leaves buffers out: the model's own stay.
         if name not in stored and isinstance(tensor, nn.Parameter):
@@ -90,8 +92,19 @@ def _layer_problems(
 
 def _own_floats(model: nn.Module, quantized: Mapping[str, StoredGroup]) -> dict[str, Tensor]:
     """Return the model's parameters and buffers, by name, but those of the layers that get quantized."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # A tensor that two modules own stands in the file twice; a module that has two names stands there once.
+    tensors = _named(model.named_parameters(remove_duplicate=False), model)
+    tensors |= _named(model.named_buffers(remove_duplicate=False), model)
     return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in quantized}
+
+
+def _named(tensors: Iterable[tuple[str, Tensor]], model: nn.Module) -> dict[str, Tensor]:
+    modules = dict(model.named_modules())
+    return {name: tensor for name, tensor in tensors if name.rpartition(".")[0] in modules}
+
+
+def _is_lost(tensor: Tensor) -> bool:
+    return tensor.is_meta and not isinstance(tensor, nn.Parameter)
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

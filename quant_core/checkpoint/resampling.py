@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -46,6 +47,13 @@ class Levels:
 
     def check(self, where: str) -> None:
         """Raise InputError when a wanted level lies outside of the calibrated ones: ranges there are not known."""
+        if any(later >= sooner for sooner, later in pairwise(self.old)):
+            raise InputError(
+                "the calibrated noise levels do not fall from step to step",
+                where=where,
+                why=f"they are {', '.join(f'{sigma:.4f}' for sigma in self.old)}, so between two of them nothing lies",
+                advice="calibrate with the steps that are wanted",
+            )
         highest, lowest = max(self.old), min(self.old)
         outside = [s for s in self.new if not lowest * (1 - _SAME) <= s <= highest * (1 + _SAME)]
         if outside:

@@ -40,7 +40,8 @@ def static_tensors(layer: QuantizedLayer, given: Derivation) -> dict[str, Tensor
         raise AssertionError(f"{layer.name} was quantized without an observer")
     dtype, numerics = layer.weight_scale_O1.dtype, given.numerics
     found = [numerics.input_scale(*layer.observer.range(step), dtype) for step in given.steps]
-    scale_T1, offset_T1 = (torch.stack(parts).cpu() for parts in zip(*found))
+    # A rank that shares records may have seen some steps itself, on its device, and know others from the host.
+    scale_T1, offset_T1 = (torch.stack([part.cpu() for part in parts]) for parts in zip(*found))
     layer.make_room_for_bias(scale_T1, numerics, given.scale_group)
     deq_scale_TO = numerics.deq_scale(scale_T1, layer.weight_scale_O1.cpu())
     bias_O = None if layer.bias_O is None else layer.bias_O.cpu()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+from quant_core.calibration.measured import require_kept
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.layers.deployed import DeployedLinear
@@ -15,6 +16,7 @@ from quant_core.naming import linear_at
 from quant_core.parallel.groups import reduce_over
 from quant_core.schemes.option_rules import schemes_that
 from quant_core.schemes.scheme import PerStepConfig, Scheme, separator
+from quant_core.session.float_forwards import require_second_look_is_needless, what_is_kept
 from quant_core.session.session import Session
 
 
@@ -42,6 +44,18 @@ def check_outputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
         )
 
 
+def check_forwards(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that layers multiply as linears do. Raises ConfigurationError naming one that does something else."""
+    for name in names:
+        if type(linear_at(model, name)).forward is not nn.Linear.forward:
+            raise ConfigurationError(
+                f"layer '{name}' is a {type(linear_at(model, name)).__name__} with a forward of its own",
+                where=type(model).__name__,
+                why="a quantized layer computes a linear's product and nothing else, so what it adds would be lost",
+                advice=f"make it a plain Linear first, or keep it float: disable_names=['{name}']",
+            )
+
+
 def check_numerics(session: Session) -> None:
     """Check that a running mean is taken over one sequence. Raises ConfigurationError under data parallelism."""
     if session.numerics.is_reference and session.parallel.dp_group is not None:
@@ -54,7 +68,13 @@ def check_numerics(session: Session) -> None:
 
 
 def check_records(session: Session) -> None:
-    """Check that a session that needs records or ranges has some, and the steps if it needs them. Raises InputError."""
+    """Check that a session that needs records or ranges has some, and the steps if it needs them.
+
+    Raises InputError, and ConfigurationError where ranges of the float model's forwards are not enough.
+    """
+    if session.measured:
+        require_second_look_is_needless(session.config)
+        require_kept(session.measured, {name: kept.text for name, kept in what_is_kept(session).items()})
     if not session.observes:
         return
     records, group = session.records, session.parallel.dp_group

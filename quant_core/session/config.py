@@ -58,7 +58,7 @@ class SessionConfig(StrictModel):
     wins, and it wins over `disable_names`. A scheme is its configuration, or its name with nothing chosen.
     rotate_values: rotate the values inside each head of all attentions whose layers are quantized.
     calib_data: records as `DumperManager` saves them, or a list of positional argument lists.
-    device: where to run ("npu", "cuda", "cpu"); where the model is when left out. dev_id: its index.
+    device: where to run ("npu", "cuda", "cpu"); where the model is when left out. dev_id: its index, if it has one.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -115,6 +115,13 @@ class SessionConfig(StrictModel):
         )
         for problem in chain(*problems, smoothing):
             raise problem
+        if self.dev_id is not None and (self.device is None or ":" in self.device):
+            raise ValueError(f"dev_id is {self.dev_id}, and device is {self.device!r}: say a kind of device beside it")
+        disabled = [c for c in self.layer_schemes.values() if c != "float" and c.disable_names]
+        if disabled:
+            raise ValueError(f"layer_schemes holds disable_names {disabled[0].disable_names}: say 'float' of these")
+        if self.smoothing is not None and not any(config.smoothed for config in self.schemes):
+            raise ValueError(f"{self.smoothing.key} has no layer to smooth: every scheme says smoothed=False")
         separators = {config.timestep_sep for config in self.schemes if isinstance(config, PerStepConfig)}
         if len(separators) > 1:
             raise ValueError(f"timestep_sep is {separators}: a runtime has one, for all layers")

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant_core.arithmetic.numerics import NUMERICS
 from quant_core.attention.watch import watch_attentions
 from quant_core.calibration.finite import FiniteInputs
 from quant_core.calibration.measured import Measured
@@ -28,34 +27,11 @@ from quant_core.parallel.groups import Parallel
 from quant_core.ranges import ESTIMATORS
 from quant_core.ranges.channel_importance import channel_importance
 from quant_core.ranges.extremes import ChannelExtremes
-from quant_core.schemes import SCHEMES
 from quant_core.session.config import SessionConfig
+from quant_core.session.float_forwards import require_second_look_is_needless, what_is_kept
 from quant_core.session.observation import own_extremes
 from quant_core.session.session import Session
-from quant_core.smoothing import METHODS
-from quant_core.smoothing.smooth import groups_to_smooth
-from quant_core.smoothing.statistics import NoTokens
 from quant_core.structure import ModelStructure, find_structure
-
-
-def second_look(config: SessionConfig) -> str | None:
-    """Return why a session has to see the activations again after a float forward, None if it does not."""
-    smoothing, observing = config.smoothing, [c for c in config.schemes if SCHEMES[c.key].observes_input]
-    if config.numerics == "reference":
-        return "the reference tool's ranges are means of inputs behind quantized layers"
-    if config.rotate_values:
-        return "rotated values are other inputs than the float model's"
-    if smoothing is None:
-        return None
-    if not isinstance(METHODS[smoothing.key].tokens(smoothing, NUMERICS[config.numerics], 1), NoTokens):
-        return f"{smoothing.key} searches its factors among the inputs themselves"
-    if not observing:
-        return None
-    if smoothing.fused:
-        return "with fused smoothing other layers make the inputs that ranges are of"
-    if others := sorted({c.cfg.act_method for c in observing} - {"minmax"}):
-        return f"what {others[0]} counts is not known behind a factor before the factor is"
-    return None
 
 
 class OnlineCalibration:
@@ -76,16 +52,11 @@ class OnlineCalibration:
         parallel: Parallel | None = None,
         step_source: Callable[[], int | None] = TimestepManager.get_timestep_idx,
     ) -> None:
-        if reason := second_look(config):
-            raise ConfigurationError(
-                "this session cannot be calibrated in the float model's forwards",
-                where="processor_cfg_map, numerics",
-                why=reason,
-                advice="capture records with DumperManager, and quantize by replaying them",
-            )
+        require_second_look_is_needless(config)
         session = Session(model, config, structure or find_structure(model), parallel or Parallel(), silent)
         self._model, self._step_source, self._per_step = model, step_source, session.per_step
         self._layers, self._attentions = dict(_observers(session)), session.attentions
+        self._kept = {name: kept.text for name, kept in what_is_kept(session).items()}
         self._forwards = 0
 
     @contextmanager
@@ -108,6 +79,7 @@ class OnlineCalibration:
             self._forwards,
             {name: observer.saved() for name, observer in self._layers.items()},
             {name: observer.saved() for name, observer in self._attentions.items()},
+            self._kept,
         )
 
     def restore(self, measured: Measured) -> None:
@@ -144,25 +116,9 @@ def _watch(name: str, observer: InputObserver, finite: FiniteInputs) -> Callable
 
 def _observers(session: Session) -> Iterator[tuple[str, InputObserver]]:
     """Yield what watches the input of each layer that needs it: by channel where smoothing may divide it."""
-    by_channel, leading = _smoothed(session)
-    for name in session.targets:
-        scheme = session.scheme_of(name)
-        if not scheme.observes_input and name not in leading:
-            continue
-        fresh = (
-            ChannelExtremes if name in by_channel else partial(_estimator, session, name, _importance(session, name))
-        )
-        yield name, InputObserver(session.numerics, fresh, per_step=scheme.per_step, sync=own_extremes)
-
-
-def _smoothed(session: Session) -> tuple[set[str], set[str]]:
-    """Return the layers of the groups to smooth, and the first of each shared input."""
-    if session.config.smoothing is None:
-        return set(), set()
-    groups = groups_to_smooth(
-        session.model, session.config.smoothing, structure=session.structure, targets=session.targets
-    ).smoothed
-    return {n for group in groups for n in group.linears}, {shared[0] for group in groups for shared in group.inputs}
+    for name, kept in what_is_kept(session).items():
+        fresh = ChannelExtremes if kept.by_channel else partial(_estimator, session, name, _importance(session, name))
+        yield name, InputObserver(session.numerics, fresh, per_step=kept.per_step, sync=own_extremes)
 
 
 def _estimator(session: Session, name: str, importance_I: Tensor | None) -> Any:

@@ -9,7 +9,8 @@ observing). What is left in the caller's hands computes as the hardware will.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,14 @@ from quant_core.parallel.groups import Parallel
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation
-from quant_core.session.checks import check_float, check_numerics, check_outputs, check_records, first_static_step
+from quant_core.session.checks import (
+    check_float,
+    check_forwards,
+    check_numerics,
+    check_outputs,
+    check_records,
+    first_static_step,
+)
 from quant_core.session.config import SaveProcessorConfig, SessionConfig
 from quant_core.session.observation import input_observer, reduce_ranges
 from quant_core.session.session import Session
@@ -91,11 +99,13 @@ def quant_model(
     """
     session = Session(model, config, structure or find_structure(model), parallel or Parallel(), progress)
     check_float(model)
+    check_forwards(model, session.targets)
     check_outputs(model, {name: session.scheme_of(name) for name in session.targets})
     check_numerics(session)
     check_records(session)
     timestep_sep = first_static_step(session)
     _move_to_device(model, config)
+    _untie(model, session.targets)
     rotate_values(model, session.rotations.linears)
     smoothing = smoothing_of(session)
     layers = _quantize_weights(session, smoothing)
@@ -119,6 +129,16 @@ def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
     if config.device is not None:
         index = f":{config.dev_id}" if config.dev_id is not None and config.device != "cpu" else ""
         model.to(f"{config.device}{index}")
+
+
+def _untie(model: nn.Module, targets: Iterable[str]) -> None:
+    """Give each layer to quantize a weight and a bias of its own: what shares its tensors stays as it is."""
+    owners = Counter(t.untyped_storage().data_ptr() for _, t in model.named_parameters(remove_duplicate=False))
+    for name in targets:
+        linear = linear_at(model, name)
+        for key, tensor in linear.named_parameters(recurse=False):
+            if owners[tensor.untyped_storage().data_ptr()] > 1:
+                setattr(linear, key, nn.Parameter(tensor.detach().clone(), requires_grad=False))
 
 
 def smoothing_of(session: Session) -> Smoothing:
@@ -186,6 +206,7 @@ def _derive_tensors(session: Session, layers: Mapping[str, QuantizedLayer]) -> N
         steps = session.steps_of(layer.scheme)
         given = Derivation(steps, session.numerics, session.parallel.scale_group(layer.name))
         layer.tensors = layer.scheme.layer_tensors(layer, given)
+        layer.observer = None  # all that it knew is in the tensors; an estimator may know megabytes
         session.progress("derive", done, len(layers))
 
 

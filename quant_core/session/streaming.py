@@ -25,7 +25,7 @@ from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.arithmetic.rotation import Rotation
 from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.attention.rotated_values import Rotations, find_rotations, levelled
-from quant_core.calibration.finite import check_weight
+from quant_core.calibration.finite import check_layer
 from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.content import ContentCheck
 from quant_core.checkpoint.entries import description_text, entries
@@ -40,7 +40,7 @@ from quant_core.reused_memory import ReusedMemory
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.schemes.scheme import Derivation, Scheme
-from quant_core.session.checks import check_outputs
+from quant_core.session.checks import check_forwards, check_outputs
 from quant_core.session.config import SessionConfig
 from quant_core.session.quantize import QuantizedModel, checkpoint_files
 from quant_core.session.read_ahead import Piece, ReadTensor, read_ahead, row_pieces
@@ -90,6 +90,7 @@ def quantize_streaming(
     parallel, numerics = parallel or Parallel(), NUMERICS[config.numerics]
     quant_type = SCHEMES[config.scheme.key].quant_type
     plan = {name: SCHEMES[scheme.key] for name, scheme in layer_plan(model, config).items()}
+    check_forwards(model, plan)
     check_outputs(model, plan)
     rotations = Rotations()
     if config.rotate_values:
@@ -110,6 +111,7 @@ def quantize_streaming(
         with _one_thread_each(), TensorFile(path, tensors, metadata, in_front=CODES, digests=digests) as file:
             _carry(layers, read, quantize, file, tensors, check, progress)
 
+    files.description.unlink(missing_ok=True)
     write_atomically(files.weights, write)
     write_text_atomically(files.description, description_text(described, quant_type))
     return QuantizedModel(quant_type, layers, files, unrotated=rotations.skipped)
@@ -206,7 +208,7 @@ class _LayerStep:
             w_OI = next(read).to(self.device, dtype)
             w_OI = w_OI if rotation is None else rotation.weight(w_OI)
             amax_O1 = codec.row_maxima(w_OI)
-            check_weight(name, amax_O1)
+            check_layer(name, amax_O1, bias_O)
             codes = codes_OI if piece.rows is None else codes_OI[piece.rows]
             amax_O1 = reduce_over(group, "max", amax_O1)
             scales.append(codec.encode(w_OI, amax_O1, dtype, self.numerics, codes_OI=codes).scale)

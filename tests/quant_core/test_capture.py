@@ -43,12 +43,44 @@ def test_positional_arguments_keyword_arguments_and_defaults_are_captured_in_the
     dumper = DumperManager(model)
     x = torch.ones(1, 3)
     model(x)
-    model(scale=2.0, x=x, extra=[x, {"a": None}])
+    model(extra=[x, {"a": None}], x=x)
     first, second = dumper.records
     assert torch.equal(first[0], x)
-    assert first[1:] == [None, 1.0]
-    assert second[2] == 2.0
+    assert first[1:] == [None]  # `scale` has no position, and its default comes by itself
     assert second[1][1] == {"a": None}
+
+
+def test_an_argument_without_a_position_is_refused_where_positions_are_kept():
+    model = Model()
+    DumperManager(model)
+    with pytest.raises(ConfigurationError, match="argument 'scale' of the model has no position"):
+        model(torch.ones(1, 3), scale=2.0)
+
+
+class Open(nn.Module):
+    """Takes any arguments, of some of which the result is a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor, /, *more: Tensor, factor: float = 1.0, **options: float) -> Tensor:
+        self.seen.append((len(more), factor, options))
+        return self.linear(x) * factor
+
+
+def test_arguments_of_any_kind_are_replayed_as_they_were_given():
+    model = Open()
+    dumper = DumperManager(model, "timestep", step_source=lambda: 0)
+    x = torch.ones(1, 3)
+    calls = [lambda: model(x), lambda: model(x, x, x, factor=2.0), lambda: model(x, bias=3.0)]
+    for call in calls:
+        call()
+    dumper.close()
+    called, model.seen = model.seen, []
+    replay(model, as_records(dumper.records), stage="again")
+    assert model.seen == called == [(0, 1.0, {}), (2, 2.0, {}), (0, 1.0, {"bias": 3.0})]
 
 
 def test_what_is_replayed_is_what_was_called(tmp_path: Path):
@@ -135,7 +167,7 @@ def test_equal_bytes_of_two_dtypes_are_two_tensors():
     model = Model()
     dumper = DumperManager(model)
     model(torch.zeros(1, 3), extra=torch.zeros(1, 3, dtype=torch.int32))
-    x, extra, _ = dumper.records[0]
+    x, extra = dumper.records[0]
     assert (x.dtype, extra.dtype) == (torch.float32, torch.int32)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quant_core import SaveProcessorConfig, SessionConfig, W8A8DynamicProcessorConfig, quant_model
-from quant_core.errors import VerificationError
+from quant_core.errors import InputError, VerificationError
 from quant_core.session.streaming import quantize_streaming
 from tests.support.tiny_models import build
 
@@ -41,13 +41,20 @@ def session(folder: Path) -> SessionConfig:
 
 
 @pytest.mark.parametrize("quantize", [held, streamed])
-@pytest.mark.parametrize("layer", [KEPT, QUANTIZED])
-def test_a_value_that_breaks_a_rule_is_named_and_nothing_is_written(
-    tmp_path: Path, quantize: Callable[..., Any], layer: str
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_bias_that_is_not_finite_is_named_however_it_is_asked_for(
+    tmp_path: Path, quantize: Callable[..., Any], checked: bool
 ):
+    with pytest.raises(InputError, match=f"the bias of layer '{QUANTIZED}' holds NaN or infinity"):
+        quantize(damaged(QUANTIZED), session(tmp_path), checked=checked)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quantize", [held, streamed])
+def test_a_value_that_breaks_a_rule_is_named_and_nothing_is_written(tmp_path: Path, quantize: Callable[..., Any]):
     with pytest.raises(VerificationError) as error:
-        quantize(damaged(layer), session(tmp_path), checked=True)
-    assert error.value.what == f"'{layer}.bias' holds inf at [3]"
+        quantize(damaged(KEPT), session(tmp_path), checked=True)
+    assert error.value.what == f"'{KEPT}.bias' holds inf at [3]"
     assert error.value.where == str(tmp_path / "quant_model_weight_w8a8_dynamic.safetensors")
     assert list(tmp_path.iterdir()) == []
 

@@ -28,6 +28,7 @@ from quant_core import (
     W8A8ProcessorConfig,
     quant_model,
 )
+from quant_core.attention.head_scales import HeadRange
 from quant_core.attention.window import shortest_window
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.structure import ModelStructure
@@ -255,3 +256,24 @@ def test_no_shorter_window_holds_the_share(values, share):
     spans = ordered[width - 1 :] - ordered[: len(ordered) - width + 1]
     assert float(high) - float(low) == spans.min()
     assert sum(low.item() <= value <= high.item() for value in ordered) >= width
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_an_attention_that_multiplies_no_numbers_is_named(tmp_path, broken):
+    model = build("flux")
+    with torch.no_grad():
+        model.transformer_blocks[1].attn.norm_k.weight[0] = broken
+    with pytest.raises(
+        InputError, match=r"'transformer_blocks\.1\.attn' multiplied NaN or infinity|got NaN or infinity"
+    ):
+        quantize("flux", model, [record("flux", *MIXED[0])], tmp_path)
+
+
+def test_infinity_and_nan_survive_the_widening_of_a_range():
+    for broken in (float("inf"), float("-inf"), float("nan")):
+        found = HeadRange(torch.float32)
+        found.widen(torch.tensor([-1.0]), torch.tensor([2.0]))
+        assert found.is_finite
+        found.widen(torch.tensor([min(broken, 0.0)]), torch.tensor([broken]))
+        found.widen(torch.tensor([-1.0]), torch.tensor([2.0]))
+        assert not found.is_finite

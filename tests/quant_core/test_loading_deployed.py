@@ -100,3 +100,38 @@ def test_a_checkpoint_is_not_loaded_over_another(tmp_path: Path):
     load_deployed(model, files)
     with pytest.raises(VerificationError, match="'first' is quantized already"):
         load_deployed(model, files)
+
+
+def test_a_tensor_of_two_modules_and_a_module_of_two_names_are_loaded(tmp_path: Path):
+    def tied() -> SmallModel:
+        model = SmallModel()
+        model.also = model.norm  # type: ignore[assignment]
+        model.other = nn.LayerNorm(8, bias=False)  # type: ignore[assignment]
+        model.other.weight = model.norm.weight
+        return model
+
+    files = quant_model(tied(), session("w8a8_dynamic", tmp_path)).files
+    assert files is not None
+    load_deployed(tied(), files)
+
+
+def test_a_buffer_that_nobody_can_know_is_named(tmp_path: Path):
+    files = written(tmp_path, "w8a8_dynamic")
+    with torch.device("meta"):
+        empty = SmallModel()
+    empty.register_buffer("angles", torch.empty(3, device="meta"), persistent=False)
+    with pytest.raises(VerificationError, match="nothing says what the buffer 'angles' holds"):
+        load_deployed(empty, files)
+
+
+def test_no_old_description_stands_beside_new_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = written(tmp_path, "w8a8_dynamic")
+
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quant_core.checkpoint.entries.write_text_atomically", ended)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, "w8a8_dynamic")
+    assert files.weights.exists()
+    assert not files.description.exists()

@@ -29,7 +29,8 @@ from quant_core.calibration.records import Record, as_records, load_dump, save_d
 from quant_core.calibration.replay import replay
 from quant_core.errors import ConfigurationError, InputError
 from quant_core.ranges import ESTIMATORS
-from quant_core.session.online import OnlineCalibration, second_look
+from quant_core.session.float_forwards import second_look
+from quant_core.session.online import OnlineCalibration
 from tests.support.small_model import SCHEMES, STEPS, SmallModel, records, session
 from tests.support.smoothed_models import outlier_model, structure_of
 from tests.support.smoothed_models import records as model_records
@@ -232,3 +233,26 @@ def test_watching_leaves_no_hook_and_no_step_behind():
     measure(model, config, records())
     assert TimestepManager.get_timestep_idx() is None
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("taken_for", "quantized_as"),
+    [
+        (session("w8a8"), session("w8a8", cfg=W8A8QuantConfig(act_method="histogram"))),
+        (session("w8a8"), session("w8a8_timestep")),
+        (session("w8a8_timestep"), session("w8a8")),
+    ],
+    ids=["another estimator", "rows for steps", "no rows"],
+)
+def test_what_was_measured_for_another_session_is_refused(taken_for: SessionConfig, quantized_as: SessionConfig):
+    model = SmallModel()
+    measured = measure(model, taken_for, records())
+    with pytest.raises(InputError, match=r"of layer 'first', and .* is wanted"):
+        quant_model(model, with_measured(quantized_as, measured))
+
+
+def test_a_session_that_has_to_look_again_takes_no_measurements():
+    model = SmallModel()
+    measured = measure(model, session("w8a8"), records())
+    with pytest.raises(ConfigurationError, match="cannot be calibrated in the float model's forwards"):
+        quant_model(model, with_measured(session("w8a8", numerics="reference"), measured))

@@ -58,9 +58,13 @@ def test_every_accepted_form_becomes_records_in_its_order(form: Any, expected: l
 
 def test_a_call_that_is_written_as_args_and_as_kwargs_is_one_call():
     x, y = torch.ones(1), torch.zeros(1)
-    (record,) = as_records([{"args": [x, y], "kwargs": {"x": x, "y": y}, "timestep_idx": 0}])
+    twice = {"args": [x, y], "kwargs": {"x": x, "y": y}, "timestep_idx": 0}
+    (record,) = as_records([{**twice, "module_name": "Model.forward"}])  # as the reference tool's records are
     assert record.args == ()
     assert list(record.kwargs) == ["x", "y"]
+    # A record made by hand says what it says: one tensor may be given twice.
+    (record,) = as_records([twice])
+    assert len(record.args) == 2
 
 
 def test_args_and_kwargs_of_different_tensors_are_both_kept():

@@ -67,3 +67,8 @@ def test_levels_that_were_not_calibrated_are_refused(tmp_path: Path, new: list[f
     with pytest.raises(InputError, match="1 of 2 steps leave the calibrated noise levels") as caught:
         resampled(tmp_path, new)
     assert "4 steps from 1.0000 to 0.2000 were calibrated" in str(caught.value)
+
+
+def test_levels_that_do_not_fall_are_refused():
+    with pytest.raises(InputError, match="do not fall from step to step"):
+        Levels([1.0, 0.5, 0.25, 0.25], [1.0, 0.5]).check("here")

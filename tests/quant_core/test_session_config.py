@@ -24,6 +24,7 @@ from quant_core import (
     W8A8TimeStepQuantConfig,
     quant_model,
 )
+from quant_core.errors import ConfigurationError
 from tests.support.small_model import STEPS, SmallModel, records, session
 
 DYNAMIC = W8A8DynamicProcessorConfig()
@@ -180,3 +181,80 @@ def test_records_without_a_step_are_refused_by_the_timestep_scheme():
     )
     with pytest.raises(Exception, match="do not say their denoising step"):
         quant_model(SmallModel(), config)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: SessionConfig(processor_cfg_map={"w8a8_dynamic": DYNAMIC}, dev_id=7), "device is None"),
+        (lambda: SessionConfig(processor_cfg_map={"w8a8_dynamic": DYNAMIC}, device="cuda:0", dev_id=0), "'cuda:0'"),
+        (
+            lambda: SessionConfig(
+                processor_cfg_map={"w8a8": W8A8ProcessorConfig()},
+                layer_schemes={"*": W8A8DynamicProcessorConfig(disable_names=["b"])},
+            ),
+            "layer_schemes holds disable_names",
+        ),
+        (
+            lambda: configured(w8a8_dynamic=W8A8DynamicProcessorConfig(smoothed=False), m4=M4ProcessorConfig()),
+            "m4 has no layer to smooth",
+        ),
+    ],
+)
+def test_what_would_be_ignored_is_refused(make: Any, says: str):
+    assert says in refusal(make)
+
+
+def test_a_session_that_leaves_nothing_to_quantize_is_refused():
+    with pytest.raises(ConfigurationError, match="no layer of SmallModel is left to quantize"):
+        quant_model(SmallModel(), session("w8a8_dynamic", disable_names=["*"]))
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(ConfigurationError, match="LayerNorm has no linear layer"):
+        quant_model(torch.nn.LayerNorm(4), configured(w8a8_dynamic=DYNAMIC))
+
+
+class Doubling(torch.nn.Linear):
+    """Does something that a quantized layer would not do."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_linear_that_computes_something_else_is_refused_unless_it_stays_float():
+    model = SmallModel()
+    model.first.__class__ = Doubling
+    with pytest.raises(ConfigurationError, match="layer 'first' is a Doubling with a forward of its own"):
+        quant_model(model, session("w8a8_dynamic"))
+    quant_model(model, session("w8a8_dynamic", disable_names=["first"]))
+
+
+def test_a_layer_that_shares_its_weight_with_a_float_one_leaves_that_as_it_was():
+    model = SmallModel()
+    model.last.weight = model.second.weight = torch.nn.Parameter(torch.randn(8, 8), requires_grad=False)
+    model.first = torch.nn.Linear(8, 8)
+    before = model.last.weight.clone()
+    quant_model(model, session("w8a8"))
+    assert torch.equal(model.last.weight, before)
+
+
+def test_a_model_in_training_is_calibrated_as_it_will_be_used_and_trains_on():
+    def dropping() -> SmallModel:
+        model = SmallModel()
+        model.norm = torch.nn.Sequential(model.norm, torch.nn.Dropout(0.5))  # type: ignore[assignment]
+        model.second, model.last = torch.nn.Linear(16, 8), torch.nn.Linear(8, 8)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape) / 4
+        return model
+
+    training, evaluating = dropping().train(), dropping().eval()
+    ranges = [quant_model(m, session("w8a8")).layers["second"].tensors["input_scale"] for m in (training, evaluating)]
+    assert torch.equal(*ranges)
+    assert training.training
+    assert not evaluating.norm.training
+
+
+def test_what_a_layer_observed_does_not_stay_when_its_tensors_are_there():
+    assert all(layer.observer is None for layer in quant_model(SmallModel(), session("w8a8")).layers.values())
