@@ -27,11 +27,14 @@ from torch import Tensor
 from quant_core.arithmetic.blocks import changed_in_blocks
 from quant_core.arithmetic.integer_product import integer_product
 from quant_core.arithmetic.scales import (
+    LEVELS,
     QMAX,
     QMIN,
     asymmetric_offset,
     asymmetric_scale,
     fake_quantize_,
+    include_zero,
+    reaching,
 )
 
 _INT32 = torch.iinfo(torch.int32)
@@ -74,6 +77,9 @@ class Numerics:
         compute = self._compute_dtype(low)
         low, high = low.reshape(1).to(compute), high.reshape(1).to(compute)
         scale = asymmetric_scale(low, high).to(dtype)
+        if not self.is_reference:
+            first, last = include_zero(low, high)
+            scale = reaching(scale, last - first, LEVELS + 1)
         offset = asymmetric_offset(low, scale.to(compute)).clamp(QMIN, QMAX)
         return scale, offset.to(dtype)
 

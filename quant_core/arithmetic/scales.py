@@ -47,6 +47,17 @@ def asymmetric_offset(low: Tensor, scale: Tensor) -> Tensor:
     return torch.round(low.clamp(max=0) * -1 / scale) + QMIN
 
 
+def reaching(scale: Tensor, span: Tensor, steps: float) -> Tensor:
+    """Return the stored scale, one unit larger where so many of its steps do not reach over the span.
+
+    Half a step behind the last code is reached, too. Only a subnormal can be rounded that far down: in float16 that of
+    a row whose absmax is below 0.001, or of an activation whose range is.
+    """
+    unit = torch.finfo(scale.dtype).smallest_normal * torch.finfo(scale.dtype).eps
+    falls_short = scale.to(torch.float32) * steps < span.to(torch.float32)
+    return torch.where(falls_short, scale + unit, scale)
+
+
 def include_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Widen a range to contain 0, which every code book must represent exactly (padding, dropped tokens)."""
     return low.clamp(max=0), high.clamp(min=0)

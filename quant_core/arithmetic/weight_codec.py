@@ -51,12 +51,12 @@ class Int8Rows:
         """
         import torch
 
-        from quant_core.arithmetic.scales import QMAX, QMIN, symmetric_scale
+        from quant_core.arithmetic.scales import QMAX, QMIN, reaching, symmetric_scale
 
         compute = dtype if numerics.is_reference else torch.float32
         scale_O1 = symmetric_scale(amax_O1.to(compute)).to(dtype)
         if not numerics.is_reference:
-            scale_O1 = _reaching(scale_O1, amax_O1)
+            scale_O1 = reaching(scale_O1, amax_O1, QMAX + 0.5)
         exact_O1 = scale_O1.to(compute)
         # The reference tool computes with -128 where its rounding leads there, and stores -127.
         least = QMIN if numerics.is_reference else -QMAX
@@ -103,20 +103,6 @@ class Int8Rows:
 
         scale_O1 = divided(self.row_maxima(w_OI), QMAX).clamp(min=torch.finfo(w_OI.dtype).tiny)
         return (w_OI / scale_O1).round_().clamp_(-QMAX, QMAX).mul_(scale_O1)
-
-
-def _reaching(scale: Tensor, amax: Tensor) -> Tensor:
-    """Return the stored scale, one unit larger where rounding left amax more than half a step behind the last code.
-
-    Only a subnormal can round that far: in float16 the scale of a row whose absmax is below 0.001.
-    """
-    import torch
-
-    from quant_core.arithmetic.scales import QMAX
-
-    unit = torch.finfo(scale.dtype).smallest_normal * torch.finfo(scale.dtype).eps
-    falls_short = scale.to(torch.float32) * (QMAX + 0.5) < amax.to(torch.float32)
-    return torch.where(falls_short, scale + unit, scale)
 
 
 INT8_ROWS = Int8Rows()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant_core.arithmetic.numerics import Numerics
-from quant_core.arithmetic.scales import symmetric_scale
+from quant_core.arithmetic.scales import QMAX, reaching, symmetric_scale
 from quant_core.attention.window import shortest_window
 from quant_core.checkpoint.entries import FA_QUANT, Entry
 from quant_core.errors import InputError
@@ -64,7 +64,8 @@ class HeadRange:
         """Return the symmetric scales (R, 1) in the range's dtype."""
         compute = self.low_R.dtype if numerics.is_reference else torch.float32
         amax_R = torch.maximum(-self.low_R, self.high_R).to(compute)
-        return symmetric_scale(amax_R.clamp(min=0)).to(self.low_R.dtype).unsqueeze(1)
+        scale_R = symmetric_scale(amax_R.clamp(min=0)).to(self.low_R.dtype)
+        return (scale_R if numerics.is_reference else reaching(scale_R, amax_R, QMAX + 0.5)).unsqueeze(1)
 
 
 class AttentionObserver:

@@ -59,7 +59,9 @@ def reduce_over(group: Group | None, op: Reduction, tensor: Tensor) -> Tensor:
     """Return the tensor reduced over the group, on the same device and in the same dtype; itself without a group."""
     if group is None:
         return tensor
-    host = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+    # gloo adds neither in float16 nor in bfloat16.
+    dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+    host = tensor.detach().to("cpu", dtype, copy=True)
     dist.all_reduce(host, op=_OPS[op], group=group)
     return host.to(tensor)
 

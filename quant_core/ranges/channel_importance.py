@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_core.parallel.groups import Parallel, reduce_many
+from quant_core.parallel.groups import Parallel, reduce_over
 
 # Whole numbers add up to the same sum in any order. 16 bits leave room: 2**37 values still add up exactly in float64.
 LEVELS = 2**16 - 1
@@ -25,10 +25,9 @@ def channel_importance(layer: str, codes_OI: Tensor, weight_scale_O1: Tensor, pa
     Ranks that share the layer's input agree, because they must agree on its range.
     """
     energy_OI = codes_OI.to("cpu", torch.float64).mul_(weight_scale_O1.to("cpu", torch.float64)).square_()
-    state = {"energy": energy_OI.sum(0)}
+    energy_I = energy_OI.sum(0)
     if parallel.shard(layer).split_dim == 0:
-        reduce_many(parallel.tp_group, [("sum", state["energy"], lambda total: state.update(energy=total))])
-    state["peak"] = state["energy"].max()
-    reduce_many(parallel.scale_group(layer), [("max", state["peak"], lambda peak: state.update(peak=peak))])
-    relative_I = state["energy"] / state["peak"].clamp(min=torch.finfo(torch.float64).tiny)
+        energy_I = reduce_over(parallel.tp_group, "sum", energy_I)
+    peak = reduce_over(parallel.scale_group(layer), "max", energy_I.max())
+    relative_I = energy_I / peak.clamp(min=torch.finfo(torch.float64).tiny)
     return (relative_I * LEVELS).round().clamp(min=1).to(torch.int64)

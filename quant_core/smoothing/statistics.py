@@ -90,10 +90,16 @@ class TokenSample:
         self.total_I += (sums_I / _SUM_UNIT).round() * _SUM_UNIT
         self.count += len(x_NI)
         begin = record * len(x_NI)
-        while len(self._places_N) + len(share := range(-begin % self._stride, len(x_NI), self._stride)) > SAMPLE_SIZE:
+        share = self._share(begin, len(x_NI))
+        while len(self._places_N) + len(share) > SAMPLE_SIZE:
             self._thin(self._stride * _THINNING)
+            share = self._share(begin, len(x_NI))
         self._kept_NI = torch.cat([self._kept_NI.to(x_NI.dtype), x_NI[share.start :: share.step].cpu()])
         self._places_N = torch.cat([self._places_N, begin + torch.tensor(share, dtype=torch.int64)])
+
+    def _share(self, begin: int, tokens: int) -> range:
+        """Return which of a call's tokens have a place in the sample; begin: the place of its first."""
+        return range(-begin % self._stride, tokens, self._stride)
 
     def _thin(self, stride: int) -> None:
         self._stride = stride

@@ -42,6 +42,16 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return torch.from_numpy(draw(arrays("float32", shape, elements=MODERATE)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_activation_of_any_size_is_within_its_range_in_every_dtype(dtype):
+    for high in torch.logspace(-5, 2, 400):
+        x = torch.linspace(-float(high) / 3, float(high), 50).to(dtype)
+        scale, offset = NUMERICS["float32"].input_scale(x.min(), x.max(), dtype)
+        stands_for = dequantize(quantize(x.float(), scale.float(), offset.float()), scale.float(), offset.float())
+        # One step: the offset is rounded, and so is the scale.
+        assert (stands_for - x.float()).abs().max() <= 1.01 * scale.float(), float(high)
+
+
 @given(tensors())
 def test_symmetric_codes_are_within_half_a_step_of_every_number(x: Tensor):
     scale = symmetric_scale(x.abs().amax(dim=1, keepdim=True))
