@@ -29,20 +29,21 @@ FLOAT_TOLERANCE = 1e-5
 MEDIAN_TOLERANCE, HEAD_TOLERANCE = 2e-2, 0.2
 
 TENSOR_PARALLEL = [("flux", "mindie"), ("flux", "megatron"), ("sd3", "megatron"), ("sd35", "megatron")]
-# "*" keeps every linear float: then a rank's heads see the very numbers that they see in the whole model.
-DISABLED = {"float": ["*"], "quantized": []}
+# With every linear in front of attention float, a rank's heads see the very numbers that they see in the whole model.
+SCHEMES = {"float": {"norm_out.linear": "w8a8_dynamic", "*": "float"}, "quantized": {}}
 
 
 def scales(
-    model: Any, kind: str, folder: Path, calib_data: Sequence[Any], disabled: list[str], parallel: Parallel
+    model: Any, kind: str, folder: Path, calib_data: Sequence[Any], schemes: dict[str, str], parallel: Parallel
 ) -> Any:
     """Run an FA3 session and return what it wrote for the attentions."""
     config = SessionConfig(
         processor_cfg_map={
-            "w8a8_dynamic": W8A8DynamicProcessorConfig(disable_names=disabled),
+            "w8a8_dynamic": W8A8DynamicProcessorConfig(),
             "fa3": FA3ProcessorConfig(),
             "save": SaveProcessorConfig(output_path=str(folder)),
         },
+        layer_schemes=schemes,  # type: ignore[arg-type]
         calib_data=calib_data,
     )
     quant_model(model, config, structure=load_adapter(KINDS[kind][0]).structure, parallel=parallel)
@@ -50,18 +51,18 @@ def scales(
     return {name: tensor for name, tensor in written.items() if ".fa_" in name}
 
 
-def tensor_parallel_scales(kind: str, layout: str, folder: Path, disabled: list[str]) -> Any:
+def tensor_parallel_scales(kind: str, layout: str, folder: Path, schemes: dict[str, str]) -> Any:
     """Return the scales of this rank's heads."""
     model, group = build(kind), dist.group.WORLD
     plan = load_adapter(KINDS[kind][0]).shard_plan(layout)
     shards = make_local(model, plan, tp_rank=dist.get_rank(), tp_size=dist.get_world_size(), tp_group=group)
     parallel = Parallel(shards=shards, tp_group=group)
-    return scales(model, kind, folder, louder_records(kind, 2), disabled, parallel)
+    return scales(model, kind, folder, louder_records(kind, 2), schemes, parallel)
 
 
 def data_parallel_scales(kind: str, folder: Path, mine: Sequence[Any]) -> Any:
     """Return the scales that all ranks agreed on, each having replayed its own records."""
-    return scales(build(kind), kind, folder, mine, [], Parallel(dp_group=dist.group.WORLD))
+    return scales(build(kind), kind, folder, mine, {}, Parallel(dp_group=dist.group.WORLD))
 
 
 def on_each_rank(results: Path) -> None:
@@ -69,8 +70,8 @@ def on_each_rank(results: Path) -> None:
     rank = dist.get_rank()
     session = results / f"session_{rank}"
     for kind, layout in TENSOR_PARALLEL:
-        for name, disabled in DISABLED.items():
-            found = tensor_parallel_scales(kind, layout, session, disabled)
+        for name, schemes in SCHEMES.items():
+            found = tensor_parallel_scales(kind, layout, session, schemes)
             save_file(found, results / f"{kind}_{layout}_{name}_{rank}.safetensors")
     split = data_parallel_scales("flux", session, louder_records("flux", 3)[rank::2])
     save_file(split, results / f"split_{rank}.safetensors")
@@ -89,13 +90,13 @@ def joined(results: Path, case: str) -> dict[str, Tensor]:
 
 @each_layout
 def test_scales_of_the_ranks_heads_are_those_of_the_whole_model(results, kind, layout, tmp_path):
-    whole = scales(build(kind), kind, tmp_path, louder_records(kind, 2), DISABLED["float"], Parallel())
+    whole = scales(build(kind), kind, tmp_path, louder_records(kind, 2), SCHEMES["float"], Parallel())
     torch.testing.assert_close(joined(results, f"{kind}_{layout}_float"), whole, rtol=FLOAT_TOLERANCE, atol=0)
 
 
 @each_layout
 def test_quantized_linears_move_scales_only_behind_the_first_row_split_layer(results, kind, layout, tmp_path):
-    whole = scales(build(kind), kind, tmp_path, louder_records(kind, 2), DISABLED["quantized"], Parallel())
+    whole = scales(build(kind), kind, tmp_path, louder_records(kind, 2), SCHEMES["quantized"], Parallel())
     ranks = joined(results, f"{kind}_{layout}_quantized")
     assert ranks.keys() == whole.keys()
     for name in filter(lambda name: name.endswith(".scale"), whole):
@@ -114,7 +115,7 @@ def test_heads_differ_so_that_a_swap_of_ranks_would_show(results):
 
 @pytest.mark.parametrize("case", ["split", "idle"])
 def test_scales_over_shared_out_records_are_those_of_one_rank_with_all(results, case, tmp_path):
-    whole = scales(build("flux"), "flux", tmp_path, louder_records("flux", 3), [], Parallel())
+    whole = scales(build("flux"), "flux", tmp_path, louder_records("flux", 3), {}, Parallel())
     for rank in range(RANKS):
         shared = load_file(results / f"{case}_{rank}.safetensors")
         assert shared.keys() == whole.keys()
