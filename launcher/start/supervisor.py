@@ -98,7 +98,9 @@ class _Job:
 
     def end_on_signal(self, name: str) -> Failure | None:
         """Return how the ranks ended after this process got a signal; None when they had finished by then."""
-        if told := self.told_first():
+        told = self.told_first()
+        # A rank that takes longer than the agent has patience is killed, and the others say that it vanished.
+        if told and not told.is_about_others:
             return told
         status = read_status(account_folder(self.config))
         if status is not None and status["state"] == "published" and status["updated"] >= format_time(self.started):

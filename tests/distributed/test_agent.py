@@ -124,6 +124,51 @@ sys.exit(supervise(sys.argv[2:], sys.argv[1:2]))
 """
 
 
+# The first rank takes long to finish what it does, and the second notices when it is gone.
+PATIENCE_OVER = """
+import os, signal, sys, time
+from pathlib import Path
+from launcher.failure.error_file import write_error_file
+from launcher.failure.record import Failure
+from quant_core.errors import DistributedError
+
+rank = int(os.environ["RANK"])
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+Path(FOLDER, f"pid{rank}").write_text(str(os.getpid()))
+Path(FOLDER, f"pid{rank}").rename(Path(FOLDER, f"ready{rank}"))
+if rank == 0:
+    time.sleep(60)
+while not Path(FOLDER, "ready0").exists():
+    time.sleep(0.01)
+first = int(Path(FOLDER, "ready0").read_text())
+while Path(f"/proc/{first}").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().split()[2]:
+    time.sleep(0.001)
+write_error_file(Failure.of(DistributedError("rank 0 vanished", where="", why="", advice=""), 1), is_first=True)
+os._exit(6)
+"""
+
+
+def test_a_rank_that_was_asked_to_stop_and_takes_too_long_ends_a_job_that_goes_on_later(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(PATIENCE_OVER.replace("FOLDER", repr(str(tmp_path))))
+    images = ["flux", "--path", str(tmp_path), "--device", "cpu", "--do_save_img", "--save_path", str(tmp_path / "out")]
+    flags = ["--nproc_per_node", "2", "--shutdown-timeout", "1"]
+    job = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISE, str(rank), *flags, *images],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for name in ("ready0", "ready1"):
+        while not (tmp_path / name).exists():
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=SOON_S)
+    assert job.returncode == 75, output
+    assert "stopped: SIGTERM asked the job to leave" in output
+
+
 def test_signal_upon_signal_cuts_off_no_rank_that_is_saying_why_it_leaves(tmp_path: Path) -> None:
     rank = tmp_path / "rank.py"
     rank.write_text(SLOW_RANK.replace("FOLDER", repr(str(tmp_path))))
