@@ -14,7 +14,7 @@ from launcher.failure.monitor import Monitor
 from launcher.failure.phases import run_together
 from launcher.files.identity import common_options
 from launcher.journal.logs import log, quiet_diffusers
-from launcher.ranks.agreement import require_alike
+from launcher.ranks.agreement import barrier, require_alike
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
 from launcher.stages.evaluate import check_evaluation, evaluate
@@ -56,6 +56,7 @@ def _on_ranks(
     gc.freeze()  # what was imported stays: looking through it takes a quarter of a second, whenever a model goes
     with own_folders(job, only_weights=only_weights):
         work(job)
+    barrier(ranks, "the end")  # still watched, so a rank that stands still before it is named, and signals are heard
     watch.finish()
     leave(ranks)
 

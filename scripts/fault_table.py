@@ -51,7 +51,7 @@ ROWS: Mapping[str, Row] = {
     "exception": Row(1),
     "OOM error": Row(5),
     "full disk": Row(3, culprit=r"rank \d", mounts="matrix"),  # whoever writes next finds it full
-    "frozen": Row(6, limit_s=HANG_S + LIMIT_S),
+    "frozen": Row(6, (*STAGES, "end"), limit_s=HANG_S + LIMIT_S),
     "other numbers": Row(7, ("batch",), culprit=r"rank \d, calibrate"),  # whoever is first
     "SIGTERM in one copy of two": Row(75, ("calibrate", "observe"), culprit="", strikes="SIGTERM", job="two copies"),
     "broken pipe": Row(0, ("calibrate",), (0,), culprit="", strikes="wait", outside="lose the reader"),

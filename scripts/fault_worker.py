@@ -151,6 +151,13 @@ def in_merge(strike: Callable[[], object]) -> None:
         _before_stage(merge, "merging", strike)
 
 
+def in_end(strike: Callable[[], object]) -> None:
+    """Strike when nothing is left to do but to tell the others so."""
+    from launcher import run
+
+    _before(run, "barrier", lambda *_: True, strike)
+
+
 PLACES: dict[str, Callable[[Callable[[], object]], None]] = {
     "start": in_start,
     "load": in_load,
@@ -161,6 +168,7 @@ PLACES: dict[str, Callable[[Callable[[], object]], None]] = {
     "write": in_write,
     "publish": in_publish,
     "merge": in_merge,
+    "end": in_end,
 }
 
 

@@ -13,6 +13,7 @@ and because a rank that hangs on its card can still be spoken about.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -33,6 +34,9 @@ from launcher.devices.kinds import KINDS
 from launcher.devices.launch import Launch
 from launcher.ranks.mesh import Mesh, choose_tp_size
 from quant_core.errors import DistributedError
+
+# All ranks have finished when they leave; whoever needs longer than this to say so keeps nobody.
+_GOODBYE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,15 @@ def join(config: JobConfig, launch: Launch, store: dist.Store | None = None) -> 
 
 
 def leave(ranks: Ranks) -> None:
-    """Take the groups down after success; after a failure do not call this, just exit.
+    """Take the groups down after success, which all ranks have come to; after a failure just exit.
 
-    Tearing down waits for the other ranks, and one that failed will never come.
+    Nobody watches any more, so the wait for the others is short: until then the host of the store must not go, nor a
+    process vanish in front of a monitor. What has been done is done, also when one of them does not answer.
     """
     if ranks.control is not None:
-        dist.monitored_barrier(ranks.control, timeout=timedelta(seconds=ranks.timeout_s))
-        dist.destroy_process_group()
+        with suppress(RuntimeError):
+            dist.monitored_barrier(ranks.control, timeout=timedelta(seconds=_GOODBYE_S))
+            dist.destroy_process_group()
 
 
 def lay_out(config: JobConfig, launch: Launch) -> tuple[Mesh, str]:

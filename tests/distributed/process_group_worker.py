@@ -101,7 +101,7 @@ def late_rank(ranks: Ranks) -> dict[str, Any]:
 
 
 def main(folder: Path, words: list[str]) -> None:
-    """Join, check, write, and leave; with ABSENT_RANK=last a rank stays away, and nobody can leave in order."""
+    """Join, check, write, and leave; with ABSENT_RANK=last a rank stays away, and does not say goodbye either."""
     ranks = join(parse(words).options, read_launch(os.environ))
     report: dict[str, Any] = {
         "rank": ranks.rank,
@@ -117,7 +117,7 @@ def main(folder: Path, words: list[str]) -> None:
     }
     absent = os.environ.get("ABSENT_RANK") == "last"
     report["absent" if absent else "checks"] = late_rank(ranks) if absent else checks(ranks)
-    if not absent:
+    if not absent or ranks.rank < ranks.world - 1:
         leave(ranks)
         report["left"] = not dist.is_initialized()
     (folder / f"{ranks.rank}.json").write_text(json.dumps(report))

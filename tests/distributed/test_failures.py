@@ -78,6 +78,7 @@ def test_an_undisturbed_run_says_so_in_its_status_and_keeps_its_files_private(be
     [
         Fault("kill -9", "merge", 0),  # between the renaming of the shards and the manifest
         Fault("frozen", "calibrate", 1),  # nobody notices but the heartbeat
+        Fault("frozen", "end", 1),  # all is published, and rank 0 waits
     ],
     ids=lambda fault: f"{fault.kind} in {fault.stage} on rank {fault.rank}",
 )

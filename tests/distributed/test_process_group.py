@@ -150,6 +150,11 @@ def test_a_rank_that_stays_away_is_named_within_the_timeout(tmp_path: Path) -> N
         assert waited["seconds"] < 2.5  # the wait is 1 s; the absent rank comes after 3 s
 
 
+def test_who_has_finished_fails_no_more_when_another_rank_ends_without_a_goodbye(tmp_path: Path) -> None:
+    done = run_forked(3, WORKER, tmp_path, *FLAGS, environ={"ABSENT_RANK": "last"})
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def start(environ: dict[str, str], *words: str | Path) -> subprocess.Popen[str]:
     """Start one rank by hand, without torchrun."""
     return subprocess.Popen(
