@@ -37,10 +37,9 @@ def read_error_files(folder: Path) -> list[Failure]:
 
 
 def _last_attempt(folder: Path) -> list[Path]:
-    attempts: dict[int, list[Path]] = {}
-    for path in folder.glob("**/attempt_*/*/error.json"):
-        attempts.setdefault(int(path.parents[1].name.removeprefix("attempt_")), []).append(path)
-    return attempts[max(attempts)] if attempts else []
+    # By the folders that the agent makes, for ranks that were killed write no file.
+    attempts = {int(path.name.removeprefix("attempt_")): path for path in folder.glob("**/attempt_*")}
+    return list(attempts[max(attempts)].glob("*/error.json")) if attempts else []
 
 
 def _read(path: Path) -> Failure | None:

@@ -47,6 +47,14 @@ def test_the_supervisor_reads_the_kind_from_the_last_attempt(tmp_path: Path, fai
     assert str(failure.error()) == str(ERROR)
 
 
+def test_a_last_attempt_that_was_killed_wrote_nothing_and_an_earlier_one_does_not_speak_for_it(
+    tmp_path: Path, failure, monkeypatch
+) -> None:
+    write(tmp_path, 0, 1, failure, monkeypatch)
+    (tmp_path / "job" / "attempt_1" / "1").mkdir(parents=True)  # the agent's, before it starts a rank
+    assert read_error_files(tmp_path) == []
+
+
 def test_a_file_of_another_program_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "attempt_0" / "0" / "error.json"
     path.parent.mkdir(parents=True)
