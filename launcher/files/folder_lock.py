@@ -9,24 +9,27 @@ another job's.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.journal.status import format_time
 from quant_core.atomic_file import FILE_MODE, write_text_atomically
-from quant_core.errors import FolderInUse
+from quant_core.errors import EnvironmentFailure, FolderInUse
 
 LOCK = ".job.lock"
 _NOTE = ".job.holder.json"
 # Who holds a lock writes its note at once; on a network file system that takes a moment.
 _PATIENCE_S = 2.0
+# How a file system says that it knows no locks, or that nobody can write there anyway.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)
 
 
 class Holder(BaseModel):
@@ -46,7 +49,7 @@ def hold(folder: Path, option: str, job: str, say: Callable[[str], object] = pri
 
     option: what chose the folder, as a user calls it. job: a name that the job's ranks, and no other's, share.
 
-    Raises FolderInUse, at once, when another job holds it.
+    Raises FolderInUse, at once, when another job holds it; EnvironmentFailure when nobody can know.
     """
     try:
         lock = _lock(folder / LOCK)
@@ -56,6 +59,8 @@ def hold(folder: Path, option: str, job: str, say: Callable[[str], object] = pri
             return
         raise _in_use(folder, option, holder) from None
     except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise _unknown(folder, option, error) from error
         say(f"{option}: {folder} cannot be locked ({error}): see to it that no other job uses it")
         yield False
         return
@@ -70,12 +75,24 @@ def hold(folder: Path, option: str, job: str, say: Callable[[str], object] = pri
 
 def _lock(path: Path) -> int:
     """Return the descriptor that holds the lock until it is closed; raises BlockingIOError when another one does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+    descriptor = _open(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise
+    return descriptor
+
+
+def _open(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
+    except PermissionError:
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY)  # another user's: who may read a file may lock it, but on NFS
+    with suppress(PermissionError):  # not its owner
+        os.fchmod(descriptor, FILE_MODE)  # whatever the umask: the others of a group need to read it
     return descriptor
 
 
@@ -87,6 +104,15 @@ def _holder(folder: Path) -> Holder | None:
         except (OSError, UnicodeDecodeError, ValidationError):
             time.sleep(_PATIENCE_S / 20)
     return None
+
+
+def _unknown(folder: Path, option: str, error: OSError) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        "nobody can tell whether another job works in this folder",
+        where=f"{option} {folder}",
+        why=f"{folder / LOCK} cannot be locked: {error.strerror or error}",
+        advice=f"see that this user may write into the folder and read that file, or give another {option}",
+    )
 
 
 def _in_use(folder: Path, option: str, holder: Holder | None) -> FolderInUse:

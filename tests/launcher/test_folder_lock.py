@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from launcher.files.folder_lock import hold
-from quant_core.errors import FolderInUse
+from launcher.files.folder_lock import LOCK, hold
+from quant_core.errors import EnvironmentFailure, FolderInUse
 
 HOLD = """
 import sys, time
@@ -60,3 +64,46 @@ def test_a_file_system_without_locks_keeps_no_job_from_working(
         assert not holds
     assert len(said) == 2
     assert all(f"cannot be locked ([Errno {number}]" in line for line in said)
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """Return a folder of a group that both users are in."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be two users")
+    folder = Path(tempfile.mkdtemp())  # not below pytest's own folder, which is for one user
+    shutil.chown(folder, group=NOBODY)
+    folder.chmod(0o2770)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def as_nobody(folder: Path) -> str:
+    """Return what another user of the folder's group gets from it, in a process of its own."""
+    with get_context("fork").Pool(1) as pool:
+        return pool.apply(_hold_as_nobody, (folder,))
+
+
+def _hold_as_nobody(folder: Path) -> str:
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    try:
+        with hold(folder, "--flag", "another") as holds:
+            return f"holds: {holds}"
+    except (FolderInUse, EnvironmentFailure) as error:
+        return type(error).__name__
+
+
+def test_two_users_of_a_shared_folder_keep_each_other_out(shared_folder: Path):
+    with hold(shared_folder, "--flag", "mine"):
+        assert as_nobody(shared_folder) == "FolderInUse"
+    assert as_nobody(shared_folder) == "holds: True"
+
+
+def test_a_lock_that_another_user_may_not_even_read_is_refused(shared_folder: Path):
+    (shared_folder / LOCK).touch(mode=0o600)
+    assert as_nobody(shared_folder) == "EnvironmentFailure"
