@@ -1,7 +1,8 @@
 """Keep a folder for one job at a time.
 
 How: the operating system's lock on a hidden file in the folder. It is gone with the process that holds it, however
-that ends, so the file that a dead job leaves keeps nobody out. A note beside it says who holds the lock.
+that ends, so the file that a dead job leaves keeps nobody out. A note beside it says who holds the lock, and is locked
+as long: a note that is not locked is a dead job's.
 
 What it gives up: a file system may know no locks. Then the job says so and goes on: digests still tell its files from
 another job's.
@@ -66,18 +67,24 @@ def hold(folder: Path, option: str, job: str, say: Callable[[str], object] = pri
         return
     try:
         me = Holder(job=job, host=socket.gethostname(), pid=os.getpid(), since=format_time(time.time()))
-        write_text_atomically(folder / _NOTE, me.model_dump_json() + "\n")
-        yield True
+        note = _lock(write_text_atomically(folder / _NOTE, me.model_dump_json() + "\n"), patiently=True)
+        try:
+            yield True
+        finally:
+            (folder / _NOTE).unlink(missing_ok=True)
+            os.close(note)
     finally:
-        (folder / _NOTE).unlink(missing_ok=True)
         os.close(lock)
 
 
-def _lock(path: Path) -> int:
-    """Return the descriptor that holds the lock until it is closed; raises BlockingIOError when another one does."""
+def _lock(path: Path, *, patiently: bool = False) -> int:
+    """Return the descriptor that holds the lock until it is closed; raises BlockingIOError when another one does.
+
+    patiently: wait for the other one instead.
+    """
     descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if patiently else fcntl.LOCK_NB))
     except OSError:
         os.close(descriptor)
         raise
@@ -100,10 +107,22 @@ def _holder(folder: Path) -> Holder | None:
     until = time.monotonic() + _PATIENCE_S
     while time.monotonic() < until:
         try:
-            return Holder.model_validate_json((folder / _NOTE).read_text(encoding="utf-8"))
+            with (folder / _NOTE).open(encoding="utf-8") as note:
+                if _is_locked(note.fileno()):
+                    return Holder.model_validate_json(note.read())
         except (OSError, UnicodeDecodeError, ValidationError):
-            time.sleep(_PATIENCE_S / 20)
+            pass
+        time.sleep(_PATIENCE_S / 20)
     return None
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Tell whether another one holds the lock; reading is enough to ask, on NFS too, for a lock that is shared."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _unknown(folder: Path, option: str, error: OSError) -> EnvironmentFailure:

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -64,6 +66,31 @@ def test_a_file_system_without_locks_keeps_no_job_from_working(
         assert not holds
     assert len(said) == 2
     assert all(f"cannot be locked ([Errno {number}]" in line for line in said)
+
+
+def test_the_note_of_a_killed_job_is_not_taken_for_that_of_the_job_that_has_just_come(tmp_path: Path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        killed.stdout.readline()
+        killed.kill()
+    note, stale, own = tmp_path / ".job.holder.json", tmp_path / "stale", tmp_path / "own"
+    note.rename(stale)
+    said: list[str] = []
+
+    def come_second() -> None:
+        with pytest.raises(FolderInUse) as raised, hold(tmp_path, "--flag", "second"):
+            pass
+        said.append(raised.value.why)
+
+    with hold(tmp_path, "--flag", "first"):
+        own.hardlink_to(note)
+        stale.replace(note)  # as it is when the first job has the lock, and has not come to its note yet
+        second = threading.Thread(target=come_second)
+        second.start()
+        time.sleep(0.3)
+        own.replace(note)
+        second.join()
+    assert said[0].startswith(f"process {os.getpid()} on ")
 
 
 NOBODY = 65534
