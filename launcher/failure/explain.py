@@ -16,6 +16,12 @@ _LOST_PEER = re.compile(
     r"|recvValue failed|failed to (send|recv)|monitoredBarrier",
     re.IGNORECASE,
 )
+# What a file or folder answers that cannot be used as it was meant: its rights, its kind, its name, its disk.
+_UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ESTALE, errno.EIO),
+)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch and safetensors report a failed write as an error of their own kind, with or without the system's words.
 _FAILED_WRITE = re.compile(r"No space left|quota exceeded|File too large|PytorchStreamWriter failed", re.IGNORECASE)
@@ -32,6 +38,8 @@ def explained(error: BaseException) -> ExplainedError:
         return _out_of_memory(error)
     if (isinstance(error, OSError) and error.errno in _DISK_FULL) or _says(error, _FAILED_WRITE):
         return _disk_full(error)
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _UNUSABLE:
+        return _unusable(error)
     if isinstance(error, RuntimeError):
         return kinds.explain(error) or _lost_peer(error) or _bug(error)
     return _bug(error)
@@ -78,6 +86,15 @@ def _disk_full(error: BaseException) -> EnvironmentFailure:
         where=str(getattr(error, "filename", None) or _place(error)),
         why=_line(error),
         advice="free space, then run the same command again: finished parts are reused",
+    )
+
+
+def _unusable(error: OSError) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        "a file or folder cannot be used",
+        where=str(error.filename),
+        why=error.strerror or _line(error),
+        advice="see what stands there, whether this user may read and write it, and whether its disk is well",
     )
 
 

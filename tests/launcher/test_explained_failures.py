@@ -27,6 +27,11 @@ from quant_core.errors import (
         (MemoryError(), MemoryExhausted),
         (RuntimeError("NPU out of memory. Tried to allocate 3 GiB"), MemoryExhausted),
         (OSError(errno.ENOSPC, "No space left on device", "w.safetensors"), EnvironmentFailure),
+        (PermissionError(errno.EACCES, "Permission denied", "/results"), EnvironmentFailure),
+        (OSError(errno.EROFS, "Read-only file system", "/results"), EnvironmentFailure),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/results/weights"), EnvironmentFailure),
+        (OSError(errno.EIO, "Input/output error", "/results/quant_job.yaml"), EnvironmentFailure),
+        (OSError(errno.EIO, "Input/output error"), ExplainedError),
         (RuntimeError("[transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:17683"), DistributedError),
         (RuntimeError("Timed out waiting 1000ms for recv operation to complete"), DistributedError),
         (torch.distributed.DistNetworkError("The client socket has timed out after 60s"), DistributedError),
@@ -45,6 +50,11 @@ def test_an_exception_becomes_an_error_of_its_kind(error: Exception, kind: type)
 def test_an_explained_error_stays_itself() -> None:
     error = InputError("no")
     assert explained(error) is error
+
+
+def test_a_place_that_cannot_be_used_is_named() -> None:
+    told = explained(PermissionError(errno.EACCES, "Permission denied", "/results"))
+    assert (told.where, told.why) == ("/results", "Permission denied")
 
 
 def test_a_bug_says_where_it_happened() -> None:
