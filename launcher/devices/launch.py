@@ -108,9 +108,11 @@ def _from_srun(environ: Mapping[str, str]) -> Launch:
     numbers = _numbers(
         environ, {"rank": "SLURM_PROCID", "world": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
     )
-    job = _numbers(environ, {"job": "SLURM_JOB_ID"})["job"]
-    # A port of its own for each job, in the range that hosts leave to applications.
-    address = f"tcp://127.0.0.1:{20000 + job % 20000}"
+    names = {"job": "SLURM_JOB_ID", "step": "SLURM_STEP_ID"}
+    job, step = _numbers({"SLURM_STEP_ID": "0", **environ}, names).values()
+    # A port of its own for each step of each job, in the range that hosts leave to applications: jobs of one host have
+    # numbers close to each other. The path tells those apart that share one all the same.
+    address = f"tcp://127.0.0.1:{20000 + (job + 1000 * step) % 20000}/{job}.{step}"
     return Launch(**numbers, local_world=numbers["world"], source="srun", init_method=address)
 
 

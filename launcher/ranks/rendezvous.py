@@ -41,7 +41,7 @@ def meet(launch: Launch, timeout_s: float) -> Rendezvous:
     if not launch.is_distributed:
         return Rendezvous("this process", None, dist.HashStore())
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    names = f"{_step(launch)}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         groups = _store(launch, timeout_s, hosts=launch.rank == 0 and not agent_hosts)
         notes = _store(launch, min(timeout_s, _ANSWER_S), hosts=False)
@@ -54,8 +54,8 @@ def meet(launch: Launch, timeout_s: float) -> Rendezvous:
         ) from error
     return Rendezvous(
         "torchrun" if agent_hosts else "rank 0",
-        dist.PrefixStore(f"groups/{attempt}", groups),
-        dist.PrefixStore(f"notes/{attempt}", notes),
+        dist.PrefixStore(f"groups{names}", groups),
+        dist.PrefixStore(f"notes{names}", notes),
     )
 
 
@@ -70,6 +70,11 @@ def _store(launch: Launch, timeout_s: float, *, hosts: bool) -> dist.TCPStore:
         wait_for_workers=False,
         multi_tenant=True,
     )
+
+
+def _step(launch: Launch) -> str:
+    """Return the path in the ranks' meeting place: what came to another's port by mistake is not among its ranks."""
+    return urlsplit(launch.init_method or "").path
 
 
 def _address(launch: Launch) -> tuple[str, int]:

@@ -48,7 +48,12 @@ def test_variables_that_a_scheduler_gives_each_pod_do_not_make_a_rank() -> None:
 def test_srun_on_one_host_works_without_torchrun_on_a_port_of_the_job() -> None:
     found = read_launch(SRUN)
     # 70001 modulo 20000 is 10001, above the base of 20000.
-    assert found == Launch(1, 2, 1, 2, "srun", "tcp://127.0.0.1:30001")
+    assert found == Launch(1, 2, 1, 2, "srun", "tcp://127.0.0.1:30001/70001.0")
+
+
+def test_steps_of_one_job_have_each_a_port_of_their_own() -> None:
+    steps = {read_launch({**SRUN, "SLURM_STEP_ID": str(step)}).init_method for step in range(3)}
+    assert steps == {f"tcp://127.0.0.1:{30001 + 1000 * step}/70001.{step}" for step in range(3)}
 
 
 def test_torchrun_inside_srun_is_torchrun() -> None:
