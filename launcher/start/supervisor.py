@@ -30,6 +30,7 @@ from launcher.failure.record import STARTING, Failure, write_end
 from launcher.failure.signals import GRACEFUL, Stopped, stopped_on
 from launcher.failure.way_out import leave, tell
 from launcher.journal.status import account_folder, format_time, read_status
+from launcher.journal.terminal import wait_for_no_reader
 from launcher.start.agent import agent_arguments, end_children, let_children_leave, run_agent, signals_heard
 from launcher.start.supervisor_flags import job_on_ranks, split_at_command
 from quant_core.errors import DistributedError, ExplainedError
@@ -46,6 +47,7 @@ def supervise(words: Sequence[str], entry: Sequence[str]) -> ExitCode:
     """
     flags, command_words = split_at_command(words)
     config = job_on_ranks(command_words)
+    wait_for_no_reader()
     logging.disable(logging.CRITICAL)  # the agent's account of its workers repeats what they say
     with tempfile.TemporaryDirectory(prefix="launcher_") as folder:
         arguments = agent_arguments(flags, [*entry, *command_words], Path(folder))

@@ -49,8 +49,10 @@ def under_monitor(config: JobConfig, launch: Launch | None, work: Callable[[Moni
         # Where it is installed, diffusers imports it, for half a second, and needs it for LoRA files only.
         sys.modules.setdefault("peft", None)  # pyright: ignore[reportArgumentType, reportCallIssue]
     from launcher.journal.logs import quiet_libraries
+    from launcher.journal.terminal import wait_for_no_reader
     from model_adapters.weights.offline import stay_offline
 
+    wait_for_no_reader()
     stay_offline(config.pipeline.path)
     quiet_libraries()
     from launcher.failure.monitor import Monitor
