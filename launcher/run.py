@@ -14,7 +14,7 @@ from launcher.failure.monitor import Monitor
 from launcher.failure.phases import run_together
 from launcher.files.identity import common_options
 from launcher.journal.logs import log, quiet_diffusers
-from launcher.ranks.agreement import barrier, require_alike
+from launcher.ranks.agreement import barrier, require_alike_in_store
 from launcher.ranks.process_group import Ranks, join, leave
 from launcher.stages.calibrate import calibrate
 from launcher.stages.evaluate import check_evaluation, evaluate
@@ -45,6 +45,7 @@ def _on_ranks(
 ) -> None:
     watch = watch or Monitor(config)
     quiet_diffusers()
+    require_alike_in_store(watch.rendezvous.groups, watch.launch, common_options(config), what="the options")
     ranks = join(config, watch.launch, watch.rendezvous.groups)
     for reason in ranks.reasons:
         watch.console.say(reason)
@@ -52,7 +53,6 @@ def _on_ranks(
     watch.enter("prepare")
     log("asked for", words=sys.argv[1:])
     job = run_together(ranks, "preparing", lambda: _prepare(asked, config, ranks, watch))
-    require_alike(ranks, common_options(config), what="the options")
     gc.freeze()  # what was imported stays: looking through it takes a quarter of a second, whenever a model goes
     with own_folders(job, only_weights=only_weights):
         work(job)

@@ -1,18 +1,25 @@
-"""Exchanges between all ranks, on the control group, with bounded waits that name who is missing."""
+"""Exchanges between all ranks, on the control group, with bounded waits that name who is missing.
+
+One comes before there is a group: which groups there are depends on options, and only ranks that have those alike can
+form them.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from launcher.devices.launch import Launch
 from launcher.journal.logs import log
 from launcher.ranks.process_group import Ranks
+from launcher.ranks.rendezvous import not_connected
 from quant_core.errors import ConfigurationError, DistributedError
 
 T = TypeVar("T")
@@ -58,7 +65,31 @@ def require_alike(ranks: Ranks, mine: Mapping[str, Any] | None, *, what: str) ->
     Raises:
         ConfigurationError: on all ranks, naming one that differs from rank 0, and in which fields.
     """
-    first, *others = gather_objects(ranks, mine, what=f"comparing {what}")
+    return _alike(gather_objects(ranks, mine, what=f"comparing {what}"), what)
+
+
+def require_alike_in_store(store: dist.Store | None, launch: Launch, mine: Mapping[str, Any], *, what: str) -> None:
+    """Compare fields, which JSON can hold, where the ranks meet; store: None in a single process.
+
+    Raises:
+        ConfigurationError: as `require_alike` does.
+        DistributedError: a rank did not come within the store's timeout.
+    """
+    if store is None:
+        return
+    try:
+        turn = store.add(f"{what}/{launch.rank}", 1)  # a caller in Python may run several jobs
+        keys = [f"{what}/{rank}/{turn}" for rank in range(launch.world)]
+        store.set(keys[launch.rank], json.dumps(mine))
+        store.wait(keys)
+        everyone = [json.loads(text) for text in store.multi_get(keys)]
+    except RuntimeError as error:
+        raise not_connected(launch, f"comparing {what}", error) from error
+    _alike(everyone, what)
+
+
+def _alike(everyone: Sequence[Mapping[str, Any] | None], what: str) -> Mapping[str, Any]:
+    first, *others = everyone
     assert first is not None, "rank 0 says something"
     for rank, fields in enumerate(others, start=1):
         theirs = first if fields is None else fields

@@ -33,7 +33,7 @@ from launcher.devices.choice import (
 from launcher.devices.kinds import KINDS
 from launcher.devices.launch import Launch
 from launcher.ranks.mesh import Mesh, choose_tp_size
-from quant_core.errors import DistributedError
+from launcher.ranks.rendezvous import not_connected
 
 # All ranks have finished when they leave; whoever needs longer than this to say so keeps nobody.
 _GOODBYE_S = 10.0
@@ -175,12 +175,7 @@ def _form_groups(
             "dp_control": _own_group(mesh.dp_groups, timeout=control_timeout, backend="gloo"),
         }
     except RuntimeError as error:
-        raise DistributedError(
-            f"the {launch.world} ranks could not connect",
-            where=f"{launch.source}, {backend}",
-            why=" ".join(str(error).split())[:300],
-            advice="read the other ranks' errors; check MASTER_ADDR and MASTER_PORT, and that all ranks were started",
-        ) from error
+        raise not_connected(launch, backend, error) from error
 
 
 def _own_group(groups: list[list[int]], **options: Any) -> Any:

@@ -46,16 +46,21 @@ def meet(launch: Launch, timeout_s: float) -> Rendezvous:
         groups = _store(launch, timeout_s, hosts=launch.rank == 0 and not agent_hosts)
         notes = _store(launch, min(timeout_s, _ANSWER_S), hosts=False)
     except (RuntimeError, ValueError) as error:
-        raise DistributedError(
-            f"the {launch.world} ranks could not connect",
-            where=f"{launch.source}, {':'.join(map(str, _address(launch)))}",
-            why=" ".join(str(error).split())[:300],
-            advice="read the other ranks' errors; check MASTER_ADDR and MASTER_PORT, and that all ranks were started",
-        ) from error
+        raise not_connected(launch, ":".join(map(str, _address(launch))), error) from error
     return Rendezvous(
         "torchrun" if agent_hosts else "rank 0",
         dist.PrefixStore(f"groups{names}", groups),
         dist.PrefixStore(f"notes{names}", notes),
+    )
+
+
+def not_connected(launch: Launch, way: str, error: Exception) -> DistributedError:
+    """Return the error of ranks that did not meet on some way."""
+    return DistributedError(
+        f"the {launch.world} ranks could not connect",
+        where=f"{launch.source}, {way}",
+        why=" ".join(str(error).split())[:300],
+        advice="read the other ranks' errors; check MASTER_ADDR and MASTER_PORT, and that all ranks were started",
     )
 
 

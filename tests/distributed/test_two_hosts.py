@@ -106,6 +106,17 @@ def test_hosts_that_do_not_share_the_weights_folder_are_told_before_anything_is_
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_hosts_with_other_options_are_told_which_before_they_form_groups_by_them(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+):
+    words = job(tiny_flux_folder, prompt_file, tmp_path)
+    with two_hosts(*words, "--timeout_s", 60, differently=["--tp_size", 1]) as hosts:
+        printed = "".join(host.communicate(timeout=120)[0] for host in hosts)  # either may be the first to speak
+    assert [host.returncode for host in hosts] == [2, 2], printed
+    assert "error: rank 0 and rank 1 differ in the options" in printed
+    assert "why    ranks.tp_size: None, 1" in printed
+
+
 def test_a_host_that_goes_down_ends_the_job_and_a_second_run_finishes_it(
     tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
 ):
