@@ -14,6 +14,8 @@ from quant_core.atomic_file import write_text_atomically
 STATUS = "status.json"
 # A job that runs writes its status every two seconds.
 _MOMENT_S = 10.0
+# So much of an error's texts has room where the status of a running job stood.
+_CUT = 60
 
 
 def account_folder(config: JobConfig) -> Path:
@@ -27,14 +29,14 @@ def write_status(folder: Path, state: str, started: float, **details: Any) -> No
     state: "running" (`run` names it, `ranks` says where each is), "published", "failed", "preempted" or "interrupted"
         (`exit_code`, and `error`, which is None when there was none).
     """
-    told = {"version": 1, "updated": format_time(time.time()), "state": state, "started": format_time(started)}
-    text = json.dumps(told | details, indent=1) + "\n"
+    now = format_time(time.time())
+    told = {"version": 1, "updated": now, "state": state, "started": format_time(started), **details}
     # Nothing depends on this file, so a read-only disk must not hide the error that it would tell.
     with contextlib.suppress(OSError):
         try:
-            write_text_atomically(folder / STATUS, text)
+            write_text_atomically(folder / STATUS, _text(told))
         except OSError:
-            _overwrite(folder / STATUS, text)
+            _overwrite(folder / STATUS, told)
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
@@ -55,11 +57,19 @@ def is_kept(folder: Path, run: str | None = None) -> bool:
     return False
 
 
-def _overwrite(path: Path, text: str) -> None:
-    """Write where the old text stands: a full disk has no room for a second file, but still has the first one's."""
-    with path.open("r+", encoding="utf-8") as file:
-        file.write(text)
-        file.truncate()
+def _overwrite(path: Path, told: dict[str, Any]) -> None:
+    """Write where the old text stands, all or the little that fits there: a full disk has no room for a second file."""
+    brief = {name: value for name, value in told.items() if name not in ("ranks", "error")}
+    error = {name: told["error"][name][:_CUT] for name in ("what", "where")} if told.get("error") else None
+    for each in (told, brief | {"error": error}, brief):
+        with contextlib.suppress(OSError), path.open("r+", encoding="utf-8") as file:
+            file.write(_text(each))
+            file.truncate()
+            return
+
+
+def _text(told: dict[str, Any]) -> str:
+    return json.dumps(told, indent=1) + "\n"
 
 
 def format_time(seconds: float) -> str:

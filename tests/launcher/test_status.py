@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,28 @@ def test_a_job_that_is_refused_leaves_the_status_of_the_one_that_runs(folder: Pa
     assert (read_status(folder) or {})["run"] == "first"
     write_end(folder, time.time(), FAILED)
     assert (read_status(folder) or {})["exit_code"] == 4
+
+
+@contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """Let no file get larger than that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_a_status_that_says_how_the_job_ended(tmp_path: Path):
+    shown = dict.fromkeys(("rank", "stage", "done", "total", "step", "memory", "host", "pid"), 0)
+    write_status(tmp_path, "running", time.time(), run="0" * 32, ranks=[shown])
+    long = Failure.of(InputError("prompts " * 500, where="a place " * 500), rank=0)
+    with no_room_beyond((tmp_path / STATUS).stat().st_size):
+        write_end(tmp_path, time.time(), long)
+    told = read_status(tmp_path) or {}
+    assert (told["state"], told["exit_code"]) == ("failed", 4)
+    assert told["error"]["what"].startswith("prompts prompts")
 
 
 def test_a_job_that_says_nothing_any_more_or_has_ended_keeps_no_status(folder: Path):
