@@ -7,6 +7,7 @@ nothing to object to yields nothing. A new rule is a function and a line in `RUL
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from launcher.config.job_config import AUTO, JobConfig
 from model_adapters.quality.gate import Thresholds
@@ -47,6 +48,26 @@ def quantizing_has_its_folders(job: JobConfig) -> Iterator[ConfigurationError]:
                 why=f"--do_quant needs it: {type(job.output).model_fields[name].description}",
                 advice=f"add --{name} {example}",
             )
+
+
+def files_have_names_that_are_text(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse names of bytes that are no UTF-8: the job's own description of itself could not be written at its end."""
+    for name, value in (*job.output, *job.evaluation):
+        if isinstance(value, Path) and not _is_text(str(value)):
+            yield ConfigurationError(
+                f"--{name} is no text",
+                where=f"--{name} {value}",
+                why="its name holds bytes that are no UTF-8, and what a job publishes tells of its options in UTF-8",
+                advice="rename the folder, or give another one",
+            )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def timestep_sep_is_a_step_of_a_timestep_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
@@ -173,6 +194,7 @@ def what_is_asked_for_is_measured(job: JobConfig) -> Iterator[ConfigurationError
 RULES: tuple[Rule, ...] = (
     has_something_to_do,
     quantizing_has_its_folders,
+    files_have_names_that_are_text,
     timestep_sep_is_a_step_of_a_timestep_scheme,
     smoothing_options_belong_to_their_method,
     options_fit_the_scheme,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "nothing to do": (without("--do_quant"), "this run would produce nothing"),
     "no folder for weights": (without("--quant_weight_save_folder"), "--quant_weight_save_folder is missing"),
     "no folder for dumps": (without("--quant_dump_calib_folder"), "--quant_dump_calib_folder is missing"),
+    "folder whose name is no text": (
+        [*without("--quant_weight_save_folder"), "--quant_weight_save_folder", os.fsdecode(b"caf\xe9")],
+        "--quant_weight_save_folder is no text",
+    ),
     "no model": (without("--path"), "--path is missing"),
     "boundary of steps without steps": (
         [*JOB, "--quant_type", "w8a8", "--timestep_sep", "1"],
