@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -44,12 +45,12 @@ _STACKS_S = 0.5
 
 
 def here() -> str:
-    """Return a name for this host and process namespace."""
+    """Return a name for this host and process namespace: hosts may share a hostname, but no start of a kernel."""
     try:
-        namespace = os.readlink("/proc/self/ns/pid")
+        seen = [os.readlink("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
     except OSError:
-        namespace = ""
-    return f"{socket.gethostname()} {namespace}".strip()
+        seen = []
+    return " ".join([socket.gethostname(), *seen])
 
 
 @dataclass

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -97,6 +98,11 @@ def test_a_process_that_cannot_be_looked_at_is_there_and_one_that_ends_meanwhile
     monkeypatch.setattr(psutil.Process, "status", status)
     assert is_gone(heartbeat) is gone
     child.kill()
+
+
+def test_a_host_with_the_same_name_is_another_one() -> None:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert not is_gone(replace(ELSEWHERE, pid=2**22, host=here().replace(boot, "another start of a kernel")))
 
 
 def test_nothing_is_said_about_processes_of_other_hosts() -> None:
