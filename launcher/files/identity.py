@@ -130,9 +130,9 @@ def quantization_fingerprint(
     return Fingerprint({**calibration.fields, **flatten({"quantization": options})})
 
 
-def image_fingerprint(quantization: Fingerprint, config: JobConfig) -> Fingerprint:
-    """Return what the quantized model's images depend on: their steps may be approximated, those of a dump never."""
-    return Fingerprint({**quantization.fields, "approximation": config.pipeline.approximation})
+def image_fingerprint(model: Fingerprint, config: JobConfig) -> Fingerprint:
+    """Return what images of a model depend on, quantized or float: their steps may be approximated, a dump's never."""
+    return Fingerprint({**model.fields, "approximation": config.pipeline.approximation})
 
 
 def _options(config: JobConfig) -> dict[str, Any]:

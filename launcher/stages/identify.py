@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from launcher.config.job_config import JobConfig
 from launcher.failure.phases import run_together
+from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import calibration_fingerprint, model_fields, quantization_fingerprint
 from launcher.files.manifest import read_manifest
 from launcher.files.run_folder import RunFolder
@@ -26,15 +27,20 @@ T = TypeVar("T")
 
 
 def identify(job: Job) -> Results:
-    """Return where the job's results go and what they depend on; the ranks of each host share the model's files."""
-    config, ranks = job.config, job.ranks
-    model = shared_model_fields(config, ranks)
-    batches = read_batches(config.pipeline, are_needed=job.model.needs_prompts)
-    calibration = calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, batches)
+    """Return where the results of a job that quantizes go, and what they depend on."""
+    config, ranks, calibration = job.config, job.ranks, identify_calibration(job)
     quantization = quantization_fingerprint(calibration, config, job.model.disabled_layers, online=job.model.is_online)
     require_alike(ranks, quantization.fields, what="what the result depends on")
     folder = run_together(ranks, "making the staging folder", lambda: _folder(job))
     return Results(folder, calibration, quantization)
+
+
+def identify_calibration(job: Job) -> Fingerprint:
+    """Return what the float model's forwards, and so its images, depend on."""
+    config, ranks = job.config, job.ranks
+    model = shared_model_fields(config, ranks)
+    batches = read_batches(config.pipeline, are_needed=job.model.needs_prompts)
+    return calibration_fingerprint(config, job.model.adapter, ranks.mesh, model, batches)
 
 
 def shared_model_fields(config: JobConfig, ranks: Ranks) -> Mapping[str, Any]:

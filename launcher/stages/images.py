@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from launcher.config.job_config import JobConfig
+from launcher.files.identity import image_fingerprint
 from launcher.files.image_record import record, shows
-from launcher.ranks.agreement import gather_objects
+from launcher.ranks.agreement import gather_objects, require_alike
 from launcher.stages.encode import encode, prompts_of
+from launcher.stages.identify import identify_calibration
 from launcher.stages.job import Job
 from model_adapters.pipeline.prompts import Batch, ImageRequest
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
@@ -26,10 +28,10 @@ Info = dict[str, Any]
 
 @dataclass(frozen=True)
 class Gallery:
-    """A folder of images that show one job, known by the digest of its fingerprint; None: always made anew."""
+    """A folder of images that show one job, known by the digest of its fingerprint."""
 
     folder: Path
-    fingerprint: str | None = None
+    fingerprint: str
 
 
 def run_pipeline(
@@ -104,11 +106,14 @@ def _run_batches(
 
 
 def make_float_images(job: Job) -> None:
-    """Make the images of the float model without quantizing."""
+    """Make the images of the float model without quantizing, those that no earlier run of the same job made."""
+    calibration = identify_calibration(job)
+    require_alike(job.ranks, calibration.fields, what="what the images depend on")
+    gallery = Gallery(job.config.output.save_path, image_fingerprint(calibration, job.config).digest)
     job.watch.enter("images")
-    folder = job.config.output.save_path
-    run_pipeline(job, "images", gallery=Gallery(folder), may_approximate=True)
-    list_images(job, [folder])
+    if (batches := lacking(job, gallery)) is not None:
+        run_pipeline(job, "images", batches=batches, gallery=gallery, may_approximate=True)
+    list_images(job, [gallery.folder])
 
 
 def lacking(job: Job, gallery: Gallery) -> list[Batch] | None:
@@ -125,9 +130,7 @@ def lacking(job: Job, gallery: Gallery) -> list[Batch] | None:
 
 
 def _is_shown(job: Job, gallery: Gallery, batch: Batch) -> bool:
-    fingerprint = gallery.fingerprint
-    images = [image_file(job, gallery.folder, request) for request in batch]
-    return fingerprint is not None and all(shows(image, fingerprint) for image in images)
+    return all(shows(image_file(job, gallery.folder, request), gallery.fingerprint) for request in batch)
 
 
 def list_images(job: Job, folders: Sequence[Path]) -> None:
@@ -164,8 +167,7 @@ def _save(job: Job, images: Sequence[Any], batch: Batch, gallery: Gallery) -> No
     for image, request in zip(images, batch):
         path = image_file(job, gallery.folder, request)
         write_atomically(path, partial(job.model.adapter.result.save, image))
-        if gallery.fingerprint is not None:
-            record(path, gallery.fingerprint)
+        record(path, gallery.fingerprint)
 
 
 def check_save_path(config: JobConfig) -> None:

@@ -21,6 +21,9 @@ from scripts.make_tiny_pipeline import write_prompts
 from tests.support.consumer import check_manifest
 from tests.support.tiny_job import run_job
 
+# Sections of a job that makes images of the float model and nothing else.
+ONLY_IMAGES = {"quantization": {"do_quant": False}, "output": {"quant_weight_save_folder": None}}
+
 
 class Place:
     """Folders of jobs on one tiny pipeline, in one process."""
@@ -159,6 +162,32 @@ def test_another_scheme_in_place_of_the_first_leaves_none_of_its_files(place: Pl
     place.run(quantization={"quant_type": "w8a8_dynamic"}, output={"overwrite": True})
     named = {file["name"] for file in check_manifest(place.root / "weights")["files"]}
     assert {path.name for path in (place.root / "weights").glob("quant_model_*")} == named
+
+
+@pytest.fixture
+def gallery(tiny_flux_folder: Path, tmp_path: Path) -> Place:
+    """A finished job that makes images of the float model and nothing else."""
+    place = Place(tmp_path, tiny_flux_folder)
+    place.run(**ONLY_IMAGES)
+    return place
+
+
+def test_images_of_a_job_that_quantizes_nothing_are_found_again_and_only_lacking_ones_made(gallery: Place):
+    lost, kept = sorted((gallery.root / "images").glob("*.png"))
+    expected, before = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    gallery.run(**ONLY_IMAGES)
+    assert lost.read_bytes() == expected
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("pipeline", [{"seed": 99}, {"use_cache": True}], ids=lambda changed: next(iter(changed)))
+def test_images_of_a_job_that_quantizes_nothing_are_made_again_for_another(pipeline: dict[str, Any], gallery: Place):
+    before = times(gallery.root / "images")
+    gallery.run(pipeline=pipeline, **ONLY_IMAGES)
+    after = times(gallery.root / "images")
+    assert after.keys() == before.keys()
+    assert all(after[path] != before[path] for path in before)
 
 
 ONLINE = {"calibrate": "online", "no_dump": True}
