@@ -16,7 +16,7 @@ from launcher.files.identity import common_options
 from launcher.journal.logs import log, quiet_diffusers
 from launcher.ranks.agreement import barrier, require_alike_in_store
 from launcher.ranks.process_group import Ranks, join, leave
-from launcher.stages.calibrate import calibrate
+from launcher.stages.calibrate import calibrate, complete_float_images
 from launcher.stages.evaluate import check_evaluation, evaluate
 from launcher.stages.fetch import fetch
 from launcher.stages.folders import own_folders
@@ -62,16 +62,16 @@ def _on_ranks(
 
 
 def _quantize(job: Job) -> None:
-    results = identify(job)
-    if is_published(job, results):
-        job.console.say(f"published already: {results.folder.manifest}")
-    else:
-        dump, ranges = calibrate(job, results)
+    results, wants_images = identify(job), job.config.output.do_save_img
+    calibration = None if is_published(job, results) else calibrate(job, results)
+    if wants_images:
+        complete_float_images(job, results)  # before quantizing changes the model
+    if calibration is not None:
         job.watch.safe_point(job.ranks.control)
-        quantize(job, results, dump, ranges)
+        quantize(job, results, *calibration)
         job.watch.safe_point(job.ranks.control)
         merge(job, results)
-    if job.config.output.do_save_img:
+    if wants_images:
         make_quant_images(job, results)
     evaluate(job, results.folder)
 

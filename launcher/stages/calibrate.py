@@ -35,8 +35,8 @@ class Calibration(NamedTuple):
 def calibrate(job: Job, results: Results) -> Calibration:
     """Return this rank's calibration: finished files of the same job, or new ones.
 
-    Nothing if quantizing would not read it and the job says to dump only what is needed. Images of the float model are
-    made where they are wanted and not there.
+    Nothing if quantizing would not read it and the job says to dump only what is needed. Where the pipeline runs, the
+    images of its batches are kept if they are wanted.
     """
     job.watch.enter("calibrate")
     calls, ranges = CapturedCalls(job, results), CapturedRanges(job, results)
@@ -52,10 +52,6 @@ def calibrate(job: Job, results: Results) -> Calibration:
         quant_type = job.config.quantization.quant_type
         otherwise = "--no_dump" if job.config.output.no_dump else "--calibrate always dumps them anyway"
         job.console.say(f"calibrate: skipped, {quant_type} reads no activations ({otherwise})")
-    if job.config.output.do_save_img:
-        gallery = float_images(job, results)
-        if (batches := lacking(job, gallery)) is not None:
-            run_pipeline(job, "float images", batches=batches, gallery=gallery)
     return Calibration(calls.path if calls in wanted else None, ranges.path if ranges in wanted else None)
 
 
@@ -112,6 +108,14 @@ def _run(job: Job, results: Results, wanted: Sequence[Captured], finished: int) 
             gallery=float_images(job, results) if job.config.output.do_save_img else None,
             after_batch=keep,
         )
+
+
+def complete_float_images(job: Job, results: Results) -> None:
+    """Make those of the float model's images that are not there or show another job."""
+    gallery = float_images(job, results)
+    if (batches := lacking(job, gallery)) is not None:
+        job.watch.enter("images")
+        run_pipeline(job, "float images", batches=batches, gallery=gallery)
 
 
 def float_images(job: Job, results: Results) -> Gallery:

@@ -93,8 +93,8 @@ def _is_published(job: Job, results: Results) -> bool:
     differences = results.quantization.differences(manifest.fields)
     if not differences:
         changed = manifest.changed_files(folder.weights)
-        if changed:
-            job.console.say(f"published, but made again, as it was changed since: {', '.join(changed)}")
+        again = f"published, but made again, as it was changed since: {', '.join(changed)}"
+        job.console.say(again if changed else f"published already: {folder.manifest}")
         return not changed
     raise InputError(
         "the output folder holds the checkpoint of another job",

@@ -113,7 +113,7 @@ def make_float_images(job: Job) -> None:
     job.watch.enter("images")
     if (batches := lacking(job, gallery)) is not None:
         run_pipeline(job, "images", batches=batches, gallery=gallery, may_approximate=True)
-    list_images(job, [gallery.folder])
+    list_images(job, [gallery])
 
 
 def lacking(job: Job, gallery: Gallery) -> list[Batch] | None:
@@ -133,9 +133,9 @@ def _is_shown(job: Job, gallery: Gallery, batch: Batch) -> bool:
     return all(shows(image_file(job, gallery.folder, request), gallery.fingerprint) for request in batch)
 
 
-def list_images(job: Job, folders: Sequence[Path]) -> None:
-    """Write which images in the folders came from which prompt, over all ranks, to the info file."""
-    mine = [_info(job, request, folders) for batch in job.batches for request in batch]
+def list_images(job: Job, galleries: Sequence[Gallery]) -> None:
+    """Write which images of the galleries came from which prompt, over all ranks, to the info file."""
+    mine = [_info(job, request, galleries) for batch in job.batches for request in batch]
     shares = gather_objects(job.ranks, mine, what="listing images")
     if job.ranks.rank == 0:
         everything = [info for share in shares[:: job.ranks.mesh.tp_size] for info in share]
@@ -144,10 +144,10 @@ def list_images(job: Job, folders: Sequence[Path]) -> None:
         job.console.say(f"images: {len(everything)} prompts listed in {path}")
 
 
-def _info(job: Job, request: ImageRequest, folders: Sequence[Path]) -> Info:
-    files = [image_file(job, folder, request) for folder in folders]
+def _info(job: Job, request: ImageRequest, galleries: Sequence[Gallery]) -> Info:
+    files = {image_file(job, gallery.folder, request): gallery.fingerprint for gallery in galleries}
     return {
-        "images": [str(file) for file in files if file.is_file()],
+        "images": [str(file) for file, fingerprint in files.items() if shows(file, fingerprint)],
         "prompt": request.prompt,
         "category": request.category,
     }

@@ -22,7 +22,7 @@ def make_quant_images(job: Job, results: Results) -> None:
         encode(job)
         run_together(job.ranks, "loading the published checkpoint", lambda: _load(job, results))
         run_pipeline(job, "quantized images", batches=batches, gallery=gallery, may_approximate=True)
-    list_images(job, [float_images(job, results).folder, gallery.folder])
+    list_images(job, [float_images(job, results), gallery])
 
 
 def quant_images(job: Job, results: Results) -> Gallery:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,9 @@ def test_images_of_another_seed_are_all_made_again(place: Place):
         assert all(new[name] != old[name] for name in new)
 
 
-def test_an_image_that_was_changed_is_made_again_and_no_other(place: Place):
-    changed, kept = sorted((place.root / "images" / "calib_quant").glob("*.png"))
+@pytest.mark.parametrize("kind", ["calib_fp", "calib_quant"])
+def test_an_image_that_was_changed_is_made_again_and_no_other(kind: str, place: Place):
+    changed, kept = sorted((place.root / "images" / kind).glob("*.png"))
     expected, before = changed.read_bytes(), kept.stat().st_mtime_ns
     flip(changed)
     place.run()
@@ -162,6 +164,17 @@ def test_another_scheme_in_place_of_the_first_leaves_none_of_its_files(place: Pl
     place.run(quantization={"quant_type": "w8a8_dynamic"}, output={"overwrite": True})
     named = {file["name"] for file in check_manifest(place.root / "weights")["files"]}
     assert {path.name for path in (place.root / "weights").glob("quant_model_*")} == named
+
+
+def test_float_images_of_another_job_are_neither_kept_nor_listed_as_a_published_ones(place: Place):
+    old, other = place.images("calib_fp"), {"weights": "other", "pipeline": {"seed": 99}}
+    place.run(**other, output={"do_save_img": False, "overwrite": True})
+    place.run(**other)
+    new = place.images("calib_fp")
+    assert new.keys() == old.keys()
+    assert all(new[name] != old[name] for name in new)
+    listed = [Path(image) for entry in json.loads((place.root / "info.json").read_text()) for image in entry["images"]]
+    assert {image.name for image in listed if image.parent.name == "calib_fp"} == new.keys()
 
 
 @pytest.fixture
