@@ -166,13 +166,13 @@ class Output(Section):
     )
     no_dump: bool = Field(default=False, description="write no calibration data, where nothing would replay it")
     resume: Literal["auto", "never"] = Field(
-        default="auto", description="reuse what an earlier run of the same job finished"
+        default="auto", description="reuse what an earlier run of the same job finished, or make it anew"
     )
     fingerprint: Literal["content", "stat"] = Field(
         default="content",
         description="know the model by the content of its weights, or faster by their sizes and times",
     )
-    overwrite: bool = Field(default=False, description="replace an already published result of another job")
+    overwrite: bool = Field(default=False, description="replace the checkpoint and the calibration data of another job")
     dry_run: bool = Field(default=False, description="only say what would be done, and all that keeps it from starting")
 
 

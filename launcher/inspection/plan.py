@@ -308,5 +308,6 @@ def _look_at_disk(plan: Plan, config: JobConfig) -> None:
     folder = output.quant_weight_save_folder
     plan.last = last_run_in(folder, config) if folder else None
     if folder is not None and (folder / MANIFEST).exists():
-        what = "replaced (--overwrite)" if output.overwrite else "kept if it is this job's, and refused if it is not"
-        plan.remarks.append(f"{folder} holds a published checkpoint, which is {what}")
+        own = "made anew (--resume never)" if output.resume == "never" else "kept"
+        other = "replaced (--overwrite)" if output.overwrite else "refused"
+        plan.remarks.append(f"{folder} holds a published checkpoint: {own} if it is this job's, and {other} if not")

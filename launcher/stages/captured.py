@@ -69,10 +69,13 @@ class Captured(ABC):
 
     def left(self) -> Left:
         """Find out what an earlier run left. Raises InputError when another job's file is there, or a damaged one."""
+        is_own = self._is_own()
         if self.job.config.output.resume == "never":
             self.parts.discard()
             return Left(is_there=False, counts=frozenset({0}))
-        return Left(self._is_reusable(), self.counts())
+        if is_own:
+            load_sound_dump(self.path)
+        return Left(is_own, self.counts())
 
     def header(self) -> dict[str, object]:
         """Say of the file whose it is."""
@@ -86,17 +89,15 @@ class Captured(ABC):
             "images": [request.number for batch in self.job.batches for request in batch],
         }
 
-    def _is_reusable(self) -> bool:
+    def _is_own(self) -> bool:
+        """Tell whether this job's file is there; raises InputError for another job's that may not be replaced."""
         if not self.path.exists():
             return False
         header, rank = load_dump(self.path)["header"], self.job.ranks.rank
         differences = self.results.calibration.differences(header.get("fields", {}))
         if not differences and header.get("rank") == rank:
             # The same calibration for another quantization: its ranges are of other layers, or found otherwise.
-            if header.get("fingerprint") != self.fingerprint:
-                return False
-            load_sound_dump(self.path)
-            return True
+            return header.get("fingerprint") == self.fingerprint
         if self.job.config.output.overwrite:
             return False
         raise InputError(

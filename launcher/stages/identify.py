@@ -6,7 +6,8 @@ ranks of different jobs would wait for each other, or fit together by chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.config.job_config import JobConfig
@@ -88,17 +89,24 @@ def _folder(job: Job) -> RunFolder:
 def _is_published(job: Job, results: Results) -> bool:
     folder, output = results.folder, job.config.output
     manifest = read_manifest(folder.manifest)
-    if manifest is None or output.resume == "never" or output.overwrite:
+    if manifest is None:
         return False
-    differences = results.quantization.differences(manifest.fields)
-    if not differences:
-        changed = manifest.changed_files(folder.weights)
-        again = f"published, but made again, as it was changed since: {', '.join(changed)}"
-        job.console.say(again if changed else f"published already: {folder.manifest}")
-        return not changed
-    raise InputError(
-        "the output folder holds the checkpoint of another job",
-        where=str(folder.manifest),
-        why="; ".join(differences[:5]),
-        advice="use another --quant_weight_save_folder, or --overwrite to replace it",
-    )
+    if differences := results.quantization.differences(manifest.fields):
+        _require_overwrite(job, folder.manifest, differences)
+        return False
+    if output.resume == "never":
+        return False
+    changed = manifest.changed_files(folder.weights)
+    again = f"published, but made again, as it was changed since: {', '.join(changed)}"
+    job.console.say(again if changed else f"published already: {folder.manifest}")
+    return not changed
+
+
+def _require_overwrite(job: Job, manifest: Path, differences: Sequence[str]) -> None:
+    if not job.config.output.overwrite:
+        raise InputError(
+            "the output folder holds the checkpoint of another job",
+            where=str(manifest),
+            why="; ".join(differences[:5]),
+            advice="use another --quant_weight_save_folder, or --overwrite to replace it",
+        )

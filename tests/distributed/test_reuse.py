@@ -83,6 +83,12 @@ def flip(path: Path, place: int = -1) -> None:
     path.write_bytes(content)
 
 
+def some_tensor(dump: Path) -> bytes:
+    """Return the bytes of a tensor of a dump."""
+    tensor = load_dump(dump, mmap=False)["records"][0]["kwargs"]["hidden_states"]
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def times(folder: Path) -> dict[Path, int]:
     """Return when each file was written; the logs and the status are written anew by every run."""
     names = ("quant_*", "*.pth", "*.png", "*.png.json")
@@ -92,6 +98,32 @@ def times(folder: Path) -> dict[Path, int]:
 def test_the_same_job_again_changes_no_file(place: Place):
     before = times(place.root)
     place.run()
+    assert times(place.root) == before
+
+
+def test_the_same_job_again_with_leave_to_overwrite_changes_no_file(place: Place):
+    before = times(place.root)
+    place.run(output={"overwrite": True})
+    assert times(place.root) == before
+
+
+def test_a_job_that_resumes_nothing_makes_its_own_files_anew_even_from_a_damaged_dump(place: Place):
+    before, expected, dump = times(place.root), place.published(), place.dump.read_bytes()
+    flip(place.dump, dump.index(some_tensor(place.dump)))
+    place.run(output={"resume": "never"})
+    assert (place.published(), place.dump.read_bytes()) == (expected, dump)
+    after = times(place.root)
+    assert all(after[path] != before[path] for path in before if path.suffix in (".pth", ".safetensors"))
+
+
+def test_a_job_that_resumes_nothing_replaces_no_other_jobs_checkpoint_or_calibration_data(place: Place):
+    before = times(place.root)
+    for what, other in (
+        ("checkpoint of another job", {"quantization": {"quant_type": "w8a8_dynamic"}}),
+        ("calibration data was made by another job", {"weights": "other", "pipeline": {"seed": 99}}),
+    ):
+        with pytest.raises(InputError, match=what):
+            place.run(**other, output={"resume": "never"})
     assert times(place.root) == before
 
 
@@ -134,9 +166,7 @@ def test_a_changed_byte_in_a_published_file_is_noticed_and_the_file_made_again(p
 
 
 def test_a_changed_byte_in_a_dump_is_refused(place: Place):
-    tensor = load_dump(place.dump, mmap=False)["records"][0]["kwargs"]["hidden_states"]
-    raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    flip(place.dump, place.dump.read_bytes().index(raw))
+    flip(place.dump, place.dump.read_bytes().index(some_tensor(place.dump)))
     with pytest.raises(InputError, match="changed after it was saved"):
         place.run(weights="other", quantization={"quant_type": "w8a8"})
     assert not list((place.root / "other").glob("*.safetensors"))

@@ -16,6 +16,7 @@ import pytest
 
 from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
+from launcher.files.run_folder import MANIFEST
 from launcher.inspection.plan import Plan, make_plan
 from launcher.inspection.plan_text import told
 from launcher.inspection.room import require_room
@@ -367,6 +368,22 @@ def test_folders_on_one_disk_need_room_together_but_for_what_is_there(
     os.truncate(staged, weights)
     assert planned(folder, "flux", *DUAL, *places).problems == []
     assert planned(folder, "flux", *DUAL, *places, "--resume", "never").problems != []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "kept if it is this job's, and refused if not"),
+        (("--overwrite",), "kept if it is this job's, and replaced (--overwrite) if not"),
+        (("--resume", "never"), "made anew (--resume never) if it is this job's, and refused if not"),
+    ],
+)
+def test_a_plan_says_what_becomes_of_a_published_checkpoint(
+    flags: tuple[str, ...], said: str, folder: Path, tmp_path: Path
+):
+    (tmp_path / MANIFEST).touch()
+    remarks = planned(folder, "flux", *DUAL, "--quant_weight_save_folder", str(tmp_path), *flags).remarks
+    assert f"{tmp_path} holds a published checkpoint: {said}" in remarks
 
 
 def test_the_options_that_a_plan_writes_are_those_of_the_job(folder: Path, tmp_path: Path):
