@@ -91,7 +91,10 @@ def _is_published(job: Job, results: Results) -> bool:
     manifest = read_manifest(folder.manifest)
     if manifest is None:
         return False
-    if differences := results.quantization.differences(manifest.fields):
+    differences = results.quantization.differences(manifest.fields)
+    if not differences and manifest.fingerprint != results.quantization.digest:
+        differences = ["another version of this program made it, which meant something else by the same options"]
+    if differences:
         _require_overwrite(job, folder.manifest, differences)
         return False
     if output.resume == "never":

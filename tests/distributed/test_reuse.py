@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import launcher.run
 from launcher.config.resolve import job_config
+from launcher.files.fingerprint import SCHEMA, Fingerprint
 from launcher.files.run_folder import MANIFEST
 from launcher.run import run
 from launcher.stages.job import Job, Results
@@ -125,6 +126,18 @@ def test_a_job_that_resumes_nothing_replaces_no_other_jobs_checkpoint_or_calibra
         with pytest.raises(InputError, match=what):
             place.run(**other, output={"resume": "never"})
     assert times(place.root) == before
+
+
+def test_a_checkpoint_whose_fields_meant_something_else_is_another_jobs(place: Place, monkeypatch: pytest.MonkeyPatch):
+    before = times(place.root / "weights")
+    monkeypatch.setattr("launcher.files.fingerprint.SCHEMA", SCHEMA + 1)
+    with pytest.raises(InputError, match="checkpoint of another job") as refused:
+        place.run()
+    assert "another version" in refused.value.why
+    assert times(place.root / "weights") == before
+    place.run(output={"overwrite": True})
+    manifest = check_manifest(place.root / "weights")
+    assert manifest["fingerprint"] == Fingerprint(manifest["fields"]).digest
 
 
 def test_images_of_another_scheme_are_not_shown_as_this_ones(place: Place):
