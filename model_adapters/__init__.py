@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -53,12 +53,27 @@ def config_files(name: str) -> list[Path]:
     return sorted(path for place in package.__path__ for path in Path(place).glob("configs/*.yaml"))
 
 
+def announced_version(name: str) -> dict[str, str]:
+    """Return the version of the distribution that announces a model, by its name; nothing for a model that is here."""
+    point = _announced().get(name)
+    return {point.dist.name: point.dist.version} if point and point.dist else {}
+
+
 @cache
+def _announced() -> dict[str, EntryPoint]:
+    """Return what other distributions announce, by the model's name; a folder here wins over a stranger's package."""
+    return {point.name: point for point in entry_points(group=_ENTRY_POINTS) if point.name not in _folders()}
+
+
+@cache
+def _folders() -> frozenset[str]:
+    return frozenset(found.parent.name for found in Path(__file__).parent.glob("*/adapter.py"))
+
+
 def _packages() -> dict[str, str]:
-    """Return each model's package by name; a folder here wins over a stranger's package of the same name."""
-    announced = {point.name: point.value for point in entry_points(group=_ENTRY_POINTS)}
-    folders = [found.parent.name for found in Path(__file__).parent.glob("*/adapter.py")]
-    return announced | {name: f"{__name__}.{name}" for name in folders}
+    """Return each model's package by name."""
+    announced = {name: point.value for name, point in _announced().items()}
+    return announced | {name: f"{__name__}.{name}" for name in _folders()}
 
 
 def _package(name: str) -> str:

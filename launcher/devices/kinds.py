@@ -22,6 +22,8 @@ class DeviceKind:
     # The variable that hides cards from a process, and the command that lists those of the host; "" without cards.
     visible: str = ""
     listing: str = ""
+    # Distributions beside torch whose version may move a number that is computed on it.
+    packages: tuple[str, ...] = ()
     # Several ranks may use one card (over gloo).
     is_shareable: bool = False
     # Its backend connects at once when it is told the device; with torch_npu that makes every later gloo group fail.
@@ -54,6 +56,7 @@ KINDS = {
             "NPU",
             "ASCEND_RT_VISIBLE_DEVICES",
             "npu-smi info",
+            packages=("torch_npu",),
             load=npu.load,
             hide=npu.hide,
             set_environment=npu.set_environment_defaults,

@@ -20,14 +20,17 @@ from typing import Any
 
 from launcher.config.job_config import Evaluation, JobConfig
 from launcher.devices.host_memory import fits_in_memory
+from launcher.devices.kinds import KINDS
 from launcher.files.digests import digest_of_file, digest_of_text
 from launcher.files.fingerprint import Fingerprint, flatten
 from launcher.ranks.mesh import Mesh
+from model_adapters import announced_version
 from model_adapters.adapter import ModelAdapter
 from model_adapters.pipeline.prompts import Batch
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import pipeline_folder, read_json
 from model_adapters.weights.transformer_folders import pipeline_files
+from quant_core.values import VALUES_VERSION
 
 # Digesting waits for a processor as often as for the disk (three files of a model of 24 GB: 14 s, one by one 17).
 _FILES_AT_ONCE = 3
@@ -98,7 +101,7 @@ def calibration_fingerprint(
 
     model: what `model_fields` returned. batches: those of all copies of the model.
     """
-    plan = adapter.shard_plan(config.ranks.layout)
+    plan, packages = adapter.shard_plan(config.ranks.layout), (*_PACKAGES, *KINDS[config.ranks.device].packages)
     requests = [asdict(request) for batch in batches for request in batch]
     options = _options(config)
     del options["quantization"]
@@ -109,7 +112,7 @@ def calibration_fingerprint(
         "dtype": str(adapter.dtype(config.pipeline)),
         "layout": {"name": plan.name, "version": plan.version},
         "mesh": {"world": mesh.world, "tp_size": mesh.tp_size},
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": {package: version(package) for package in packages} | announced_version(config.model),
     }
     return Fingerprint(flatten(tree))
 
@@ -121,7 +124,7 @@ def quantization_fingerprint(
 
     disabled_layers: the patterns that were chosen or are the recipe's. online: ranges are the float model's.
     """
-    options = {**_options(config)["quantization"], "disable_names": list(disabled_layers)}
+    options = {**_options(config)["quantization"], "disable_names": list(disabled_layers), "version": VALUES_VERSION}
     if online:
         options["ranges"] = "online"
     # A list, because the order of the patterns counts; left out where there are none.

@@ -55,6 +55,7 @@ def test_the_whole_job_runs_on_two_ranks_and_keeps_what_the_model_makes(environ:
         files = sorted((tmp_path / "signals" / kind).glob("[0-9]*"))
         assert [file.name for file in files] == [f"{prompt}_0.npy" for prompt in range(PROMPTS)]
         assert {np.load(file).shape for file in files} == {(LENGTH, 4)}
+    assert consumer.check_manifest(tmp_path / "weights")["fields"]["versions.toy-model"] == "1.0"
     again = run_forked(2, *words, environ=environ)
     assert "published already" in again.stdout
 

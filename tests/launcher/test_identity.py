@@ -26,6 +26,7 @@ from launcher.files.identity import (
 from launcher.ranks.mesh import Mesh
 from model_adapters import load_adapter
 from model_adapters.pipeline.prompts import read_batches
+from quant_core.values import VALUES_VERSION
 
 # Every option that tells jobs apart by its value. A new option belongs here, or into OUTSIDE_IDENTITY with a reason.
 _OF_PIPELINE = {
@@ -124,6 +125,32 @@ OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
 def test_an_option_separates_exactly_what_depends_on_it(name: str, asked: Asked):
     options, expected = OPTIONS[name]
     assert changed(asked.fingerprints(), asked.fingerprints(**options)) == expected
+
+
+def test_a_release_that_computes_other_values_makes_other_jobs_of_the_same_calibration_data(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+):
+    before = asked.fingerprints()
+    monkeypatch.setattr("launcher.files.identity.VALUES_VERSION", VALUES_VERSION + 1)
+    assert changed(before, asked.fingerprints()) == {"quantization", "images"}
+
+
+def test_the_package_of_a_device_separates_the_jobs_on_it_and_no_others(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    metadata = tmp_path / "site" / "torch_npu-2.13.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    found = []
+    for version in ("2.13.0", "2.13.0.post1"):
+        metadata.write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {version}\n")
+        found.append([asked.fingerprints(ranks={"device": device}) for device in ("cpu", "npu")])
+    (cpu, npu), (cpu_after, npu_after) = found
+    assert not changed(cpu, cpu_after)
+    assert changed(npu, npu_after) == ALL
+    assert npu["calibration"].differences(npu_after["calibration"].fields) == [
+        "versions.torch_npu: 2.13.0.post1 -> 2.13.0"
+    ]
 
 
 def scale_weights(path: Path) -> None:
