@@ -15,6 +15,7 @@ from typing import Any
 
 from launcher.config.job_config import JobConfig
 from launcher.failure.phases import run_together
+from launcher.files.calibration_parts import load_sound_dump
 from launcher.files.digests import digest_of_file, digest_of_text
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import calibration_fingerprint
@@ -217,12 +218,13 @@ def _measure_layers(job: Job, folder: RunFolder, subject: _Subject, checkpoint: 
 def calibration_records(folder: Path, mesh: Mesh, *, fingerprint: str, copies: int) -> Sequence[Record]:
     """Read the dumps that a checkpoint was made from, this copy's share of those of this rank's shard.
 
-    fingerprint: of the dumps. copies: of the model, that made them, each its own for each shard.
+    fingerprint: of the dumps. copies: of the model, that made them, each its own for each shard. Raises InputError when
+    one is missing or was changed.
     """
-    dumps = [load_dump(path) for path in sorted(folder.glob("calib_data*.pth"))]
+    dumps = {path: load_dump(path)["header"] for path in sorted(folder.glob("calib_data*.pth"))}
     wanted = {"fingerprint": fingerprint, "tp_rank": mesh.tp_rank}
     # By the copy that made it: a host may have only the dumps of its own ranks.
-    own = {dump["header"]["dp_rank"]: dump for dump in dumps if wanted.items() <= dump["header"].items()}
+    own = {header["dp_rank"]: path for path, header in dumps.items() if wanted.items() <= header.items()}
     share = range(mesh.dp_rank, copies, mesh.dp_size)
     if missing := [copy for copy in share if copy not in own]:
         raise InputError(
@@ -231,7 +233,7 @@ def calibration_records(folder: Path, mesh: Mesh, *, fingerprint: str, copies: i
             why=f"of {len(dumps)} calib_data*.pth none is of shard {mesh.tp_rank} in copy {missing[0]} of its job",
             advice="--evaluate 4 makes pictures and needs none",
         )
-    return [record for copy in share for record in as_records(own[copy])]
+    return [record for copy in share for record in as_records(load_sound_dump(own[copy]))]
 
 
 def _progress(job: Job, stage: str, done: int, total: int) -> None:

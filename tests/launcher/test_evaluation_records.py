@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from launcher.devices.launch import Launch
+from launcher.files.calibration_parts import DIGEST
+from launcher.files.digests import digest_of_records
 from launcher.ranks.mesh import Mesh
 from launcher.stages.evaluate import calibration_records
-from quant_core.calibration.records import save_dump
+from quant_core.calibration.records import load_dump, save_dump
 from quant_core.errors import InputError
 
 COPIES = 4
@@ -19,7 +21,7 @@ def dump(folder: Path, rank: int, fingerprint: str = "of this job") -> None:
     """Write the calibration data of one rank, a copy by itself: one record that says whose it is."""
     header = {"fingerprint": fingerprint, "rank": rank, "tp_rank": 0, "dp_rank": rank}
     records = [{"args": [], "kwargs": {"of": rank}, "timestep_idx": 0}]
-    save_dump(folder / f"calib_data_rank{rank}.pth", records, header)
+    save_dump(folder / f"calib_data_rank{rank}.pth", records, {**header, DIGEST: digest_of_records(records)})
 
 
 def read(folder: Path, rank: int, world: int) -> list[int]:
@@ -45,3 +47,16 @@ def test_a_host_that_has_only_the_dumps_of_its_own_ranks_reads_these(tmp_path: P
     with pytest.raises(InputError, match="no calibration data") as raised:
         read(tmp_path, 0, 2)
     assert "copy 0 of its job" in raised.value.why
+
+
+def test_a_dump_that_was_changed_is_not_measured_on_unless_it_is_another_jobs(tmp_path: Path):
+    for rank, fingerprint in ((0, "of this job"), (1, "of another job")):
+        dump(tmp_path, rank, fingerprint)
+        path = tmp_path / f"calib_data_rank{rank}.pth"
+        saved = load_dump(path)
+        save_dump(path, [{**saved["records"][0], "kwargs": {"of": 7}}], saved["header"])
+    with pytest.raises(InputError, match="changed after it was saved") as raised:
+        read(tmp_path, 0, COPIES)
+    assert raised.value.where.endswith("calib_data_rank0.pth")
+    dump(tmp_path, 0)
+    assert read(tmp_path, 0, COPIES) == [0]
