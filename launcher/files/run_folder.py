@@ -21,6 +21,9 @@ SMOOTHED = "quant_smoothed_inputs.json"
 STAGING = ".shards"
 # What an evaluation finds, in a folder of its own too.
 QUALITY = "quality"
+# What `report` makes of all that: pages, and their data.
+PAGES, DATA = ("report.html", "report.md"), "report.json"
+REPORT = (*PAGES, DATA)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,13 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from launcher.files.run_folder import QUALITY
+from launcher.files.run_folder import DATA, PAGES, QUALITY
 from launcher.journal.console import format_seconds
 from launcher.report.content import Report
 from launcher.report.drawing import errors, ranges, timeline
 from launcher.report.spreads import spread_chart
 from model_adapters.quality.results import SHEET
 from quant_core.atomic_file import write_text_atomically
-
-PAGES = ("report.html", "report.md")
-DATA = "report.json"
 
 
 def write_report(report: Report, folder: Path, output: Path) -> list[Path]:

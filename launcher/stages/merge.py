@@ -7,6 +7,7 @@ interruption leaves either the old checkpoint with its manifest, or no manifest 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ from launcher.files.run_folder import (
     CONFIG,
     DECISIONS,
     MANIFEST,
+    QUALITY,
+    REPORT,
     SMOOTHED,
     STAGING,
     note_file,
@@ -29,6 +32,8 @@ from launcher.files.run_folder import (
 from launcher.files.shard_checks import OpenedShard, check_contract, check_shards
 from launcher.files.shard_note import ShardNote, read_note
 from launcher.stages.job import Job, Results
+from model_adapters.quality.results import CARD, SHEET
+from model_adapters.quality.store import QUANTIZED
 from quant_core.atomic_file import write_text_atomically
 from quant_core.errors import InputError
 
@@ -97,7 +102,7 @@ def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = Fals
     for note in notes if not trusted else ():
         check_contract(note.files(folder))
     manifest = Manifest.of(notes)
-    _withdraw(folder, keep={file.name for file in manifest.files})
+    _withdraw(folder, manifest)
     for note in notes:
         files = note.files(folder)
         for path in (files.weights, files.description):
@@ -115,8 +120,10 @@ def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = Fals
     return manifest
 
 
-def _withdraw(folder: Path, *, keep: set[str]) -> None:
+def _withdraw(folder: Path, new: Manifest) -> None:
     """Remove a published checkpoint's manifest, what tells of its job, and the files that no new ones replace.
+
+    What was found of it goes, too, unless the new one is the same job's.
 
     A damaged manifest names nothing that could be removed.
     """
@@ -124,12 +131,22 @@ def _withdraw(folder: Path, *, keep: set[str]) -> None:
         old = read_manifest(folder / MANIFEST)
     except InputError:
         old = None
+    if old and old.fingerprint != new.fingerprint:  # while it can be told: the manifest goes next
+        _forget_findings(folder)
     for name in (MANIFEST, CONFIG, DECISIONS, SMOOTHED):
         (folder / name).unlink(missing_ok=True)
+    keep = {file.name for file in new.files}
     for file in old.files if old else []:
         # Its names may be a stranger's: only what lies beside it is removed.
         if file.name not in keep and Path(file.name).name == file.name:
             (folder / file.name).unlink(missing_ok=True)
+
+
+def _forget_findings(folder: Path) -> None:
+    """Remove the quality card and the report of a checkpoint; the float model's pictures may serve the next one."""
+    for name in (f"{QUALITY}/{CARD}", f"{QUALITY}/{SHEET}", *REPORT):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / QUALITY / QUANTIZED, ignore_errors=True)
 
 
 def report(folder: Path, manifest: Manifest, say: Callable[[str], object]) -> None:

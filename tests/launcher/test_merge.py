@@ -18,9 +18,21 @@ from safetensors.torch import load_file, save_file
 
 from launcher.files.folder_lock import hold
 from launcher.files.manifest import TimestepPolicy
-from launcher.files.run_folder import CONFIG, DECISIONS, MANIFEST, SMOOTHED, STAGING, note_file, shard_files
+from launcher.files.run_folder import (
+    CONFIG,
+    DECISIONS,
+    MANIFEST,
+    QUALITY,
+    REPORT,
+    SMOOTHED,
+    STAGING,
+    note_file,
+    shard_files,
+)
 from launcher.files.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
 from launcher.stages.merge import merge_files, publish_shards, report
+from model_adapters.quality.results import CARD, SHEET
+from model_adapters.quality.store import FLOAT, QUANTIZED
 from quant_core.errors import FolderInUse, InputError, VerificationError
 from quant_core.parallel.sharding import Shard, Style
 
@@ -323,6 +335,24 @@ def test_what_replaces_a_checkpoint_of_other_shards_leaves_none_of_its_files(fol
         MANIFEST,
         stranger.name,
     }
+
+
+@pytest.mark.parametrize("fingerprint", ["f" * 64, "0" * 64], ids=["the same job", "another job"])
+def test_what_was_found_of_another_jobs_checkpoint_goes_with_it_and_pictures_of_the_float_model_stay(
+    folder: Path, fingerprint: str
+):
+    publish_shards(folder, notes(folder))
+    told = [folder / QUALITY / CARD, folder / QUALITY / SHEET, *(folder / name for name in REPORT)]
+    pictures = [folder / QUALITY / kind / "0_0.png" for kind in (QUANTIZED, FLOAT)]
+    for path in (*told, *pictures):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for rank in (0, 1):
+        stage(folder, rank)
+        write_note(folder, rank, fingerprint=fingerprint, equal={"norm.weight": "digest"})
+    publish_shards(folder, notes(folder))
+    left = [path for path in (*told, *pictures) if path.exists()]
+    assert left == ([*told, *pictures] if fingerprint == "f" * 64 else pictures[1:])
 
 
 def test_a_manifest_that_names_files_elsewhere_removes_none(folder):
