@@ -7,7 +7,7 @@ so the folder needs room for two.
 
 Worked example: a rank is killed while it writes 7 GB. Under the final name there is still nothing (or the last good
 file); beside it lies `.<name>.<pid>.tmp`, which the next run's `sweep` removes, because no complete file ever has
-that form of name.
+that form of name (a user's `.notes.tmp` has another).
 
 Modes are set explicitly, whatever the umask: files 0640 and folders 0750, the widest that the consumer accepts.
 """
@@ -15,11 +15,13 @@ Modes are set explicitly, whatever the umask: files 0640 and folders 0750, the w
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 FILE_MODE = 0o640
 FOLDER_MODE = 0o750
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
@@ -56,8 +58,8 @@ def sweep(folder: Path) -> list[Path]:
 
     Only for whoever keeps other writers out of the folder: theirs cannot be told from those of the dead.
     """
-    mine = f".{os.getpid()}.tmp"
-    stale = [p for p in folder.glob(".*.tmp") if p.is_file() and not p.name.endswith(mine)] if folder.is_dir() else []
+    mine, found = f".{os.getpid()}.tmp", folder.glob(".*.tmp") if folder.is_dir() else ()
+    stale = [p for p in found if _TEMPORARY.fullmatch(p.name) and p.is_file() and not p.name.endswith(mine)]
     for path in stale:
         path.unlink(missing_ok=True)
     return stale

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,14 @@ class CalibrationParts:
                 advice="give each job its own --quant_dump_calib_folder, and run this one again",
             )
         return part["records"]
+
+
+def discard_strangers(folder: Path, files: Iterable[Path]) -> None:
+    """Remove parts beside the dumps in a folder that belong to none of a job's files: a rank of theirs is no more."""
+    known = {file.stem for file in files}
+    for parts in (folder / FOLDER).glob("calib_*"):
+        if parts.name not in known:
+            shutil.rmtree(parts, ignore_errors=True)
 
 
 def load_sound_dump(path: Path) -> dict[str, Any]:

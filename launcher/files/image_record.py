@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from launcher.files.digests import digest_of_file
 from quant_core.atomic_file import write_text_atomically
 
-_FOLDER = ".records"
+RECORDS = ".records"
 
 
 class ImageRecord(BaseModel):
@@ -41,4 +41,4 @@ def shows(image: Path, fingerprint: str) -> bool:
 
 
 def _record_of(image: Path) -> Path:
-    return image.parent / _FOLDER / f"{image.name}.json"
+    return image.parent / RECORDS / f"{image.name}.json"

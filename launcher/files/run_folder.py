@@ -11,6 +11,7 @@ from launcher.ranks.mesh import Mesh
 from quant_core.checkpoint.entries import CheckpointFiles, description_file_name, weight_file_name
 
 MANIFEST = "quant_manifest.json"
+_CALLS, _RANGES = "calib_data", "calib_ranges"
 # The resolved options of the job, which `--config` accepts.
 CONFIG = "quant_job.yaml"
 # What was chosen for each layer and why, which `--layer_schemes @FILE` accepts.
@@ -52,11 +53,11 @@ class RunFolder:
 
     def dump(self) -> Path:
         """This rank's calibration data."""
-        return self._of_rank("calib_data")
+        return self._of_rank(_CALLS)
 
     def ranges(self) -> Path:
         """What this rank measured while it calibrated, with --calibrate online."""
-        return self._of_rank("calib_ranges")
+        return self._of_rank(_RANGES)
 
     def shard(self, tp_rank: int | None = None) -> CheckpointFiles:
         """The published files of a tensor-parallel rank, this one's by default."""
@@ -70,8 +71,13 @@ class RunFolder:
         """What a rank notes about the shard it staged."""
         return note_file(self.staging, self.scheme, self._suffix(tp_rank))
 
-    def _of_rank(self, stem: str) -> Path:
-        return self.dumps / f"{stem}{f'_rank{self.mesh.rank}' if self.is_distributed else ''}.pth"
+    def calibrations(self) -> list[Path]:
+        """What all ranks write into the folder of the calibration data."""
+        return [self._of_rank(stem, rank) for stem in (_CALLS, _RANGES) for rank in range(self.mesh.world)]
+
+    def _of_rank(self, stem: str, rank: int | None = None) -> Path:
+        number = self.mesh.rank if rank is None else rank
+        return self.dumps / f"{stem}{f'_rank{number}' if self.is_distributed else ''}.pth"
 
     def _suffix(self, tp_rank: int | None) -> str:
         return tp_suffix(self.mesh.tp_rank if tp_rank is None else tp_rank, self.mesh.tp_size)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.failure.phases import run_together
+from launcher.files.calibration_parts import discard_strangers
 from launcher.ranks.agreement import gather_objects
 from launcher.stages.captured import Captured, CapturedCalls, CapturedRanges, Left
 from launcher.stages.encode import encode
@@ -76,6 +77,8 @@ def _make(job: Job, results: Results, wanted: Sequence[Captured]) -> None:
     keeps = [left.is_there and whole for left, whole in zip(mine, is_whole)]
     publish = [None if kept else captured.publish for captured, kept in zip(wanted, keeps)]
     said = run_together(job.ranks, "saving the calibration data", lambda: [make and make() for make in publish])
+    if job.ranks.rank == 0:
+        discard_strangers(results.folder.dumps, results.folder.calibrations())
     for captured, words in zip(wanted, said):
         job.console.say(f"calibrate: {f'{words} in' if words else 'reusing'} {captured.path}")
 

@@ -16,16 +16,25 @@ from uuid import uuid4
 
 from launcher.config.job_config import JobConfig
 from launcher.failure.phases import run_together
+from launcher.files.calibration_parts import FOLDER as PARTS
 from launcher.files.folder_lock import hold
-from launcher.files.run_folder import STAGING
+from launcher.files.image_record import RECORDS
+from launcher.files.run_folder import QUALITY, STAGING
 from launcher.ranks.agreement import gather_objects
+from launcher.stages.calibrate import FLOAT_IMAGES
 from launcher.stages.job import Job
+from launcher.stages.quant_images import QUANT_IMAGES
 from quant_core.atomic_file import make_folder, sweep
 from quant_core.errors import EnvironmentFailure
 
 # How long a network file system may take to show one host what another has written.
 _PATIENCE_S = 5.0
 _SHARED = "--quant_weight_save_folder"
+# Where a job writes below its folders.
+_BELOW = (
+    *(STAGING, QUALITY, f"{QUALITY}/*", f"{PARTS}/*"),
+    *(RECORDS, FLOAT_IMAGES, f"{FLOAT_IMAGES}/{RECORDS}", QUANT_IMAGES, f"{QUANT_IMAGES}/{RECORDS}"),
+)
 
 
 @contextmanager
@@ -46,8 +55,8 @@ def own_folders(job: Job, *, only_weights: bool = False) -> Iterator[None]:
             for option, folder in folders.items():
                 make_folder(folder)
                 if option in options and held.enter_context(hold(folder, option, name, job.console.say)):
-                    sweep(folder)
-                    sweep(folder / STAGING)
+                    for place in (folder, *(below for name in _BELOW for below in folder.glob(name))):
+                        sweep(place)
 
         run_together(ranks, "making the output folders", lambda: take(folders if ranks.rank == 0 else ()))
         apart = _not_shared(job, folders, name)
@@ -62,7 +71,7 @@ def _not_shared(job: Job, folders: Mapping[str, Path], name: str) -> Collection[
     if ranks.world == 1:
         return ()
     # One that an interruption leaves is swept by the next job.
-    tokens = {option: folder / f".shared_{name}.tmp" for option, folder in folders.items()}
+    tokens = {option: folder / f".shared_{name}.0.tmp" for option, folder in folders.items()}
     with ExitStack() as shown:
 
         def show() -> None:

@@ -140,6 +140,29 @@ def test_a_checkpoint_whose_fields_meant_something_else_is_another_jobs(place: P
     assert manifest["fingerprint"] == Fingerprint(manifest["fields"]).digest
 
 
+def test_what_killed_runs_left_is_swept_from_all_folders_of_a_job_and_what_is_a_users_stays(place: Place):
+    kept, swept = [], []
+    for below in (
+        *(
+            "weights",
+            "weights/.shards",
+            "weights/quality",
+            "weights/quality/float",
+            "dumps",
+            "dumps/.calib_parts/calib_data",
+        ),
+        *("images", "images/calib_fp", "images/calib_fp/.records", "images/calib_quant", "images/calib_quant/.records"),
+    ):
+        (place.root / below).mkdir(parents=True, exist_ok=True)
+        kept.append(place.root / below / ".mine.tmp")
+        swept.append(place.root / below / ".calib_data.pth.1.tmp")
+    for path in (*kept, *swept):
+        path.touch()
+    place.run()
+    assert [path for path in swept if path.exists()] == []
+    assert all(path.exists() for path in kept)
+
+
 def test_images_of_another_scheme_are_not_shown_as_this_ones(place: Place):
     before = place.images("calib_quant"), times(place.root / "images" / "calib_fp")
     other = {"quant_type": "w8a8_dynamic", "anti_method": "m4"}
@@ -442,3 +465,15 @@ def test_a_finished_copy_keeps_its_dump_while_another_calibrates(tiny_flux_folde
     assert dumps[0].stat().st_mtime_ns == kept
     assert [dump.read_bytes() for dump in dumps] == contents
     assert {path.name: path.read_bytes() for path in (tmp_path / "weights").glob("quant_model_*")} == expected
+
+
+@pytest.mark.distributed
+def test_parts_of_ranks_that_are_no_more_go_when_the_calibration_data_is_whole(tiny_flux_folder: Path, tmp_path: Path):
+    parts = tmp_path / "dumps" / ".calib_parts"
+    for rank in (2, 11):
+        (parts / f"calib_data_rank{rank}").mkdir(parents=True)
+        (parts / f"calib_data_rank{rank}" / "batch_00000.pth").touch()
+    (parts / "calib_data").mkdir()
+    (parts / "calib_ranges_rank1").mkdir()  # a rank of this job, whose ranges are another job's
+    run_job(2, "flux", tiny_flux_folder, write_prompts(tmp_path / "prompts.txt"), tmp_path, "--max_num_prompt", "2")
+    assert [path.name for path in parts.iterdir()] == ["calib_ranges_rank1"]

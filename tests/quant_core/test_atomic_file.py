@@ -107,10 +107,12 @@ def test_a_killed_writer_leaves_a_temporary_that_sweep_removes_and_nothing_else(
 
 def test_sweeping_leaves_folders_other_files_and_missing_folders_alone(tmp_path: Path):
     (tmp_path / ".a.1.tmp").mkdir()
-    (tmp_path / "visible.tmp").write_text("mine")
+    others = [".notes.tmp", ".notes.v1.tmp", "visible.1.tmp", ".1.tmp"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
     assert sweep(tmp_path) == []
     assert sweep(tmp_path / "missing") == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.1.tmp", "visible.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".a.1.tmp", *others])
 
 
 def test_sweeping_leaves_what_this_process_is_writing(tmp_path: Path):
