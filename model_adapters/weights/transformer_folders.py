@@ -91,5 +91,14 @@ def pipeline_files(root: Path, brought: Brought = NOTHING) -> list[Path]:
     if not index.exists():
         return own
     named = [name for name, kind in read_parts(root).items() if any(kind)]
-    others = [path for name in named if name != WHOLE for path in sorted((root / name).rglob("*")) if path.is_file()]
+    others = [path for name in named if name != WHOLE for path in _visible_files(root / name)]
     return [index, *own, *others]
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Return all files below a folder but hidden ones: a desktop or a downloader left those."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(folder))]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

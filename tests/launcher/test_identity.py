@@ -167,6 +167,11 @@ def rewrite(path: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def write(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("{}")
+
+
 FILES: dict[str, tuple[Callable[[Path], object], bool]] = {
     "weights of the transformer": (lambda f: scale_weights(next((f / "transformer").glob("*.safetensors"))), True),
     "weights of a text encoder": (lambda f: scale_weights(next((f / "text_encoder_2").glob("*.safetensors"))), True),
@@ -175,6 +180,8 @@ FILES: dict[str, tuple[Callable[[Path], object], bool]] = {
     "a tokenizer's settings": (lambda f: rewrite(f / "tokenizer" / "tokenizer_config.json", model_max_length=9), True),
     "a part left out": (lambda f: rewrite(f / "model_index.json", text_encoder=[None, None]), True),
     "a file that no part owns": (lambda f: (f / "README.md").write_text("A model."), False),
+    "a hidden file in a part's folder": (lambda f: (f / "vae" / ".DS_Store").write_bytes(b"x"), False),
+    "a file in a hidden folder of a part": (lambda f: write(f / "vae" / ".cache" / "etag.json"), False),
     "weights in one file for other programs": (lambda f: (f / "flux1-dev.safetensors").write_bytes(b"x"), False),
     "the library that saved it": (lambda f: rewrite(f / "model_index.json", _diffusers_version="0.1"), False),
 }
