@@ -194,6 +194,8 @@ def _noise_levels(job: Job) -> dict[str, str]:
         return {}
     settings = scheduler_settings(options.path)
     levels = noise_levels(job.model.adapter, settings, options, options.infer_steps)
+    if levels is None:
+        return {}
     return {SIGMAS_KEY: json.dumps(levels), SCHEDULER_KEY: json.dumps(settings)}
 
 

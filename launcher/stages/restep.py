@@ -12,6 +12,7 @@ from launcher.files.fingerprint import Fingerprint
 from launcher.files.folder_lock import hold
 from launcher.files.manifest import Manifest, TimestepPolicy, read_manifest
 from launcher.files.run_folder import CONFIG, MANIFEST, SMOOTHED
+from launcher.files.shard_checks import check_contract
 from launcher.files.shard_note import FileDigest
 from launcher.files.smoothed_inputs import copy_smoothed
 from launcher.stages.merge import report
@@ -70,6 +71,7 @@ def _write(source: Path, manifest: Manifest, steps: int, shift: float | None, ta
     for shard in shards:
         files = CheckpointFiles(target / shard.files.weights.name, target / shard.files.description.name)
         write_resampled(shard, levels, files, header)
+        check_contract(files)
     _write_job(source / CONFIG, steps, separator, target)
     copy_smoothed(source / SMOOTHED, manifest.fingerprint, target / SMOOTHED, digest)
     copy = manifest.model_copy(
@@ -122,8 +124,10 @@ def _levels(
         raise InputError(
             "the checkpoint does not say at which noise levels it was calibrated",
             where=str(checkpoint.files.weights),
-            why=f"its header has no {SIGMAS_KEY}: an older version wrote it, or its model has another kind of schedule",
-            advice="quantize again with this version, which needs no new calibration",
+            why=f"its header has no {SIGMAS_KEY}: an older version wrote it, its model has another kind of schedule, or "
+            "its scheduler stays at a level for several steps",
+            advice="quantize again with this version, which needs no new calibration, or calibrate with the steps that "
+            "are wanted",
         )
     adapter = load_adapter(str(manifest.fields["model"]))
     settings: dict[str, Any] = json.loads(checkpoint.metadata[SCHEDULER_KEY])
@@ -133,6 +137,12 @@ def _levels(
     known = {name: value for name, value in given.items() if value is not None}
     options = adapter.options.model_validate({"path": "-", **known})
     new = noise_levels(adapter, settings, options, steps)
-    assert new is not None, "the header has levels of a model that sets timesteps"
+    if new is None:
+        raise InputError(
+            f"{steps} steps have no noise level each",
+            where=str(checkpoint.files.weights),
+            why=f"its scheduler, {settings.get('_class_name')}, stays at a level for several steps",
+            advice="calibrate with the steps that are wanted",
+        )
     header = {SIGMAS_KEY: json.dumps(new), SCHEDULER_KEY: json.dumps(settings)}
     return Levels(json.loads(checkpoint.metadata[SIGMAS_KEY]), new), header

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from model_adapters.adapter import ModelAdapter
@@ -20,14 +21,19 @@ def scheduler_settings(path: str) -> dict[str, Any]:
 def noise_levels(
     adapter: ModelAdapter, settings: Mapping[str, Any], options: PipelineOptions, steps: int
 ) -> list[float] | None:
-    """Return sigma of each step, falling; None for a model whose adapter sets no timesteps."""
+    """Return sigma of each step, falling.
+
+    None for a model whose adapter sets no timesteps, and for a scheduler that stays at a level for more than one step:
+    rows of one level differ by more than it.
+    """
     if adapter.set_timesteps is None:
         return None
     import diffusers
 
     scheduler = getattr(diffusers, settings["_class_name"]).from_config(dict(settings))
     adapter.set_timesteps(scheduler, options, steps)
-    return [float(sigma) for sigma in scheduler.sigmas[:steps]]
+    levels = [float(sigma) for sigma in scheduler.sigmas[: len(scheduler.timesteps)]]
+    return levels if all(one > other for one, other in pairwise(levels)) else None
 
 
 def set_shifted_timesteps(scheduler: Any, steps: int, tokens: int, **spacing: Any) -> None:

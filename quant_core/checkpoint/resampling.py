@@ -45,13 +45,24 @@ class Levels:
     old: Sequence[float]
     new: Sequence[float]
 
-    def check(self, where: str) -> None:
-        """Raise InputError when a wanted level lies outside of the calibrated ones: ranges there are not known."""
-        if any(later >= sooner for sooner, later in pairwise(self.old)):
+    def check(self, where: str, rows: int | None) -> None:
+        """Raise InputError for levels that are not those of the rows, or do not fall, and for a wanted one outside.
+
+        rows: how many the checkpoint has.
+        """
+        for levels, which in ((self.old, "calibrated"), (self.new, "wanted")):
+            if not all(one > other for one, other in pairwise(levels)):
+                raise InputError(
+                    f"the {which} noise levels do not fall from step to step",
+                    where=where,
+                    why=f"they are {', '.join(f'{level:.4f}' for level in levels)}, and a row follows from its level",
+                    advice="calibrate with the steps that are wanted, or with a scheduler that leaves each level",
+                )
+        if rows != len(self.old):
             raise InputError(
-                "the calibrated noise levels do not fall from step to step",
+                f"the checkpoint has {rows} rows and names {len(self.old)} noise levels",
                 where=where,
-                why=f"they are {', '.join(f'{sigma:.4f}' for sigma in self.old)}, so between two of them nothing lies",
+                why="nobody can tell which row is of which level",
                 advice="calibrate with the steps that are wanted",
             )
         highest, lowest = max(self.old), min(self.old)
@@ -100,7 +111,7 @@ def write_resampled(checkpoint: Checkpoint, levels: Levels, files: CheckpointFil
 
     metadata: strings of the header that change, the noise levels among them. Layers without rows are copied.
     """
-    levels.check(str(checkpoint.files.weights))
+    levels.check(str(checkpoint.files.weights), checkpoint.inventory.timesteps)
     assert checkpoint.timestep_sep is not None, "a checkpoint with rows has a separator"
     separator = levels.separator(checkpoint.timestep_sep)
     layers = {n: g for n, g in checkpoint.inventory.layers.items() if BY_TYPE[g.type].per_step}

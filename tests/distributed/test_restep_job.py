@@ -18,9 +18,11 @@ from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
 from quant_core.errors import FolderInUse, InputError
 from tests.distributed.conftest import PublishedJob
-from tests.support.tiny_job import STEPS
+from tests.support.tiny_job import STEPS, run_job
 
 pytestmark = pytest.mark.distributed
+
+HEUN = "FlowMatchHeunDiscreteScheduler"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,19 @@ def test_steps_beyond_the_calibrated_noise_are_refused_and_nothing_is_published(
     with pytest.raises(InputError, match="leave the calibrated noise levels"):
         run(str(published), "--infer_steps", "50", "--to", str(tmp_path / "copy"))
     assert not (tmp_path / "copy" / "quant_manifest.json").exists()
+
+
+def test_the_rows_of_a_scheduler_that_stays_at_a_level_serve_their_own_steps_only(
+    tiny_sd3_folder: Path, prompt_file: Path, tmp_path: Path
+):
+    pipeline = Path(shutil.copytree(tiny_sd3_folder, tmp_path / "heun"))
+    for file, name in (("scheduler/scheduler_config.json", "_class_name"), ("model_index.json", "scheduler")):
+        content = json.loads((pipeline / file).read_text())
+        content[name] = HEUN if name == "_class_name" else ["diffusers", HEUN]
+        (pipeline / file).write_text(json.dumps(content))
+    run_job(1, "sd3", pipeline, prompt_file, tmp_path, "--quant_type", "w8a8_timestep", "--max_num_prompt", "1")
+    with pytest.raises(InputError, match="does not say at which noise levels"):
+        run(str(tmp_path / "weights"), "--infer_steps", "2")
 
 
 def test_a_folder_without_rows_is_refused(tmp_path: Path):

@@ -69,6 +69,17 @@ def test_levels_that_were_not_calibrated_are_refused(tmp_path: Path, new: list[f
     assert "4 steps from 1.0000 to 0.2000 were calibrated" in str(caught.value)
 
 
-def test_levels_that_do_not_fall_are_refused():
-    with pytest.raises(InputError, match="do not fall from step to step"):
-        Levels([1.0, 0.5, 0.25, 0.25], [1.0, 0.5]).check("here")
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ([1.0, 0.8, 0.8, 0.2], [1.0, 0.2], "the calibrated noise levels do not fall from step to step"),
+        (OLD, [1.0, 0.5, 0.5], "the wanted noise levels do not fall"),
+        (OLD[:3], [1.0, 0.5], "has 4 rows and names 3 noise levels"),
+    ],
+)
+def test_levels_that_do_not_say_which_row_is_whose_are_refused(old, new, told: str, tmp_path: Path):
+    before = open_checkpoint(written(tmp_path, "w8a8_timestep"))
+    files = CheckpointFiles(tmp_path / "copy.safetensors", tmp_path / "copy.json")
+    with pytest.raises(InputError, match=told):
+        write_resampled(before, Levels(old, new), files, {})
+    assert not files.weights.exists()
