@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,14 +34,17 @@ def restep_files(folder: Path, steps: int, *, shift: float | None = None, to: Pa
     """Publish a copy of a folder's checkpoint with the rows of that many steps, and return its folder.
 
     Raises InputError for a checkpoint that has no rows, does not say at which noise levels they were calibrated, or
-    was calibrated at others than are wanted, and for a folder of the copy that holds a checkpoint.
+    was calibrated at others than are wanted or changed since, and for a folder of the copy that holds a checkpoint.
     """
-    source, manifest = folder.resolve(), _with_rows(folder)
+    source, job = folder.resolve(), uuid4().hex
     target = (to or source.with_name(f"{source.name}_{steps}steps")).resolve()
+    _with_rows(source)  # before anything is made
     make_folder(target)
-    with hold(target, "--to", uuid4().hex):
+    # Nobody can work, or leave a lock, in a folder that is only read.
+    reading = hold(source, "FOLDER", job) if os.access(source, os.W_OK) else nullcontext()
+    with reading, hold(target, "--to", job):
         _require_free(target)
-        copy = _write(source, manifest, steps, shift, target)
+        copy = _write(source, _unchanged(source, _with_rows(source)), steps, shift, target)
     report(target, copy, print)
     return target
 
@@ -52,6 +57,18 @@ def _require_free(target: Path) -> None:
             why="a copy replaces none",
             advice="choose another folder with --to, or remove that checkpoint",
         )
+
+
+def _unchanged(source: Path, manifest: Manifest) -> Manifest:
+    """Return the manifest of files that are what was published: a copy would give others new digests."""
+    if changed := manifest.changed_files(source):
+        raise InputError(
+            "the checkpoint was changed since it was published",
+            where=str(source),
+            why=f"missing, or of another content than {MANIFEST} says: {', '.join(changed)}",
+            advice="run its job again, which makes what is damaged",
+        )
+    return manifest
 
 
 def _write(source: Path, manifest: Manifest, steps: int, shift: float | None, target: Path) -> Manifest:

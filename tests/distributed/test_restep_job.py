@@ -94,6 +94,23 @@ def test_steps_beyond_the_calibrated_noise_are_refused_and_nothing_is_published(
     assert not (tmp_path / "copy" / "quant_manifest.json").exists()
 
 
+def test_a_source_that_was_changed_since_it_was_published_is_not_copied(published: Path, tmp_path: Path):
+    damaged = Path(shutil.copytree(published, tmp_path / "damaged"))
+    weights = damaged / "quant_model_weight_w8a8_timestep_1.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match="changed since it was published") as refused:
+        run(str(damaged), "--infer_steps", "2", "--to", str(tmp_path / "copy"))
+    assert weights.name in refused.value.why
+    assert not (tmp_path / "copy" / "quant_manifest.json").exists()
+
+
+def test_a_source_that_a_job_works_in_is_not_read(published: Path, tmp_path: Path):
+    with hold(published, "--quant_weight_save_folder", "a job"), pytest.raises(FolderInUse):
+        run(str(published), "--infer_steps", "2", "--to", str(tmp_path / "copy"))
+
+
 def test_the_rows_of_a_scheduler_that_stays_at_a_level_serve_their_own_steps_only(
     tiny_sd3_folder: Path, prompt_file: Path, tmp_path: Path
 ):
