@@ -13,6 +13,7 @@ from launcher.files.manifest import Manifest, TimestepPolicy
 from launcher.files.run_folder import MANIFEST
 from launcher.inspection.published import Published
 from quant_core.checkpoint.findings import Broken, Rule
+from quant_core.checkpoint.resampling import SIGMAS_KEY
 from quant_core.naming import matches
 from quant_core.schemes import QUANT_TYPES
 from quant_core.structure import SmoothingGroup
@@ -104,9 +105,11 @@ def _consequences(published: Published) -> Iterator[tuple[str, object]]:
     yield "quantization.rotate_values", bool(published.ranks[0].checkpoint.rotations)
     yield "dtype", str(first.dtype)
     yield "mesh.tp_size", len(published.ranks)
-    if first.timesteps is not None:
+    checkpoint = published.ranks[0].checkpoint
+    if SIGMAS_KEY in checkpoint.metadata:  # else its scheduler may compute a step twice, and each time has a row
         yield "pipeline.infer_steps", first.timesteps
-        yield "quantization.timestep_sep", published.ranks[0].checkpoint.timestep_sep
+    if first.timesteps is not None:
+        yield "quantization.timestep_sep", checkpoint.timestep_sep
 
 
 def _smoothing(published: Published) -> Iterator[Broken]:

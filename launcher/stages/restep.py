@@ -141,8 +141,8 @@ def _levels(
         raise InputError(
             "the checkpoint does not say at which noise levels it was calibrated",
             where=str(checkpoint.files.weights),
-            why=f"its header has no {SIGMAS_KEY}: an older version wrote it, its model has another kind of schedule, or "
-            "its scheduler stays at a level for several steps",
+            why=f"its header has no {SIGMAS_KEY}: an older version wrote it, its model has another kind of schedule, "
+            "or its scheduler stays at a level for several steps",
             advice="quantize again with this version, which needs no new calibration, or calibrate with the steps that "
             "are wanted",
         )
