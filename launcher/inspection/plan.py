@@ -24,11 +24,19 @@ from launcher.ranks.mesh import Mesh
 from launcher.ranks.process_group import lay_out
 from launcher.stages.evaluate import check_evaluation
 from launcher.stages.images import check_save_path
-from launcher.stages.online import check_online, needs_prompts, reason_to_replay, takes_ranges, writes_dump
+from launcher.stages.online import (
+    check_online,
+    needs_prompts,
+    reason_to_replay,
+    runs_pipeline,
+    takes_ranges,
+    writes_dump,
+)
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
 from model_adapters.memory.memory_model import MemoryModel, estimate_memory
+from model_adapters.pipeline.noise_levels import steps_of
 from model_adapters.pipeline.prompts import even_share, read_batches
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import cached_folder, is_hub_id, pipeline_folder
@@ -150,10 +158,13 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
         pipeline = pipeline.model_copy(update={"path": str(folder)})
         part, session = _look_at_model(plan, config.model_copy(update={"pipeline": pipeline}), adapter, folder)
     reads = not plan.streams if session else _may_read_activations(options)
+    if folder and runs_pipeline(config, reads_activations=reads):
+        plan.steps = plan.attempt(lambda: steps_of(adapter, pipeline)) or plan.steps
     _look_at_prompts(plan, config, adapter, reads_activations=reads)
     if part is not None and (session is not None or not options.do_quant):
         sizes = {"batches": max(1, plan.batches), "evaluates": plan.evaluates is not None}
-        plan.memory = plan.attempt(lambda: estimate_memory(adapter, part, pipeline, session, **sizes))
+        stepping = pipeline.model_copy(update={"infer_steps": plan.steps})
+        plan.memory = plan.attempt(lambda: estimate_memory(adapter, part, stepping, session, **sizes))
     plan.attempt(lambda: check_save_path(config))
     if options.do_quant:
         _look_at_disk(plan, config)

@@ -12,10 +12,11 @@ from torch import nn
 from launcher.config.job_config import JobConfig
 from launcher.devices.host_memory import return_large_blocks
 from launcher.ranks.process_group import Ranks
-from launcher.stages.online import check_online, needs_prompts, reason_to_replay, takes_ranges
+from launcher.stages.online import check_online, needs_prompts, reason_to_replay, runs_pipeline, takes_ranges
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
+from model_adapters.pipeline.noise_levels import steps_of
 from model_adapters.pipeline.offload import run_block_by_block
 from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
 from model_adapters.weights.brought import Brought
@@ -77,6 +78,8 @@ class ModelSession:
         part = self.describe()
         if self.config.quantization.do_quant:
             self._check_quantization(part.model)
+        if runs_pipeline(self.config, reads_activations=self.reads_activations):
+            steps_of(self.adapter, self.config.pipeline)
 
     def _check_quantization(self, model: nn.Module) -> None:
         """Refuse patterns without a layer, options that exclude each other, and what finds nothing to work on."""

@@ -36,6 +36,11 @@ def needs_prompts(config: JobConfig, *, reads_activations: bool) -> bool:
     return paints or evaluates or reads_activations or writes_dump(config, reads_activations=reads_activations)
 
 
+def runs_pipeline(config: JobConfig, *, reads_activations: bool) -> bool:
+    """Tell whether the job runs the pipeline, on prompts of its own or on those of an evaluation."""
+    return config.evaluation.evaluate is not None or needs_prompts(config, reads_activations=reads_activations)
+
+
 def check_online(config: JobConfig, session: SessionConfig, *, reads_activations: bool) -> None:
     """Raise ConfigurationError where no replay can be right, and for `--no_dump` where something is replayed later."""
     online = config.output.calibrate == "online"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.flux.inputs import transformer_inputs
 from model_adapters.flux.options import FluxOptions
@@ -11,7 +13,7 @@ from model_adapters.flux.recipes import DISABLED_LAYERS
 from model_adapters.flux.shard_plan import SHARD_PLANS
 from model_adapters.flux.structure import STRUCTURE
 from model_adapters.pipeline.generation import PNG, generate
-from model_adapters.pipeline.noise_levels import set_shifted_timesteps
+from model_adapters.pipeline.noise_levels import shift
 from model_adapters.pipeline.step_cache import step_cache
 from model_adapters.pipeline.step_index import step_index
 
@@ -28,10 +30,11 @@ def encode(pipeline: Any, prompts: list[str], options: FluxOptions) -> Embedding
 
 
 def set_timesteps(scheduler: Any, options: FluxOptions, steps: int) -> None:
-    """Give a scheduler the pipeline's steps: evenly spaced sigmas, shifted by the image's tokens of 16 x 16 pixels."""
+    """Give a scheduler the pipeline's steps: evenly spaced sigmas, unless it spaces those of a flow by itself."""
     tokens = (options.width // 16) * (options.height // 16)
-    sigmas = [1 - step / steps for step in range(steps)]
-    set_shifted_timesteps(scheduler, steps, tokens, sigmas=sigmas)
+    spaces = scheduler.config.get("use_flow_sigmas")
+    given = {"num_inference_steps": steps} if spaces else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    scheduler.set_timesteps(**given, mu=shift(scheduler, tokens, max_shift=1.15))
 
 
 ADAPTER = ModelAdapter(

@@ -9,6 +9,7 @@ from typing import Any
 from model_adapters.adapter import ModelAdapter
 from model_adapters.options import PipelineOptions
 from model_adapters.weights.model_folder import pipeline_folder, read_json
+from quant_core.errors import InputError
 
 _SETTINGS = "scheduler/scheduler_config.json"
 
@@ -28,28 +29,49 @@ def noise_levels(
     """
     if adapter.set_timesteps is None:
         return None
-    import diffusers
-
-    scheduler = getattr(diffusers, settings["_class_name"]).from_config(dict(settings))
-    adapter.set_timesteps(scheduler, options, steps)
+    scheduler = _scheduler(adapter, settings, options, steps)
     levels = [float(sigma) for sigma in scheduler.sigmas[: len(scheduler.timesteps)]]
     return levels if all(one > other for one, other in pairwise(levels)) else None
 
 
-def set_shifted_timesteps(scheduler: Any, steps: int, tokens: int, **spacing: Any) -> None:
-    """Set a flow-matching scheduler's timesteps as the pipelines of images do, shifted by the number of tokens.
+def steps_of(adapter: ModelAdapter, options: PipelineOptions) -> int:
+    """Return how often the pipeline steps for an image, which is more than is asked for where steps are computed twice.
 
-    spacing: the sigmas to shift, where the pipeline gives its own.
+    Raises InputError for a scheduler that the pipeline cannot use.
     """
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+    if adapter.set_timesteps is None or not (pipeline_folder(options.path) / _SETTINGS).exists():
+        return options.infer_steps
+    scheduler = _scheduler(adapter, scheduler_settings(options.path), options, options.infer_steps)
+    return len(scheduler.timesteps)
 
-    config, given = scheduler.config, {"num_inference_steps": steps, **spacing}
-    if config.get("use_dynamic_shifting"):
-        given["mu"] = calculate_shift(
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-    scheduler.set_timesteps(**given)
+
+def _scheduler(adapter: ModelAdapter, settings: Mapping[str, Any], options: PipelineOptions, steps: int) -> Any:
+    """Return a scheduler of these settings that has the pipeline's steps."""
+    import diffusers
+
+    assert adapter.set_timesteps is not None, "the caller looked"
+    name = settings.get("_class_name", "of no class")
+    try:
+        scheduler = getattr(diffusers, name).from_config(dict(settings))
+        adapter.set_timesteps(scheduler, options, steps)
+    except Exception as error:  # whatever a scheduler refuses its settings or the pipeline's steps with
+        raise InputError(
+            f"{adapter.pipeline_class} cannot use the scheduler {name}",
+            where=f"{options.path}: {_SETTINGS}",
+            why=f"giving it {steps} steps as the pipeline does ended with {type(error).__name__}: {error}",
+            advice="give the folder the scheduler that the model was published with",
+        ) from error
+    return scheduler
+
+
+def shift(scheduler: Any, tokens: int, max_shift: float) -> float:
+    """Return by how much the pipelines of images shift the steps of an image with so many tokens.
+
+    max_shift: the pipeline's own, for a scheduler that says none. diffusers' function lies in a module that imports
+    all text encoders.
+    """
+    config = scheduler.config
+    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    lowest, highest = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    slope = (highest - lowest) / (last - first)
+    return tokens * slope + (lowest - slope * first)

@@ -6,7 +6,7 @@ from typing import Any
 
 from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.pipeline.generation import PNG, generate
-from model_adapters.pipeline.noise_levels import set_shifted_timesteps
+from model_adapters.pipeline.noise_levels import shift
 from model_adapters.pipeline.step_index import step_index
 from model_adapters.sd3.inputs import transformer_inputs
 from model_adapters.sd3.options import SD3Options
@@ -30,7 +30,9 @@ def encode(pipeline: Any, prompts: list[str], options: SD3Options) -> Embeddings
 
 def set_timesteps(scheduler: Any, options: SD3Options, steps: int) -> None:
     """Give a scheduler the pipeline's steps: its own, shifted by the image's tokens where its settings say so."""
-    set_shifted_timesteps(scheduler, steps, (options.width // 16) * (options.height // 16))
+    tokens = (options.width // 16) * (options.height // 16)
+    is_shifted = scheduler.config.get("use_dynamic_shifting")
+    scheduler.set_timesteps(steps, **({"mu": shift(scheduler, tokens, max_shift=1.16)} if is_shifted else {}))
 
 
 ADAPTER = ModelAdapter(

@@ -141,6 +141,8 @@ OF_ANOTHER = {"version": 1, "quant_type": "W8A8", "fingerprint": "f", "fields": 
     "layout": "mindie", "tp_size": 1, "dp_size": 1, "files": []
 }  # fmt: skip
 
+HEUN = "FlowMatchHeunDiscreteScheduler"
+
 CASES: dict[str, tuple[Spoil, type[ExplainedError], str]] = {
     # what the model and the ranks refuse
     "unknown layout": (flags("--layout", "mindy"), ConfigurationError, "flux has no layout 'mindy'"),
@@ -164,6 +166,11 @@ CASES: dict[str, tuple[Spoil, type[ExplainedError], str]] = {
         ),
         InputError,
         "b.safetensors is missing",
+    ),
+    "scheduler that the pipeline cannot use": (
+        write(lambda job: job.model / "scheduler" / "scheduler_config.json", json.dumps({"_class_name": HEUN})),
+        InputError,
+        f"FluxPipeline cannot use the scheduler {HEUN}",
     ),
     # the prompts
     "prompts that are missing": (lambda job: job.prompts.unlink(), InputError, "there is no such prompt file"),

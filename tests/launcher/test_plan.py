@@ -65,6 +65,14 @@ def words(folder: Path, model: str, *more: str, path: str | None = None) -> list
     return ["plan", model, *named, "--prompt_path", str(folder / "prompts.txt"), "--do_quant", *files, *more]
 
 
+def with_scheduler(folder: Path, copy: Path, name: str) -> Path:
+    """Make a pipeline folder that has another one's transformer, and a scheduler."""
+    (copy / "transformer").symlink_to(folder / "transformer")
+    (copy / "scheduler").mkdir()
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name, "shift": 3.0}))
+    return copy
+
+
 def planned(folder: Path, model: str, *more: str, world: int | None = None) -> Plan:
     options = parse(words(folder, model, *more)).options
     assert isinstance(options, JobConfig)
@@ -331,6 +339,24 @@ def test_images_and_an_evaluation_are_counted_beside_the_calibration(folder: Pat
     )
     assert (memory := plan.memory) is not None
     assert f"npu, at most: {(memory.weights + memory.comparing) / 2**30:.2f} GiB" in said
+
+
+def test_steps_that_the_scheduler_computes_twice_are_counted_twice(folder: Path, tmp_path: Path):
+    twice = with_scheduler(folder / "sd3", tmp_path, "FlowMatchHeunDiscreteScheduler")
+    once, plan = planned(folder, "sd3"), planned(folder, "sd3", "--sd3_model_path", str(twice))
+    assert plan.problems == []
+    assert "220 to calibrate (4 batches of 55 steps)" in "\n".join(told(plan, "cpu"))
+    assert plan.memory is not None
+    assert once.memory is not None
+    assert plan.memory.dump > 1.7 * once.memory.dump
+
+
+def test_a_scheduler_that_the_pipeline_cannot_use_is_a_problem(folder: Path, tmp_path: Path):
+    other = with_scheduler(folder / "flux", tmp_path, "FlowMatchHeunDiscreteScheduler")
+    [problem] = planned(folder, "flux", "--path", str(other)).problems
+    assert "cannot use the scheduler FlowMatchHeunDiscreteScheduler" in problem.what
+    runs_nothing = ("--quant_type", "w8a8_dynamic", "--calibrate", "needed")
+    assert planned(folder, "flux", "--path", str(other), *runs_nothing).problems == []
 
 
 def test_a_job_that_chooses_schemes_says_which_bytes_are_told(folder: Path):
