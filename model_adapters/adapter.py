@@ -58,6 +58,7 @@ class ModelAdapter:
     `approximate` returns a context in which the pipeline may approximate steps; `step_index` returns the denoising step
     that the current call of the pipeline's transformer belongs to, from 0. `set_timesteps` gives a scheduler the steps
     that the pipeline would, from the options and their number; without it, rows serve the calibrated steps only.
+    `check_options` refuses options that do not fit the transformer's configuration.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ModelAdapter:
     result: ResultFormat
     approximate: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     set_timesteps: Callable[[Any, Any, int], object] | None = None
+    check_options: Callable[[Any, Any], object] = lambda config, options: None
     library: str = "diffusers"
 
     def transformer_type(self) -> Any:

@@ -76,6 +76,7 @@ class ModelSession:
     def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later: folder, layout, weight files, layer patterns."""
         part = self.describe()
+        self.adapter.check_options(getattr(part.model, "config"), self.config.pipeline)  # noqa: B009, a Module has none
         if self.config.quantization.do_quant:
             self._check_quantization(part.model)
         if runs_pipeline(self.config, reads_activations=self.reads_activations):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from model_adapters.adapter import Embeddings, ModelAdapter
-from model_adapters.flux.inputs import transformer_inputs
+from model_adapters.flux.inputs import check_options, transformer_inputs
 from model_adapters.flux.options import FluxOptions
 from model_adapters.flux.recipes import DISABLED_LAYERS
 from model_adapters.flux.shard_plan import SHARD_PLANS
@@ -51,6 +51,7 @@ ADAPTER = ModelAdapter(
     approximate=step_cache,
     step_index=step_index,
     set_timesteps=set_timesteps,
+    check_options=check_options,
     result=PNG,
     transformer_inputs=transformer_inputs,
 )

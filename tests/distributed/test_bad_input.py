@@ -94,6 +94,12 @@ def change_config(**fields: object) -> Spoil:
     return lambda job: job.config.write_text(json.dumps({**json.loads(job.config.read_text()), **fields}))
 
 
+def without_guidance(job: Job) -> None:
+    change_config(guidance_embeds=False)(job)
+    tensors = {name: tensor for name, tensor in load_file(job.tensors).items() if "guidance" not in name}
+    save_file(tensors, job.tensors)
+
+
 def link_prompts(job: Job) -> None:
     target = job.prompts.rename(job.root / "elsewhere.txt")
     job.prompts.symlink_to(target)
@@ -171,6 +177,11 @@ CASES: dict[str, tuple[Spoil, type[ExplainedError], str]] = {
         write(lambda job: job.model / "scheduler" / "scheduler_config.json", json.dumps({"_class_name": HEUN})),
         InputError,
         f"FluxPipeline cannot use the scheduler {HEUN}",
+    ),
+    "guidance for a model that reads none": (
+        lambda job: (without_guidance(job), flags("--guidance_scale", "3.5")(job)),
+        ConfigurationError,
+        "--guidance_scale 3.5 has no meaning for this transformer",
     ),
     # the prompts
     "prompts that are missing": (lambda job: job.prompts.unlink(), InputError, "there is no such prompt file"),

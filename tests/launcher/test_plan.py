@@ -31,9 +31,10 @@ from scripts.make_tiny_pipeline import write_prompts
 MODELS: dict[str, tuple[dict[str, Any], str, int]] = {"flux": (FLUX, "BF16", 2), "sd3": (SD3, "F16", 2)}
 
 
-def pipeline(name: str, folder: Path) -> Path:
+def pipeline(name: str, folder: Path, **changes: object) -> Path:
     """Make a pipeline folder whose weights are a header over a hole of the real size: nothing is on the disk."""
     config, dtype, width = MODELS[name]
+    config = config | changes
     transformer = folder / name / "transformer"
     transformer.mkdir(parents=True)
     (transformer / "config.json").write_text(json.dumps(config))
@@ -339,6 +340,15 @@ def test_images_and_an_evaluation_are_counted_beside_the_calibration(folder: Pat
     )
     assert (memory := plan.memory) is not None
     assert f"npu, at most: {(memory.weights + memory.comparing) / 2**30:.2f} GiB" in said
+
+
+def test_a_model_without_guidance_is_planned_and_takes_no_scale(folder: Path, tmp_path: Path):
+    schnell = str(pipeline("flux", tmp_path, guidance_embeds=False))
+    plan = planned(folder, "flux", *DUAL, "--path", schnell, "--infer_steps", "4")
+    assert plan.problems == []
+    assert plan.memory is not None
+    [problem] = planned(folder, "flux", *DUAL, "--path", schnell, "--guidance_scale", "3.5").problems
+    assert problem.what == "--guidance_scale 3.5 has no meaning for this transformer"
 
 
 def test_steps_that_the_scheduler_computes_twice_are_counted_twice(folder: Path, tmp_path: Path):

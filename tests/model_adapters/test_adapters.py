@@ -248,3 +248,11 @@ def test_a_scheduler_that_draws_noise_draws_it_from_each_prompts_own_generator(r
     alone = latents("a cat")
     assert torch.equal(alone, latents("a cat"))
     torch.testing.assert_close(latents("a cat", "a whole dog")[:1], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_the_inputs_that_are_forecast_are_those_of_a_model_without_guidance(tmp_path: Path):
+    model, adapter = build("flux", guidance_embeds=False), load_adapter("flux")
+    options = adapter.options(path=str(tmp_path), width=64, height=32, batch_size=2)
+    forecast = adapter.transformer_inputs(model.config, options, torch.float32).arguments()
+    assert "guidance" not in forecast
+    assert model.to("meta")(**forecast, return_dict=False)[0].shape == forecast["hidden_states"].shape
