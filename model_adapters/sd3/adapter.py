@@ -8,7 +8,7 @@ from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.pipeline.generation import PNG, generate
 from model_adapters.pipeline.noise_levels import shift
 from model_adapters.pipeline.step_index import step_index
-from model_adapters.sd3.inputs import transformer_inputs
+from model_adapters.sd3.inputs import check_options, transformer_inputs
 from model_adapters.sd3.options import SD3Options
 from model_adapters.sd3.recipes import DISABLED_LAYERS
 from model_adapters.sd3.shard_plan import SHARD_PLANS
@@ -48,6 +48,7 @@ ADAPTER = ModelAdapter(
     generate=generate,
     step_index=step_index,
     set_timesteps=set_timesteps,
+    check_options=check_options,
     result=PNG,
     transformer_inputs=transformer_inputs,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model_adapters.inputs import TransformerInputs
 from model_adapters.sd3.options import SD3Options
+from quant_core.errors import ConfigurationError
 
 _PIXELS_PER_LATENT = 8
 # 77 tokens of CLIP in front of 256 of T5.
@@ -32,3 +33,15 @@ def transformer_inputs(config: Any, options: SD3Options, dtype: torch.dtype) -> 
         },
         of_run={},
     )
+
+
+def check_options(config: Any, options: SD3Options) -> None:
+    """Refuse an image that is larger than the transformer's table of positions."""
+    largest = config.pos_embed_max_size * config.patch_size * _PIXELS_PER_LATENT
+    if max(options.width, options.height) > largest:
+        raise ConfigurationError(
+            f"an image of {options.width} x {options.height} pixels is too large for this transformer",
+            where="--width, --height, transformer/config.json",
+            why=f"its table of positions (pos_embed_max_size {config.pos_embed_max_size}) ends at {largest} pixels",
+            advice=f"ask for at most {largest} pixels a side",
+        )

@@ -351,6 +351,13 @@ def test_a_model_without_guidance_is_planned_and_takes_no_scale(folder: Path, tm
     assert problem.what == "--guidance_scale 3.5 has no meaning for this transformer"
 
 
+def test_an_image_larger_than_the_table_of_positions_is_a_problem(folder: Path):
+    [problem] = planned(folder, "sd3", "--width", "3088").problems
+    assert problem.what == "an image of 3088 x 1024 pixels is too large for this transformer"
+    assert problem.advice == "ask for at most 3072 pixels a side"
+    assert planned(folder, "sd3", "--width", "3072").problems == []
+
+
 def test_steps_that_the_scheduler_computes_twice_are_counted_twice(folder: Path, tmp_path: Path):
     twice = with_scheduler(folder / "sd3", tmp_path, "FlowMatchHeunDiscreteScheduler")
     once, plan = planned(folder, "sd3"), planned(folder, "sd3", "--sd3_model_path", str(twice))
