@@ -39,7 +39,7 @@ from model_adapters.memory.memory_model import MemoryModel, estimate_memory
 from model_adapters.pipeline.noise_levels import steps_of
 from model_adapters.pipeline.prompts import even_share, read_batches
 from model_adapters.weights.brought import Brought
-from model_adapters.weights.model_folder import cached_folder, is_hub_id, pipeline_folder
+from model_adapters.weights.model_folder import cached_folder, check_tokenizers, is_hub_id, pipeline_folder
 from model_adapters.weights.transformer_folders import pipeline_files, used_folders
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer
 from quant_core.attention.rotated_values import Rotations, find_rotations
@@ -159,6 +159,7 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
         part, session = _look_at_model(plan, config.model_copy(update={"pipeline": pipeline}), adapter, folder)
     reads = not plan.streams if session else _may_read_activations(options)
     if folder and runs_pipeline(config, reads_activations=reads):
+        plan.attempt(lambda: check_tokenizers(folder))
         plan.steps = plan.attempt(lambda: steps_of(adapter, pipeline)) or plan.steps
     _look_at_prompts(plan, config, adapter, reads_activations=reads)
     if part is not None and (session is not None or not options.do_quant):

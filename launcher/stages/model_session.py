@@ -21,6 +21,7 @@ from model_adapters.pipeline.offload import run_block_by_block
 from model_adapters.pipeline.prompt_encoding import Prompts, release_memory
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_pipeline, release_pipeline
+from model_adapters.weights.model_folder import check_tokenizers, pipeline_folder
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
 from quant_core.attention.rotated_values import find_rotations
 from quant_core.schemes import SCHEMES
@@ -80,6 +81,7 @@ class ModelSession:
         if self.config.quantization.do_quant:
             self._check_quantization(part.model)
         if runs_pipeline(self.config, reads_activations=self.reads_activations):
+            check_tokenizers(pipeline_folder(self.config.pipeline.path))
             steps_of(self.adapter, self.config.pipeline)
 
     def _check_quantization(self, model: nn.Module) -> None:

@@ -26,6 +26,14 @@ _ADVICE = "copy or download it again, and compare its size and checksum"
 # Weights of a variant stand beside the usual ones, or alone: diffusion_pytorch_model.fp16.safetensors.
 _VARIANT = re.compile(r"(?:diffusion_pytorch_model|model)\.(?:safetensors\.index\.(\w+)\.json|(\w+)\.safetensors)")
 _USUAL = re.compile(r"(?:diffusion_pytorch_model|model)\.safetensors(?:\.index\.json)?")
+# A tokenizer's vocabulary is in one of these, or in some of them together.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("vocab.txt",),
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -96,6 +104,23 @@ def read_parts(root: Path) -> dict[str, list[str | None]]:
             advice=f'write "{unclear[0]}": [null, null]',
         )
     return {name: kind for name, kind in content.items() if isinstance(kind, list)}  # others are options
+
+
+def check_tokenizers(root: Path) -> None:
+    """Raise InputError for a tokenizer without a vocabulary: transformers makes an empty one, which knows no word.
+
+    A folder that holds nothing but a transformer has no index of parts.
+    """
+    parts = read_parts(root) if (root / PARTS_NAME).exists() else {}
+    for folder in [root / name for name, kind in parts.items() if name.startswith("tokenizer") and any(kind)]:
+        if not any(all((folder / file).is_file() for file in files) for files in _VOCABULARIES):
+            raise InputError(
+                f"{folder.name}/ has no vocabulary",
+                where=str(folder),
+                why=f"{PARTS_NAME} names the tokenizer, and none of these is there: "
+                + ", ".join(" with ".join(files) for files in _VOCABULARIES),
+                advice="check that the copy of the model is complete",
+            )
 
 
 def variant_of_pipeline(root: Path) -> str | None:

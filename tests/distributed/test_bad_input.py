@@ -173,6 +173,16 @@ CASES: dict[str, tuple[Spoil, type[ExplainedError], str]] = {
         InputError,
         "b.safetensors is missing",
     ),
+    "tokenizer without a folder": (
+        lambda job: shutil.rmtree(job.model / "tokenizer_2"),
+        InputError,
+        "tokenizer_2/ has no vocabulary",
+    ),
+    "tokenizer without half of its vocabulary": (
+        lambda job: (job.model / "tokenizer" / "merges.txt").unlink(),
+        InputError,
+        "tokenizer/ has no vocabulary",
+    ),
     "scheduler that the pipeline cannot use": (
         write(lambda job: job.model / "scheduler" / "scheduler_config.json", json.dumps({"_class_name": HEUN})),
         InputError,

@@ -351,6 +351,15 @@ def test_a_model_without_guidance_is_planned_and_takes_no_scale(folder: Path, tm
     assert problem.what == "--guidance_scale 3.5 has no meaning for this transformer"
 
 
+def test_a_tokenizer_that_was_not_copied_is_a_problem_where_prompts_are_encoded(folder: Path, tmp_path: Path):
+    model = with_scheduler(folder / "flux", tmp_path, "FlowMatchEulerDiscreteScheduler")
+    (model / "model_index.json").write_text(json.dumps({"tokenizer_2": ["transformers", "T5TokenizerFast"]}))
+    asked = ("--path", str(model), "--quant_type", "w8a8_dynamic")
+    [problem] = planned(folder, "flux", *asked).problems
+    assert problem.what == "tokenizer_2/ has no vocabulary"
+    assert planned(folder, "flux", *asked, "--calibrate", "needed").problems == []
+
+
 def test_an_image_larger_than_the_table_of_positions_is_a_problem(folder: Path):
     [problem] = planned(folder, "sd3", "--width", "3088").problems
     assert problem.what == "an image of 3088 x 1024 pixels is too large for this transformer"
