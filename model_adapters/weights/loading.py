@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 
 from model_adapters.adapter import ModelAdapter
@@ -148,7 +149,7 @@ def _assemble(
     missing = {name: None for name, kind in read_parts(folder).items() if not any(kind)}
     try:
         return _freeze(_from_folder(adapter, folder, options.variant, dtype, {**missing, **given}))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"the {adapter.pipeline_class} around the transformer cannot be loaded",
             where=str(folder),

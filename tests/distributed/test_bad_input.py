@@ -183,6 +183,11 @@ CASES: dict[str, tuple[Spoil, type[ExplainedError], str]] = {
         InputError,
         "tokenizer/ has no vocabulary",
     ),
+    "truncated text encoder": (
+        lambda job: cut_in_half(job.model / "text_encoder_2" / "model.safetensors"),
+        InputError,
+        "the FluxPipeline around the transformer cannot be loaded",
+    ),
     "scheduler that the pipeline cannot use": (
         write(lambda job: job.model / "scheduler" / "scheduler_config.json", json.dumps({"_class_name": HEUN})),
         InputError,
