@@ -85,7 +85,7 @@ def load_part(part: TransformerPart, device: torch.device | str) -> LoadedTransf
     described = part.model.state_dict()
     for name in sorted(described, key=lambda name: (part.stored[name].path, part.stored[name].start)):
         local = part.read(name)
-        bytes_read += local.numel() * local.element_size()
+        bytes_read += local.numel() * part.stored[name].dtype.itemsize
         place(part.model, name, local.to(device, described[name].dtype))
     model = part.model.to(device).eval().requires_grad_(False)
     return LoadedTransformer(model, part.shards, part.full_shapes, bytes_read)

@@ -2,9 +2,9 @@
 
 The formats that LoRA files have (diffusers, PEFT, kohya, XLabs, ...) are told apart and converted by the loader that
 diffusers has for the pipeline. The factors of a divided layer are cut like its weight, of which the rows are those of
-B and the columns those of A, so each rank computes only its own part. The product is added in float64 and rounded to
-the dtype that the weight has in its file, then to the one of the run like every weight: a rank's part has the bits of
-the same part of the whole weight, fused before it was cut.
+B and the columns those of A, so each rank computes only its own part. The product is added in float64 and rounded
+once, to the dtype of the run: the file's may be too coarse to hold a change of a few thousandths. A rank's part has the
+bits of the same part of the whole weight, fused before it was cut.
 
 Worked example: rank 1, alpha 2, scale 0.5, A = [[1, 2]], B = [[3], [4]]. The weight gets 0.5 · 2/1 · [[3, 6], [4, 8]],
 and a rank that holds its second row adds [4, 8].
@@ -64,23 +64,25 @@ class LowRank:
 Changes = Mapping[str, Sequence[LowRank]]
 
 
-def fuse(weight_OI: Tensor, terms: Sequence[LowRank]) -> Tensor:
-    """Add the terms to a weight in place, a block of rows at a time, and return it."""
+def fuse(weight_OI: Tensor, terms: Sequence[LowRank], dtype: torch.dtype) -> Tensor:
+    """Return a weight with the terms added, in a dtype; in place if it has that, and a block of rows at a time."""
     downs = [term.down_RI.double() for term in terms]
+    fused_OI = weight_OI if weight_OI.dtype == dtype else torch.empty_like(weight_OI, dtype=dtype)
     rows = max(1, _BLOCK_NUMEL // weight_OI.shape[1])
-    for first in range(0, len(weight_OI) if terms else 0, rows):
-        block = weight_OI[first : first + rows]
-        exact = block.double()
+    for first in range(0, len(weight_OI), rows):
+        exact = weight_OI[first : first + rows].double()
         for term, down in zip(terms, downs):
             exact.addmm_(term.up_OR[first : first + rows].double(), down, alpha=term.scale)
-        block.copy_(exact)
-    return weight_OI
+        fused_OI[first : first + rows].copy_(exact)
+    return fused_OI
 
 
 def fuse_module(module: nn.Module, changes: Changes) -> None:
     """Add the changes to the linear layers of a loaded module."""
     for layer, terms in changes.items():
-        fuse(module.get_submodule(layer).weight.data, terms)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        weight = module.get_submodule(layer).weight
+        assert isinstance(weight, Tensor), "the changes are of linears"
+        fuse(weight.data, terms, weight.dtype)
 
 
 def read_changes(

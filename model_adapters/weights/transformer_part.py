@@ -33,15 +33,17 @@ _WHOLE = Shard(Style.REPLICATED, 0, 1)
 class TransformerPart:
     """Know a rank's part of a transformer: its shapes, and where its tensors lie.
 
-    `model` is on the meta device, with local shapes, in the dtype to compute in; `shards` is by linear layer (a layer
-    that is missing is replicated); `full_shapes` and `stored` are by tensor name of the undivided model; `is_divided`:
-    the files hold this rank's slices already; `changes` are added to the weights of layers when these are read.
+    `model` is on the meta device, with local shapes, in `dtype`, which is computed in; `shards` is by linear layer (a
+    layer that is missing is replicated); `full_shapes` and `stored` are by tensor name of the undivided model;
+    `is_divided`: the files hold this rank's slices already; `changes` are added to the weights of layers when these are
+    read.
     """
 
     model: nn.Module
     shards: dict[str, Shard]
     full_shapes: dict[str, tuple[int, ...]]
     stored: Mapping[str, Stored]
+    dtype: torch.dtype
     is_divided: bool = False
     changes: Changes = field(default_factory=dict)
 
@@ -51,7 +53,10 @@ class TransformerPart:
         return sum(path.stat().st_size for path in {stored.path for stored in self.stored.values()})
 
     def read(self, name: str, rows: slice | None = None, how: Reading = PLAIN) -> Tensor:
-        """Read this rank's slice of one tensor, or some rows of it: contiguous, on the host, in the file's dtype."""
+        """Read this rank's slice of one tensor, or some rows of it: contiguous, on the host.
+
+        In the dtype of the file; a weight that is changed in the one to compute in.
+        """
         layer, _, tensor = name.rpartition(".")
         shard = _WHOLE if self.is_divided else self.shards.get(layer, _WHOLE)
         stored = self.stored[name]
@@ -59,7 +64,7 @@ class TransformerPart:
         if tensor != "weight" or layer not in self.changes:
             return local
         terms = self.changes[layer]
-        return fuse(local, terms if rows is None else [term.of_rows(rows) for term in terms])
+        return fuse(local, terms if rows is None else [term.of_rows(rows) for term in terms], self.dtype)
 
 
 def describe_transformer(
@@ -101,7 +106,7 @@ def describe_transformer(
     local = {layer: [term.of_shard(shards.get(layer)) for term in terms] for layer, terms in changes.items()}
     for name, tensor in model.state_dict().items():
         place(model, name, tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype))
-    return TransformerPart(model, shards, full_shapes, stored, is_divided, local)
+    return TransformerPart(model, shards, full_shapes, stored, dtype, is_divided, local)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

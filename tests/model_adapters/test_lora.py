@@ -97,12 +97,40 @@ def shards_of(kind: str, layout: str, tp_rank: int, tp_size: int) -> dict[str, S
     return load_adapter(KINDS[kind][0]).shard_plan(layout).resolve(build(kind), tp_rank, tp_size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", torch.float32), ("float32", torch.float16)])
+def test_a_change_below_the_steps_of_the_files_dtype_is_not_lost(stored: str, dtype: torch.dtype, tmp_path: Path):
+    """A LoRA of usual strength changes a weight by a hundredth; bfloat16 has eight bits. diffusers is the measure."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    model = build("flux").to(getattr(torch, stored))
+    model.save_pretrained(tmp_path / "model" / "transformer")
+    merged = type(model).from_pretrained(tmp_path / "model", subfolder="transformer", torch_dtype=dtype)
+    exact = model.double().state_dict()
+    pairs = {
+        name: (0.01 * up * exact[f"{name}.weight"].std().float() / (up @ down).std(), down)
+        for name, (up, down) in factors(model).items()
+    }
+    file = write(tmp_path / "lora.safetensors", pairs)
+    merged.load_lora_adapter(str(tmp_path), weight_name=file.name, prefix="transformer", use_safetensors=True)
+    merged.fuse_lora()
+    merged.unload_lora()
+    ours, theirs = load("flux", tmp_path / "model", LoraFile(file), dtype=dtype).state_dict(), merged.state_dict()
+    for name, (up, down) in pairs.items():
+        change = up.double() @ down.double()
+        error, their_error = (
+            (state[f"{name}.weight"] - exact[f"{name}.weight"] - change).norm() / change.norm()
+            for state in (ours, theirs)
+        )
+        assert error <= 1.01 * their_error, name
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "layout"), [("flux", "mindie"), ("flux", "megatron"), ("sd35", "megatron")])
 def test_fused_and_then_divided_has_the_bits_of_divided_and_then_fused(
-    kind: str, layout: str, dtype: torch.dtype, tmp_path: Path
+    kind: str, layout: str, dtype: torch.dtype, stored: torch.dtype, tmp_path: Path
 ):
-    folder = save(kind, tmp_path / "model")
+    folder = tmp_path / "model"
+    build(kind).to(stored).save_pretrained(folder / "transformer")
     loras = LoraFile(write(tmp_path / "1.safetensors", factors(build(kind))), SCALE)
     whole = load(kind, folder, loras, dtype=dtype).state_dict()
     for tp_rank in range(2):
