@@ -137,12 +137,17 @@ def _unsafe(path: Path, why: str, advice: str) -> InputError:
     return InputError("the prompt file is refused", where=f"--prompt_path {path}", why=why, advice=advice)
 
 
+def _lines(text: str) -> list[str]:
+    """Return the lines; `splitlines` also breaks at form feeds and separators of Unicode, which prompts may hold."""
+    return text.split("\n")
+
+
 def _plain(text: str) -> Iterator[tuple[str, str]]:
-    yield from ((line.strip(), "not_specified") for line in text.splitlines() if line.strip())
+    yield from ((line.strip(), "not_specified") for line in _lines(text) if line.strip())
 
 
 def _parti(text: str) -> Iterator[tuple[str, str]]:
-    rows = csv.reader(text.splitlines(), delimiter="\t")
+    rows = csv.reader(_lines(text), delimiter="\t")
     next(rows, None)
     yield from ((row[0].strip(), row[1].strip()) for row in rows if row)
 

@@ -27,6 +27,17 @@ def test_plain_has_a_prompt_a_line_and_blank_lines_are_none(tmp_path):
     assert read_prompts(path, "plain") == [("a cat", "not_specified"), ("a dog", "not_specified")]
 
 
+@pytest.mark.parametrize("inner", ["\u2028", "\x0c", "\x85"])
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path, inner):
+    text = f"a cat{inner}by night"
+    assert read_prompts(write(tmp_path / "p.txt", f"{text}\r\nb\n"), "plain") == [
+        (text, "not_specified"),
+        ("b", "not_specified"),
+    ]
+    table = write(tmp_path / "p.tsv", f"Prompt\tCategory\n{text}\tAnimals\n")
+    assert read_prompts(table, "parti") == [(text, "Animals")]
+
+
 def test_parti_skips_the_header_and_reads_prompt_and_category(tmp_path):
     path = write(tmp_path / "p.tsv", 'Prompt\tCategory\tChallenge\na "red" cat\tAnimals\tSimple\nbread\tFood\tx\n')
     assert read_prompts(path, "parti") == [('a "red" cat', "Animals"), ("bread", "Food")]
