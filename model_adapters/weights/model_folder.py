@@ -148,6 +148,11 @@ def variant_of(folder: Path) -> str | None:
     return found[0] if found else None
 
 
+def _has_variant(folder: Path, variant: str) -> bool:
+    found = (_VARIANT.fullmatch(path.name) for path in folder.glob("*"))
+    return any(match is not None and variant in match.groups() for match in found)
+
+
 def has_weights(folder: Path) -> bool:
     """Tell whether a diffusers model's folder holds weights, or an index of them."""
     return any(_USUAL.fullmatch(path.name) or _VARIANT.fullmatch(path.name) for path in folder.glob("*"))
@@ -156,9 +161,11 @@ def has_weights(folder: Path) -> bool:
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """Return the safetensors files of a model folder in the order to read them: those of the index, else the one.
 
-    variant: whose files; left out: the usual ones, or those of the only variant. Raises InputError when there is none,
-    or when the index names a file that is missing.
+    variant: whose files; left out, or where only other parts of the pipeline have it, as in diffusers: the usual ones,
+    or those of the only variant. Raises InputError when there is none, or when the index names a file that is missing.
     """
+    if variant and not _has_variant(folder, variant) and any(_has_variant(p, variant) for p in folder.parent.glob("*")):
+        variant = None
     index, single = _leading(folder, variant or variant_of(folder))
     if index.exists():
         return _indexed_files(index)

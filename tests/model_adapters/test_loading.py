@@ -77,6 +77,17 @@ def test_the_variant_that_is_asked_for_is_read_where_the_usual_weights_are_too(m
         load("flux", folder, brought=Brought(variant="bf16"))
 
 
+def test_the_usual_weights_are_read_where_only_other_parts_have_the_variant(flux):
+    """As diffusers does; a variant that no part has is a mistake."""
+    expected = load("flux", flux).model.state_dict()
+    (flux / "text_encoder").mkdir()
+    (flux / "text_encoder" / "model.fp16.safetensors").touch()
+    read = load("flux", flux, brought=Brought(variant="fp16")).model.state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(InputError, match="transformer/ has no weights of the variant bf16"):
+        load("flux", flux, brought=Brought(variant="bf16"))
+
+
 def test_one_of_several_variants_is_read_when_it_is_asked_for(flux):
     expected = load("flux", flux).model.state_dict()
     _use_variants(flux, "bf16", "fp16")
