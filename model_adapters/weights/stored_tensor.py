@@ -19,10 +19,14 @@ from torch import Tensor
 
 from model_adapters.weights.model_folder import damaged_weights, open_weights
 from quant_core.checkpoint.tensor_file import DTYPES
+from quant_core.errors import InputError
 from quant_core.parallel.sharding import Slice
 from quant_core.passing_read import PassingRead
 from quant_core.reused_memory import Empty, fresh
 from quant_core.tensor_bytes import raw_bytes
+
+# How safetensors calls floats of 8 bits and less.
+_SMALL_FLOATS = ("F8", "F6", "F4")
 
 
 class Reading(NamedTuple):
@@ -162,6 +166,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     for name, entry in header.items():
+        if entry["dtype"].startswith(_SMALL_FLOATS):
+            raise InputError(
+                f"the weights are floats of less than 16 bits, {entry['dtype']}, which are not read",
+                where=str(path),
+                why=f"tensor {name} lost digits already, and quantizing it would lose more",
+                advice="give the file with the model's weights in bfloat16 or float16",
+            )
         if entry["dtype"] not in DTYPES:
             raise damaged_weights(path, f"tensor {name} has the type {entry['dtype']}, which no model has")
     return {

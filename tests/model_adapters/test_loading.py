@@ -297,6 +297,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_weights_of_eight_bits_are_no_damaged_file(flux):
+    _rewrite_weights(lambda t: t.update({"proj_out.bias": t["proj_out.bias"].to(torch.float8_e4m3fn)}))(flux)
+    with pytest.raises(InputError, match="F8_E4M3") as caught:
+        load("flux", flux)
+    assert "damaged" not in str(caught.value)
+    assert "bfloat16 or float16" in caught.value.advice
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_explained(flux, damage):
     apply, told = DAMAGES[damage]
