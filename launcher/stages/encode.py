@@ -41,21 +41,21 @@ def prompts_of(batch: Batch) -> Prompts:
 
 
 def share(encoded: dict[Prompts, Embeddings], ranks: Ranks) -> dict[Prompts, Embeddings]:
-    """Return what the first tensor-parallel rank of this copy has encoded, on all ranks of the copy."""
+    """Return what the first tensor-parallel rank of this copy has encoded, on all ranks of the copy.
+
+    A tensor that batches share is handed out once.
+    """
     if ranks.mesh.tp_size == 1:
         return encoded
     source, group = ranks.mesh.tp_ranks[0], ranks.tp_control
-    told: list[Any] = [{prompts: _described(embeddings) for prompts, embeddings in encoded.items()}]
+    tensors = list({id(tensor): tensor for each in encoded.values() for tensor in each.values()}.values())
+    number = {id(tensor): place for place, tensor in enumerate(tensors)}
+    names = {prompts: {name: number[id(t)] for name, t in each.items()} for prompts, each in encoded.items()}
+    told: list[Any] = [names, [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]]
     dist.broadcast_object_list(told, src=source, group=group)
-    shared: dict[Prompts, Embeddings] = {}
-    for prompts, described in told[0].items():
-        own = encoded.get(prompts) or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in described}
-        for tensor in own.values():
-            # As bytes, which every backend knows; the view writes into the tensor, which is contiguous.
-            dist.broadcast(tensor.view(-1).view(torch.uint8), src=source, group=group)
-        shared[prompts] = own
-    return shared
-
-
-def _described(embeddings: Embeddings) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
-    return [(name, (tuple(tensor.shape), tensor.dtype)) for name, tensor in embeddings.items()]
+    names, described = told
+    own = tensors or [torch.empty(shape, dtype=dtype) for shape, dtype in described]
+    for tensor in own:
+        # As bytes, which every backend knows; the view writes into the tensor, which is contiguous.
+        dist.broadcast(tensor.view(-1).view(torch.uint8), src=source, group=group)
+    return {prompts: {name: own[place] for name, place in each.items()} for prompts, each in names.items()}

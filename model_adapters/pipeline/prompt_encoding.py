@@ -30,10 +30,16 @@ def encode_prompts(
 ) -> dict[Prompts, Embeddings]:
     """Return the embeddings of each different batch of prompts, on the host; the text encoders come and go.
 
+    What batches of one size have in common, such as the negative prompt, they share.
+
     Raises InputError when the pipeline folder is not whole.
     """
     pipeline = load_text_encoders(adapter, options, device, dtype)
-    encoded = {batch: _on_host(adapter.encode(pipeline, list(batch), options)) for batch in dict.fromkeys(batches)}
+    encoded: dict[Prompts, Embeddings] = {}
+    first: dict[int, Embeddings] = {}
+    for batch in dict.fromkeys(batches):
+        own = _on_host(adapter.encode(pipeline, list(batch), options))
+        encoded[batch] = _sharing(own, first.setdefault(len(batch), own))
     del pipeline
     release_memory(device)
     return encoded
@@ -48,3 +54,8 @@ def release_memory(device: torch.device | str) -> None:
 
 def _on_host(embeddings: Embeddings) -> Embeddings:
     return {name: tensor.cpu().contiguous() for name, tensor in embeddings.items()}
+
+
+def _sharing(embeddings: Embeddings, other: Embeddings) -> Embeddings:
+    """Return the embeddings with those tensors of the other ones that are equal."""
+    return {name: other[name] if torch.equal(other[name], own) else own for name, own in embeddings.items()}

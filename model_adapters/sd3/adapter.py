@@ -16,16 +16,17 @@ from model_adapters.sd3.structure import STRUCTURE
 
 
 def encode(pipeline: Any, prompts: list[str], options: SD3Options) -> Embeddings:
-    """Encode a batch of prompts, and the empty prompt that guidance leads away from."""
+    """Encode a batch of prompts, and where guidance leads away from it the empty prompt."""
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     encoded = pipeline.encode_prompt(
         prompt=prompts,
         prompt_2=None,
         prompt_3=None,
         negative_prompt=[""] * len(prompts),
+        do_classifier_free_guidance=options.is_guided,
         device=pipeline.text_encoder.device,
     )
-    return dict(zip(names, encoded))
+    return {name: tensor for name, tensor in zip(names, encoded) if tensor is not None}
 
 
 def set_timesteps(scheduler: Any, options: SD3Options, steps: int) -> None:

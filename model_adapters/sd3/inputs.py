@@ -22,8 +22,7 @@ def transformer_inputs(config: Any, options: SD3Options, dtype: torch.dtype) -> 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    is_guided = options.guidance_scale is None or options.guidance_scale > 1
-    batch = options.batch_size * (2 if is_guided else 1)
+    batch = options.batch_size * (2 if options.is_guided else 1)
     height, width = options.height // _PIXELS_PER_LATENT, options.width // _PIXELS_PER_LATENT
     return TransformerInputs(
         of_step={"hidden_states": empty(batch, config.in_channels, height, width), "timestep": empty(batch)},

@@ -19,5 +19,10 @@ class SD3Options(ImageOptions):
     )
     infer_steps: int = Field(default=28, ge=1, description="denoising steps per image")
 
+    @property
+    def is_guided(self) -> bool:
+        """Tell whether the pipeline leads away from a negative prompt; its own scale does."""
+        return self.guidance_scale is None or self.guidance_scale > 1
+
 
 OPTIONS = SD3Options

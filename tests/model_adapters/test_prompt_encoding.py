@@ -67,3 +67,26 @@ def test_the_same_batch_is_encoded_once(case):
     encoded = encode_prompts(adapter, options, [PROMPTS, ("a cat",), PROMPTS], "cpu", dtype)
     assert list(encoded) == [PROMPTS, ("a cat",)]
     assert all(len(tensor) == 1 for tensor in encoded["a cat",].values())
+
+
+def test_what_all_batches_have_in_common_is_held_once(tiny_sd3_folder: Path):
+    adapter = load_adapter("sd3")
+    options = adapter.options(path=str(tiny_sd3_folder))
+    batches = [("a cat",), ("a dog",), ("a cat", "a dog"), ("a bird", "a fish")]
+    encoded = encode_prompts(adapter, options, batches, "cpu", torch.float32)
+    for name, places in (("negative_prompt_embeds", 2), ("negative_pooled_prompt_embeds", 2), ("prompt_embeds", 4)):
+        assert len({each[name].untyped_storage().data_ptr() for each in encoded.values()}) == places
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_a_negative_prompt_is_encoded_where_the_pipeline_reads_one(tiny_sd3_folder: Path, scale: float):
+    adapter = load_adapter("sd3")
+    options = adapter.options(path=str(tiny_sd3_folder), width=64, height=32, infer_steps=STEPS, guidance_scale=scale)
+    embeddings = encode_prompts(adapter, options, [PROMPTS], "cpu", torch.float32)[PROMPTS]
+    assert ("negative_prompt_embeds" in embeddings) is (scale > 1)
+    whole = adapter.pipeline_type().from_pretrained(options.path, torch_dtype=torch.float32)
+    size = {"width": options.width, "height": options.height, "num_inference_steps": STEPS, "output_type": "latent"}
+    drawn = torch.Generator().manual_seed(3)
+    expected = whole(list(PROMPTS), generator=drawn, guidance_scale=scale, **size).images
+    found = adapter.generate(whole, embeddings, options, torch.Generator().manual_seed(3), decodes=False)
+    assert torch.equal(found, expected)
