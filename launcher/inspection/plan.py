@@ -158,12 +158,13 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
         pipeline = pipeline.model_copy(update={"path": str(folder)})
         part, session = _look_at_model(plan, config.model_copy(update={"pipeline": pipeline}), adapter, folder)
     reads = not plan.streams if session else _may_read_activations(options)
-    if folder and runs_pipeline(config, reads_activations=reads):
+    runs = runs_pipeline(config, reads_activations=reads)
+    if folder and runs:
         plan.attempt(lambda: check_tokenizers(folder))
         plan.steps = plan.attempt(lambda: steps_of(adapter, pipeline)) or plan.steps
     _look_at_prompts(plan, config, adapter, reads_activations=reads)
     if part is not None and (session is not None or not options.do_quant):
-        sizes = {"batches": max(1, plan.batches), "evaluates": plan.evaluates is not None}
+        sizes = {"batches": max(1, plan.batches), "evaluates": plan.evaluates is not None, "encodes": runs}
         stepping = pipeline.model_copy(update={"infer_steps": plan.steps})
         plan.memory = plan.attempt(lambda: estimate_memory(adapter, part, stepping, session, **sizes))
     plan.attempt(lambda: check_save_path(config))

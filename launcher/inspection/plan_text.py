@@ -119,6 +119,8 @@ def _peaks(plan: Plan, memory: MemoryModel) -> list[tuple[int, int, int]]:
     replaying = max(loading, there + memory.activations + memory.workspace)
     evaluating = max(memory.running if plan.evaluates else 0, loading, there + memory.comparing)
     stages = (
+        # They are put together on the host and move to the card from there.
+        (memory.encoding, (memory.encoding, memory.encoding, memory.encoding)),
         (plan.paints, (memory.running, memory.running, home)),
         (plan.calibrates, (memory.calibrating, memory.running, home + memory.record)),
         (plan.replays or plan.is_online, (memory.quantizing, replaying, home + memory.codes + memory.dump)),

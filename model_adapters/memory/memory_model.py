@@ -25,6 +25,7 @@ from model_adapters.memory.live_bytes import peak_bytes
 from model_adapters.options import PipelineOptions
 from model_adapters.pipeline.arithmetic import other_arithmetic
 from model_adapters.pipeline.offload import blocks_of
+from model_adapters.weights.model_folder import PARTS_NAME, open_weights, pipeline_folder, read_parts
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.naming import linear_at
@@ -46,7 +47,7 @@ class MemoryModel:
     codes: int8 weights beside the float ones; workspace: the most that quantizing one layer or one input takes; widest:
     the largest tensor; piece: what is read of one at once; widest_codes: of the largest layer; widest_kept: the largest
     that stays float; quantized: what is published; comparing: what activations are while an evaluation compares layers,
-    or computes the noise floor.
+    or computes the noise floor; encoding: text encoders, which come and go before the weights.
     """
 
     weights: int
@@ -62,6 +63,7 @@ class MemoryModel:
     widest_kept: int
     quantized: int
     comparing: int
+    encoding: int
 
     @property
     def loading(self) -> int:
@@ -113,11 +115,12 @@ def estimate_memory(
     *,
     batches: int,
     evaluates: bool = True,
+    encodes: bool = True,
 ) -> MemoryModel:
     """Return what a rank's part of a model takes; the description is used up.
 
     session: what is quantized, and how; None: nothing. batches: calls of the pipeline on this rank. evaluates: whether
-    `comparing` is wanted, which takes as long as all the rest; 0 otherwise.
+    `comparing` is wanted, which takes as long as all the rest; 0 otherwise. encodes: likewise of `encoding`.
 
     Raises ConfigurationError for options that do not fit the model.
     """
@@ -146,7 +149,24 @@ def estimate_memory(
         widest_kept=max((kept.nbytes for name, kept in state.items() if name.removesuffix(".weight") not in schemes)),
         quantized=_quantized_bytes(model, schemes, options.infer_steps),
         comparing=_follow_evaluation(model, schemes, arguments, dtype) + size(arguments) if evaluates else 0,
+        encoding=_text_encoder_bytes(options, dtype) if encodes else 0,
     )
+
+
+def _text_encoder_bytes(options: PipelineOptions, dtype: torch.dtype) -> int:
+    """Return the bytes of the pipeline's text encoders, from the headers of their files; a variant has the same names.
+
+    A folder that holds nothing but a transformer has no index of parts.
+    """
+    root, total = pipeline_folder(options.path), 0
+    parts = read_parts(root) if (root / PARTS_NAME).exists() else {}
+    for folder in [root / name for name, kind in parts.items() if name.startswith("text_encoder") and any(kind)]:
+        numels: dict[str, int] = {}
+        for path in folder.glob("*.safetensors"):
+            with open_weights(path) as file:
+                numels |= {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        total += sum(numels.values()) * dtype.itemsize
+    return total
 
 
 def _visiting_bytes(model: nn.Module) -> int:

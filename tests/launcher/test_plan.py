@@ -38,17 +38,22 @@ def pipeline(name: str, folder: Path, **changes: object) -> Path:
     transformer = folder / name / "transformer"
     transformer.mkdir(parents=True)
     (transformer / "config.json").write_text(json.dumps(config))
+    shapes = {key: tuple(v.shape) for key, v in build_empty(load_adapter(name), transformer).state_dict().items()}
+    write_hole(transformer / WEIGHTS_NAME, shapes, dtype, width)
+    return folder / name
+
+
+def write_hole(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, width: int) -> None:
+    """Write the header of tensors over a hole of their size."""
     header, end = {}, 0
-    for tensor, value in build_empty(load_adapter(name), transformer).state_dict().items():
-        size = prod(value.shape) * width
-        header[tensor] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [end, end + size]}
+    for tensor, shape in shapes.items():
+        size = prod(shape) * width
+        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path = transformer / WEIGHTS_NAME
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + end)
-    return folder / name
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +363,21 @@ def test_a_tokenizer_that_was_not_copied_is_a_problem_where_prompts_are_encoded(
     [problem] = planned(folder, "flux", *asked).problems
     assert problem.what == "tokenizer_2/ has no vocabulary"
     assert planned(folder, "flux", *asked, "--calibrate", "needed").problems == []
+
+
+def test_text_encoders_larger_than_the_transformer_are_the_most_that_a_job_holds(folder: Path, tmp_path: Path):
+    """SD3-medium has 4 GiB, its T5 more than twice that."""
+    model = with_scheduler(folder / "sd3", tmp_path, "FlowMatchEulerDiscreteScheduler")
+    (model / "model_index.json").write_text(json.dumps({"text_encoder_3": ["transformers", "T5EncoderModel"]}))
+    (model / "text_encoder_3").mkdir()
+    write_hole(model / "text_encoder_3" / "model.safetensors", {"shared.weight": (4762310656,)}, "F16", 2)
+    asked = ("--sd3_model_path", str(model))
+    said = "\n".join(told(planned(folder, "sd3", *asked), "cuda"))
+    assert "cuda, at most: 8.87 GiB" in said
+    assert "host, at most: 10.97 GiB" in said
+    streamed = planned(folder, "sd3", *asked, "--quant_type", "w8a8_dynamic", "--calibrate", "needed")
+    assert streamed.memory is not None
+    assert streamed.memory.encoding == 0
 
 
 def test_an_image_larger_than_the_table_of_positions_is_a_problem(folder: Path):

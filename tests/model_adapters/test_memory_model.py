@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5Config, T5EncoderModel
 
 from model_adapters import load_adapter
 from model_adapters.memory.live_bytes import peak_bytes
@@ -119,6 +121,45 @@ def test_an_evaluation_peaks_where_the_model_says(folder, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert estimate(folder, "w8a8_dynamic").evaluating == pytest.approx(int(done.stdout), rel=TOLERANCE)
+
+
+ENCODING = """
+import sys
+from pathlib import Path
+from launcher.devices.host_memory import return_large_blocks, use_large_pages
+use_large_pages()
+import torch
+from model_adapters import load_adapter
+from model_adapters.pipeline.prompt_encoding import encode_prompts
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+torch.set_num_threads(1)
+return_large_blocks()
+adapter = load_adapter("flux")
+for folder in sys.argv[1:]:  # the first, with small encoders, has everything imported
+    before = status("VmRSS")
+    encode_prompts(adapter, adapter.options(path=folder), [("a cat",)], "cpu", torch.float32)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_encoding_prompts_peaks_where_the_model_says(tiny_flux_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_flux_folder, tmp_path / "model"))
+    config = T5Config.from_pretrained(folder / "text_encoder_2", d_ff=2048, num_layers=60)
+    T5EncoderModel(config).save_pretrained(folder / "text_encoder_2")
+    command = [sys.executable, "-c", ENCODING, str(tiny_flux_folder), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    adapter = load_adapter("flux")
+    options = adapter.options(path=str(folder), dtype="float32")
+    part = describe_transformer(adapter, str(folder), dtype=torch.float32)
+    expected = estimate_memory(adapter, part, options, None, batches=1, evaluates=False)
+    assert expected.encoding == pytest.approx(int(done.stdout), rel=TOLERANCE)
+    assert expected.encoding > 20 * expected.weights
 
 
 def test_the_published_size_is_known_before_anything_is_read(tiny_flux_folder, tmp_path):
