@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
-from model_adapters.weights.brought import Brought
 from model_adapters.weights.loading import LoadedTransformer, load_part, load_transformer
 from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME, pipeline_folder
 from model_adapters.weights.stored_tensor import JoinedTensor, Reading, stored_tensors
@@ -53,46 +52,6 @@ def test_a_whole_model_has_the_tensors_and_dtypes_that_diffusers_loads(kind, dty
         assert tensor.dtype == theirs[name].dtype
         assert torch.equal(tensor, theirs[name]), name
         assert ours.full_shapes[name] == tuple(tensor.shape)
-
-
-@pytest.mark.parametrize("max_shard_size", ["10GB", "500KB"])
-def test_a_folder_that_holds_one_variant_only_is_read(max_shard_size, tmp_path):
-    build("flux").save_pretrained(tmp_path / "transformer", max_shard_size=max_shard_size, variant="fp16")
-    assert not any((tmp_path / "transformer" / name).exists() for name in (WEIGHTS_NAME, INDEX_NAME))
-    expected, read = build("flux").state_dict(), load("flux", tmp_path).model.state_dict()
-    assert list(read) == list(expected)
-    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
-
-
-@pytest.mark.parametrize("max_shard_size", ["10GB", "500KB"])
-def test_the_variant_that_is_asked_for_is_read_where_the_usual_weights_are_too(max_shard_size, tmp_path):
-    folder, other = save("flux", tmp_path), build("flux")
-    for parameter in other.parameters():
-        parameter.data += 1
-    other.save_pretrained(folder / "transformer", max_shard_size=max_shard_size, variant="fp16")
-    for variant, expected in (("fp16", other), (None, build("flux"))):
-        read = load("flux", folder, brought=Brought(variant=variant)).model.state_dict()
-        assert all(torch.equal(read[name], tensor) for name, tensor in expected.state_dict().items())
-    with pytest.raises(InputError, match="transformer/ has no weights of the variant bf16"):
-        load("flux", folder, brought=Brought(variant="bf16"))
-
-
-def test_the_usual_weights_are_read_where_only_other_parts_have_the_variant(flux):
-    """As diffusers does; a variant that no part has is a mistake."""
-    expected = load("flux", flux).model.state_dict()
-    (flux / "text_encoder").mkdir()
-    (flux / "text_encoder" / "model.fp16.safetensors").touch()
-    read = load("flux", flux, brought=Brought(variant="fp16")).model.state_dict()
-    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
-    with pytest.raises(InputError, match="transformer/ has no weights of the variant bf16"):
-        load("flux", flux, brought=Brought(variant="bf16"))
-
-
-def test_one_of_several_variants_is_read_when_it_is_asked_for(flux):
-    expected = load("flux", flux).model.state_dict()
-    _use_variants(flux, "bf16", "fp16")
-    read = load("flux", flux, brought=Brought(variant="bf16")).model.state_dict()
-    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("flux", "mindie"), ("flux", "megatron"), ("sd35", "megatron")])
@@ -262,14 +221,6 @@ def _write(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / "transformer" / name).write_bytes(content)
 
 
-def _use_variants(folder: Path, *variants: str) -> None:
-    weights = folder / "transformer" / WEIGHTS_NAME
-    content = weights.read_bytes()
-    weights.unlink()
-    for variant in variants:
-        weights.with_name(f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(content)
-
-
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no transformer folder": (lambda f: (f / "transformer").rename(f / "unet"), "transformer/config.json is missing"),
     "no config": (lambda f: (f / "transformer" / "config.json").unlink(), "transformer/config.json is missing"),
@@ -282,7 +233,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative width": (_rewrite_config(lambda c: c.update(attention_head_dim=-8)), "can be built from config.json"),
     "more layers than weights": (_rewrite_config(lambda c: c.update(num_layers=2)), "32 missing"),
     "no weights": (lambda f: (f / "transformer" / WEIGHTS_NAME).unlink(), "transformer/ has no weights"),
-    "two variants": (lambda f: _use_variants(f, "bf16", "fp16"), "has weights in several variants: bf16, fp16"),
     "weights are cut off": (_truncate, "it is truncated or damaged: copy or download it again"),
     "weights are empty": (_write(WEIGHTS_NAME, b""), "cannot be read"),
     "weights are no safetensors": (_write(WEIGHTS_NAME, b"PK\x03\x04" * 1000), "cannot be read"),
