@@ -18,7 +18,7 @@ from typing import Any
 from launcher.files.digests import digest_of_text
 
 # Changes with what the fields mean, and with what becomes of them before quantizing: noise, embeddings, dumps.
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)

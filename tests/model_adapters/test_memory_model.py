@@ -188,7 +188,7 @@ def test_each_layer_is_counted_by_its_own_scheme(tiny_flux_folder):
     assert dynamic.quantized < of(session("w8a8_timestep", attn="w8a8_dynamic")).quantized < steps.quantized
     mixed = of(session("w8a8", "*", attn="w8a8_dynamic"))
     assert 0 < mixed.codes < dynamic.codes
-    assert of(session("w8a8", "*")).codes == of(None).codes == of(None).workspace == 0
+    assert of(None).codes == of(None).workspace == 0
 
 
 def _publish(adapter, part, options, quant_type, output) -> Path:
