@@ -5,12 +5,33 @@ Pure data without torch, so that a command line can be built from it at once. Fi
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import os
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PromptType = Literal["plain", "parti", "hpsv2"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
+
+
+def _of_user(given: Any) -> Any:
+    """Return a path with the user's folder in place of `~`; raises ValueError for one that names nothing."""
+    if not isinstance(given, (str, Path)):
+        return given
+    # A shell expands `~` only where it is typed unquoted at the beginning of a word, and YAML has no shell.
+    path = os.path.expanduser(given)
+    if not path.strip():
+        raise ValueError("it is empty, and would mean the current folder, which is called .")
+    if path.startswith("~"):
+        raise ValueError(f"no user is called '{path.split(os.sep)[0][1:]}'; a name that begins with ~ is typed ./~")
+    return path
+
+
+# Every option that is a path: the empty text is no folder, and `~` is the user's.
+UserPath = Annotated[Path, BeforeValidator(_of_user)]
+# The same as text, where what is given may be no path (a hub id) or is shown as it was given.
+UserPathText = Annotated[str, BeforeValidator(_of_user)]
 
 
 class DeviceType(BaseModel):
@@ -37,8 +58,8 @@ class PipelineOptions(BaseModel):
     # The hardware set-ups that may be chosen.
     DEVICE_TYPES: ClassVar[tuple[DeviceType, ...]] = ()
 
-    path: str = Field(min_length=1, description="folder of the float pipeline (or its hub id, owner/name)")
-    transformer: str | None = Field(
+    path: UserPathText = Field(description="folder of the float pipeline (or its hub id, owner/name)")
+    transformer: UserPathText | None = Field(
         default=None,
         description="safetensors file of the transformer, as published or saved by diffusers, instead of the folder's",
     )
@@ -50,12 +71,12 @@ class PipelineOptions(BaseModel):
         pattern=r"^\w+$",
         description="read the weights of this variant (fp16), also where the usual ones are there",
     )
-    prompt_path: str = Field(default="./calib_prompts.txt", min_length=1, description="file with the prompts")
+    prompt_path: UserPathText = Field(default="./calib_prompts.txt", description="file with the prompts")
     prompt_type: PromptType = Field(default="plain", description="format of the prompt file")
     num_images_per_prompt: int = Field(default=1, ge=1, description="images to generate for each prompt")
     max_num_prompt: int = Field(default=0, ge=0, description="use at most this many prompts (0: all)")
-    info_file_save_path: str = Field(
-        default="./image_info.json", min_length=1, description="where to write which image came from which prompt"
+    info_file_save_path: UserPathText = Field(
+        default="./image_info.json", description="where to write which image came from which prompt"
     )
     infer_steps: int = Field(default=50, ge=1, description="denoising steps per image")
     seed: int = Field(default=42, ge=0, lt=2**63, description="seed of the initial noise")

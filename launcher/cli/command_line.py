@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> Invocation:
         _put(tree, flag, given[flag.name])
     resolved = validated(options, tree, Origin(frozenset(flag.path for flag in typed), config))
     if written is not None:
-        _write_config_and_exit(Path(written), resolved)
+        _write_config_and_exit(Path(written).expanduser(), resolved)
     return Invocation(command, resolved)
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 from launcher.config.budget import BudgetWords, SchemeCosts
 from launcher.config.layer_schemes import LayerSchemes
 from launcher.config.yaml_text import commented_yaml
-from model_adapters.options import PipelineOptions
+from model_adapters.options import PipelineOptions, UserPath
 from model_adapters.quality.gate import Thresholds
 from quant_core.processor import Exponent
 from quant_core.schemes import QUANT_TYPES, SCHEMES
@@ -155,10 +155,10 @@ class RankOptions(Section):
 class Output(Section):
     """What is written where, and what a second run may reuse."""
 
-    save_path: Path = Field(default=Path("./results"), description="folder of the images, with --do_save_img")
+    save_path: UserPath = Field(default=Path("./results"), description="folder of the images, with --do_save_img")
     do_save_img: bool = Field(default=False, description="save images: of the float model, and with --do_quant of both")
-    quant_weight_save_folder: Path | None = Field(default=None, description="folder of the quantized weights")
-    quant_dump_calib_folder: Path | None = Field(default=None, description="folder of the calibration data")
+    quant_weight_save_folder: UserPath | None = Field(default=None, description="folder of the quantized weights")
+    quant_dump_calib_folder: UserPath | None = Field(default=None, description="folder of the calibration data")
     calibrate: Literal["always", "needed", "online"] = Field(
         default="always",
         description="dump calibration data always, or only if the scheme reads activations; online: take ranges while "
@@ -185,7 +185,7 @@ class Evaluation(Section, Thresholds):
         description="measure the published checkpoint on this many new pictures; 0: layers and outputs only, on the "
         "calibration data; left out: not at all",
     )
-    evaluate_prompts: Path | None = Field(
+    evaluate_prompts: UserPath | None = Field(
         default=None,
         description="prompts to evaluate, in the format of the prompt file; left out: those of the prompt file that "
         "calibration did not use, then the others with other noise",

@@ -43,7 +43,7 @@ LayerSchemes = Annotated[dict[str, str], BeforeValidator(read_layer_schemes)]
 
 def _rules(word: str) -> Iterable[tuple[str, str]]:
     if word.startswith("@"):
-        return _of_file(Path(word[1:]))
+        return _of_file(Path(word[1:]).expanduser())
     pattern, equals, value = word.rpartition("=")
     if not (pattern and equals):
         raise ConfigurationError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import AliasChoices, Field
 
-from model_adapters.options import ImageOptions
+from model_adapters.options import ImageOptions, UserPathText
 
 DEFAULTS: dict[str, object] = {"quant_type": "w8a8", "save_path": "./results"}
 
@@ -12,8 +12,7 @@ DEFAULTS: dict[str, object] = {"quant_type": "w8a8", "save_path": "./results"}
 class SD3Options(ImageOptions):
     """Choose an SD3 or SD3.5 pipeline, its prompts and its images."""
 
-    path: str = Field(
-        min_length=1,
+    path: UserPathText = Field(
         validation_alias=AliasChoices("sd3_model_path", "path"),
         description="folder of the float pipeline (or its hub id, owner/name)",
     )

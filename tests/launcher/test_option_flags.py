@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from launcher.cli.commands import Command
+from launcher.cli.commands import Command, commands
 from launcher.cli.flag_parser import flag_parser, typed_values
 from launcher.config.option_flags import POSITIONAL, flags_of
 from quant_core.errors import ConfigurationError
+
+# Options that are paths and kept as text.
+PATHS_AS_TEXT = {"path", "transformer", "prompt_path", "info_file_save_path"}
 
 
 class Comparison(BaseModel):
@@ -66,3 +69,18 @@ def test_a_value_cannot_be_typed_with_its_flag_and_without() -> None:
 def test_a_word_too_many_belongs_to_nothing() -> None:
     with pytest.raises(ConfigurationError, match="'c' belongs to no flag"):
         typed("a", "b", "c")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_path_refuses_the_empty_text_and_knows_the_users_folder(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for flag in flags_of(commands()[command].options()):
+        if Path in flag.kinds or flag.path[-1] in PATHS_AS_TEXT:
+            path = TypeAdapter(flag.field.rebuild_annotation())
+            assert str(path.validate_python("~/a/./b")).startswith("/home/somebody/a"), flag.option
+            assert str(path.validate_python("a~/~b")) == "a~/~b"
+            for wrong, why in (("", "it is empty"), (" ", "it is empty"), ("~nobody-here/a", "no user is called")):
+                with pytest.raises(ValidationError, match=why):
+                    path.validate_python(wrong)

@@ -66,7 +66,7 @@ def test_the_path_of_sd3_has_the_name_of_its_table_and_the_common_one():
         ({"device_type": "A2-16g"}, "A2-32g-dual"),
         ({"prompt_type": "csv"}, "hpsv2"),
         ({"dtype": "int8"}, "bfloat16"),
-        ({"path": ""}, "at least 1 character"),
+        ({"path": ""}, "it is empty"),
         ({"witdh": 64}, "Extra inputs are not permitted"),
     ],
 )

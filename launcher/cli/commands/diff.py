@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -13,13 +12,14 @@ from launcher.config.job_config import Section
 from launcher.config.option_flags import POSITIONAL
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
+from model_adapters.options import UserPath
 
 
 class DiffOptions(Section):
     """Compare options, layers, tensors and weights; nothing is changed, and a difference is no error."""
 
-    one: Annotated[Path, POSITIONAL] = Field(description="folder of quantized weights, A")
-    other: Annotated[Path, POSITIONAL] = Field(description="folder of quantized weights, B")
+    one: Annotated[UserPath, POSITIONAL] = Field(description="folder of quantized weights, A")
+    other: Annotated[UserPath, POSITIONAL] = Field(description="folder of quantized weights, B")
     as_json: AsJson = False
 
 

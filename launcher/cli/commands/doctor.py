@@ -11,13 +11,14 @@ from launcher.cli.commands.shared_options import AsJson
 from launcher.config.job_config import Section
 from launcher.config.option_flags import POSITIONAL
 from launcher.devices.launch import Launch
+from model_adapters.options import UserPath
 from quant_core.errors import ConfigurationError
 
 
 class DoctorOptions(Section):
     """Look at packages, devices, memory, disks, left-over processes, limits and variables."""
 
-    folder: Annotated[Path, POSITIONAL] = Field(
+    folder: Annotated[UserPath, POSITIONAL] = Field(
         default=Path("."), description="folder of a job, whose disk and account are looked at"
     )
     ranks: int | None = Field(default=None, ge=1, description="start so many ranks and try a collective between them")

@@ -13,6 +13,7 @@ from launcher.config.option_flags import POSITIONAL
 from launcher.config.resolve import job_config
 from launcher.config.yaml_text import parse_yaml
 from launcher.devices.launch import Launch
+from model_adapters.options import UserPath, UserPathText
 from model_adapters.quality.gate import OF_PICTURES
 from quant_core.checkpoint.json_file import read_object
 from quant_core.errors import InputError
@@ -29,9 +30,9 @@ _PICTURES = 4
 class EvaluateOptions(Evaluation):
     """Measure a published checkpoint against its float model; what is not given is as in the job that made it."""
 
-    folder: Annotated[Path, POSITIONAL] = Field(description="folder of the published checkpoint")
-    path: str | None = Field(default=None, description="folder of the float pipeline")
-    prompt_path: str | None = Field(default=None, description="file with the prompts that were calibrated")
+    folder: Annotated[UserPath, POSITIONAL] = Field(description="folder of the published checkpoint")
+    path: UserPathText | None = Field(default=None, description="folder of the float pipeline")
+    prompt_path: UserPathText | None = Field(default=None, description="file with the prompts that were calibrated")
     device: Literal["npu", "cuda", "cpu"] | None = Field(default=None, description="kind of device")
     evaluate: int | None = Field(
         default=None,

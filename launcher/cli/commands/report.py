@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -11,13 +10,14 @@ from launcher.config.job_config import Section
 from launcher.config.option_flags import POSITIONAL
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
+from model_adapters.options import UserPath
 
 
 class ReportOptions(Section):
     """Write report.html, which needs no other file, report.md and report.json."""
 
-    folder: Annotated[Path, POSITIONAL] = Field(description="folder of the quantized weights of a finished job")
-    output: Path | None = Field(default=None, description="folder to write into; left out: the same")
+    folder: Annotated[UserPath, POSITIONAL] = Field(description="folder of the quantized weights of a finished job")
+    output: UserPath | None = Field(default=None, description="folder to write into; left out: the same")
 
 
 def options(name: str) -> type[ReportOptions]:

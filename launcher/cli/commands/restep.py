@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
 from launcher.cli.commands.shared_options import WeightsFolder
 from launcher.config.job_config import Section
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
+from model_adapters.options import UserPath
 
 
 class RestepOptions(Section):
@@ -18,7 +17,7 @@ class RestepOptions(Section):
     folder: WeightsFolder
     infer_steps: int = Field(ge=1, description="denoising steps that the copy is for")
     shift: float | None = Field(default=None, gt=0, description="shift of the scheduler; left out: as calibrated")
-    to: Path | None = Field(default=None, description="folder of the copy; left out: FOLDER_<steps>steps beside it")
+    to: UserPath | None = Field(default=None, description="folder of the copy; left out: FOLDER_<steps>steps beside it")
 
 
 def options(name: str) -> type[RestepOptions]:

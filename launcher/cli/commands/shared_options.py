@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import AliasChoices, Field
 
 from launcher.config.option_flags import POSITIONAL
+from model_adapters.options import UserPath
 
 # A folder that a job published in, or staged in, by the job's own flag or by itself.
 WeightsFolder = Annotated[
-    Path,
+    UserPath,
     POSITIONAL,
     Field(
         description="folder of the quantized weights",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -10,13 +9,14 @@ from pydantic import Field
 from launcher.config.job_config import Section
 from launcher.config.option_flags import POSITIONAL
 from launcher.devices.launch import Launch
+from model_adapters.options import UserPath
 
 
 class TraceOptions(Section):
     """Write what each rank of a job's last run did when, for ui.perfetto.dev or chrome://tracing."""
 
-    folder: Annotated[Path, POSITIONAL] = Field(description="folder of the quantized weights, with the job's logs")
-    output: Path | None = Field(default=None, description="file to write; left out: logs/trace.json in the folder")
+    folder: Annotated[UserPath, POSITIONAL] = Field(description="folder of the quantized weights, with the job's logs")
+    output: UserPath | None = Field(default=None, description="file to write; left out: logs/trace.json in the folder")
 
 
 def options(name: str) -> type[TraceOptions]:

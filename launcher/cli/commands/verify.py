@@ -10,13 +10,14 @@ from launcher.cli.commands.shared_options import AsJson, WeightsFolder
 from launcher.config.job_config import Section
 from launcher.devices.kinds import use_only
 from launcher.devices.launch import Launch
+from model_adapters.options import UserPathText
 
 
 class VerifyOptions(Section):
     """Check the files of all ranks, each by itself and against each other; nothing is changed."""
 
     folder: WeightsFolder
-    path: str | None = Field(
+    path: UserPathText | None = Field(
         default=None, description="folder of the float pipeline: compare every weight with it, layer by layer"
     )
     with_runtime: bool = Field(
