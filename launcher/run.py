@@ -21,10 +21,11 @@ from launcher.stages.evaluate import check_evaluation, evaluate
 from launcher.stages.fetch import fetch
 from launcher.stages.folders import own_folders
 from launcher.stages.identify import identify, is_published, run_folder
-from launcher.stages.images import check_save_path, explain_approximation, make_float_images
+from launcher.stages.images import explain_approximation, make_float_images
 from launcher.stages.job import Job
 from launcher.stages.merge import merge
 from launcher.stages.model_session import ModelSession
+from launcher.stages.places import check_save_path
 from launcher.stages.quant_images import make_quant_images
 from launcher.stages.quantize import quantize
 from model_adapters.pipeline.prompts import Batch, even_share, read_batches
@@ -84,7 +85,7 @@ def _prepare(asked: JobConfig, config: JobConfig, ranks: Ranks, watch: Monitor) 
     session.check()
     batches = read_batches(config.pipeline, are_needed=session.needs_prompts)
     job = Job(asked, config, ranks, session, watch, _share(batches, ranks) if batches else [])
-    check_save_path(config)
+    check_save_path(config, lists=ranks.rank == 0)
     check_evaluation(config, session.adapter)
     explain_approximation(job)
     return job

@@ -19,11 +19,10 @@ from launcher.config.job_config import AUTO, JobConfig, Quantization
 from launcher.devices.launch import Launch
 from launcher.files.run_folder import MANIFEST
 from launcher.inspection.last_run import LastRun, last_run_in
-from launcher.inspection.room import by_disk, place_of, require_room, still_needed
+from launcher.inspection.room import by_disk, require_room, still_needed
 from launcher.ranks.mesh import Mesh
 from launcher.ranks.process_group import lay_out
 from launcher.stages.evaluate import check_evaluation
-from launcher.stages.images import check_save_path
 from launcher.stages.online import (
     check_online,
     needs_prompts,
@@ -32,6 +31,7 @@ from launcher.stages.online import (
     takes_ranges,
     writes_dump,
 )
+from launcher.stages.places import check_save_path, place_of
 from launcher.stages.processors import processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter

@@ -7,20 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from launcher.files.run_folder import STAGING
-from quant_core.errors import ConfigurationError, EnvironmentFailure
+from quant_core.errors import EnvironmentFailure
 
 # What is large of what a job leaves in its folders: calibration data, and shards, staged or published.
 _LEFT = ("*.pth", "*.safetensors", f"{STAGING}/*.safetensors")
-
-
-def place_of(folder: Path, flag: str) -> Path:
-    """Return the folder, or the nearest one above it that exists; raises ConfigurationError where that is a file."""
-    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not place.is_dir():
-        raise ConfigurationError(
-            f"'{place}' is a file", where=flag, why="a folder goes there", advice="give another folder"
-        )
-    return place
 
 
 def still_needed(folder: Path, size: int) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from launcher.config.job_config import JobConfig
 from launcher.files.identity import image_fingerprint
 from launcher.files.image_record import record, shows
 from launcher.ranks.agreement import gather_objects, require_alike
@@ -21,7 +20,6 @@ from launcher.stages.identify import identify_calibration
 from launcher.stages.job import Job
 from model_adapters.pipeline.prompts import Batch, ImageRequest
 from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
-from quant_core.errors import ConfigurationError
 
 Info = dict[str, Any]
 
@@ -168,12 +166,3 @@ def _save(job: Job, images: Sequence[Any], batch: Batch, gallery: Gallery) -> No
         path = image_file(job, gallery.folder, request)
         write_atomically(path, partial(job.model.adapter.result.save, image))
         record(path, gallery.fingerprint)
-
-
-def check_save_path(config: JobConfig) -> None:
-    """Refuse a place for images that is a file."""
-    path = config.output.save_path
-    if config.output.do_save_img and path.exists() and not path.is_dir():
-        raise ConfigurationError(
-            f"'{path}' is a file", where="--save_path", why="images need a folder", advice="give another folder"
-        )

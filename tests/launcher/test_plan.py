@@ -239,6 +239,25 @@ def test_every_problem_is_found_and_not_the_first(folder: Path, tmp_path: Path):
         assert any(text in what for what in found), (text, found)
 
 
+@pytest.mark.parametrize(
+    ("flag", "place", "what"),
+    [
+        ("--save_path", "file", "is a file"),
+        ("--save_path", "file/images", "is a file"),
+        ("--info_file_save_path", ".", "is a folder"),
+        ("--info_file_save_path", "file/list.json", "is a file"),
+        ("--info_file_save_path", "new/folder/list.json", None),
+    ],
+)
+def test_a_place_for_images_or_their_list_that_can_hold_none_is_found_before_any_is_painted(
+    folder: Path, tmp_path: Path, flag: str, place: str, what: str | None
+):
+    (tmp_path / "file").touch()
+    flags = ("--do_save_img", "--save_path", str(tmp_path / "images"), "--info_file_save_path", str(tmp_path / "list"))
+    found = planned(folder, "flux", *DUAL, *flags, *[flag, str(tmp_path / place)]).problems
+    assert [(problem.where, what in problem.what) for problem in found] == ([(flag, True)] if what else [])
+
+
 def test_a_disk_that_is_too_small_is_told_with_what_it_takes(tmp_path: Path):
     require_room({tmp_path: 1})
     with pytest.raises(EnvironmentFailure, match=r"it takes 1073741824\.0 GiB, and \d+\.\d GiB are free"):
