@@ -12,13 +12,14 @@ Nothing here depends on a model or checks one option against another: see `resol
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, SerializeAsAny, model_validator
 
 from launcher.config.budget import BudgetWords, SchemeCosts
-from launcher.config.layer_schemes import LayerSchemes
+from launcher.config.layer_schemes import LayerSchemes, require_options_of_files
 from launcher.config.yaml_text import commented_yaml
 from model_adapters.options import PipelineOptions, UserPath
 from model_adapters.quality.gate import Thresholds
@@ -106,6 +107,14 @@ class Quantization(Section):
         default="local",
         description="scales of row-split layers: of each shard, or equal over the tensor-parallel group",
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _holds_with_its_files(cls, given: Any, check: ModelWrapValidatorHandler[Quantization]) -> Quantization:
+        options = check(given)
+        if isinstance(given, Mapping) and not options.is_auto:  # which measures with options of its own
+            require_options_of_files(given.get("layer_schemes"), options)
+        return options
 
     @property
     def is_auto(self) -> bool:

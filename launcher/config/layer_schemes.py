@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator
 
 from launcher.config.yaml_text import parse_yaml
 from quant_core.errors import ConfigurationError, suggestion
@@ -21,8 +21,9 @@ from quant_core.schemes import SCHEMES
 from quant_core.schemes.treatment import FLOAT, PLAIN, Treatment
 
 FLAG = "--layer_schemes"
-# In a file that holds more than the map, its key.
+# In a file that holds more than the map, its key, and that of the options with which the map was found good.
 KEY = "layer_schemes"
+HOLDS_WITH = "holds_with"
 
 
 def read_layer_schemes(given: Any) -> Any:
@@ -41,9 +42,38 @@ def read_layer_schemes(given: Any) -> Any:
 LayerSchemes = Annotated[dict[str, str], BeforeValidator(read_layer_schemes)]
 
 
+def require_options_of_files(given: Any, options: BaseModel) -> None:
+    """Refuse a file that says which options its schemes were chosen with, where the job has others.
+
+    A scheme may be good only with the smoothing that it was measured with. A file written by hand says nothing.
+    """
+    for word in map(str, given if isinstance(given, (list, tuple)) else ()):
+        held = _read(_path(word)).get(HOLDS_WITH) if word.startswith("@") else None
+        wanted = {str(name): value for name, value in held.items()} if isinstance(held, Mapping) else {}
+        other = {name: value for name, value in wanted.items() if getattr(options, name, value) != value}
+        if other:
+            differences = [f"{name} is {value}, and the job's {_said(options, name)}" for name, value in other.items()]
+            raise ConfigurationError(
+                f"the schemes in '{_path(word)}' were chosen with other options",
+                where=", ".join(f"--{name}" for name in other),
+                why="; ".join(differences),
+                advice=f"add {' '.join(words_of(other))}, or take {HOLDS_WITH} out of the file",
+            )
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Return options as they are typed; one without a value is a switch."""
+    return [word for name, value in options.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
+
+
+def _said(options: BaseModel, name: str) -> str:
+    value = getattr(options, name)
+    return "is left out" if value is None else f"is {value}"
+
+
 def _rules(word: str) -> Iterable[tuple[str, str]]:
     if word.startswith("@"):
-        return _of_file(Path(word[1:]).expanduser())
+        return _of_file(_path(word))
     pattern, equals, value = word.rpartition("=")
     if not (pattern and equals):
         raise ConfigurationError(
@@ -55,14 +85,21 @@ def _rules(word: str) -> Iterable[tuple[str, str]]:
     return _checked([(pattern, value)], FLAG)
 
 
-def _of_file(path: Path) -> Iterable[tuple[str, str]]:
-    where = f"{FLAG} @{path}"
+def _path(word: str) -> Path:
+    return Path(word[1:]).expanduser()
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"), where=where)
+        return parse_yaml(path.read_text(encoding="utf-8"), where=f"{FLAG} @{path}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"cannot read '{path}'", where=FLAG, why=str(error), advice="give an existing YAML or JSON file"
         ) from None
+
+
+def _of_file(path: Path) -> Iterable[tuple[str, str]]:
+    where, tree = f"{FLAG} @{path}", _read(path)
     rules = tree.get(KEY, tree)
     if not isinstance(rules, Mapping):
         raise ConfigurationError(

@@ -15,6 +15,7 @@ from torch import nn
 
 from launcher.config.budget import budget_of
 from launcher.config.job_config import AUTO, Quantization
+from launcher.config.layer_schemes import HOLDS_WITH, words_of
 from launcher.ranks.agreement import gather_objects
 from launcher.stages.job import Job
 from launcher.stages.processors import ROWS_IN_EVERY_STEP
@@ -121,26 +122,28 @@ def _say(job: Job, table: Mapping[str, Any]) -> None:
 def _text(options: Quantization, table: Mapping[str, Any]) -> str:
     import yaml
 
-    again = _AGAIN.format(flags=" ".join(again_flags(options, table))) if "decisions" in table else ""
-    text = yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=True, width=200)
-    return _HEADER.format(again=again) + text
+    again, content = "", dict(table)
+    if "decisions" in table:
+        options_again = holding(options, table)
+        flags = words_of({"layer_schemes": "@THIS_FILE", **options_again})
+        again, content = _AGAIN.format(flags=" ".join(flags)), {HOLDS_WITH: options_again, **content}
+    return _HEADER.format(again=again) + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=200)
 
 
-def again_flags(options: Quantization, table: Mapping[str, Any]) -> list[str]:
-    """Return the flags that quantize as `auto` did, with the table as a file."""
+def holding(options: Quantization, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that quantize as `auto` did, with the table as a file."""
     schemes = (Treatment.of(value).scheme for value in table["layer_schemes"].values())
     separator = table.get("timestep_sep", options.timestep_sep or ROWS_IN_EVERY_STEP)
-    flags = {
+    found = {
         "quant_type": options.main_type,
-        "layer_schemes": "@THIS_FILE",
         "timestep_sep": separator if any(name in SCHEMES and SCHEMES[name].per_step for name in schemes) else None,
         "anti_method": options.smoothing_method,
         "anti_groups": "every",
         "anti_alpha": options.anti_alpha,
         "anti_beta": options.anti_beta,
+        "rotate_values": options.rotate_values or None,
     }
-    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-    return [*words, *(["--rotate_values"] if options.rotate_values else [])]
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def decisions(choice: Choice, options: Quantization) -> dict[str, Any]:

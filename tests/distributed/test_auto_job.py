@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 
+from launcher.cli.command_line import parse
 from launcher.config.layer_schemes import read_layer_schemes
 from quant_core.checkpoint.entries import CheckpointFiles
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
+from quant_core.errors import ConfigurationError
 from scripts.make_tiny_pipeline import FLUX, write_components, write_prompts
 from tests.support.tiny_job import STEPS, run_job
 
@@ -107,6 +109,18 @@ def test_the_first_static_step_is_the_advised_one_on_every_rank(job: tuple[Path,
 def test_the_table_is_a_file_of_layer_schemes(job: tuple[Path, str]):
     path = job[0] / "weights" / "quant_decisions.yaml"
     assert read_layer_schemes([f"@{path}"]) == table(job)["layer_schemes"]
+
+
+def test_the_table_alone_is_refused_and_with_the_flags_in_its_first_lines_it_is_taken(job: tuple[Path, str]):
+    path = job[0] / "weights" / "quant_decisions.yaml"
+    again = next(line for line in path.read_text().splitlines() if "--layer_schemes" in line).lstrip("# ").split()
+    pipeline = {"path": str(job[0] / "model"), "infer_steps": STEPS}
+    flags = [f"--{name}={value}" for name, value in (pipeline | {"quant_weight_save_folder": "w"}).items()]
+    flags += ["--do_quant", "--quant_dump_calib_folder", "c"]
+    with pytest.raises(ConfigurationError, match="were chosen with other options"):
+        parse(["flux", *flags, "--layer_schemes", f"@{path}"])
+    found = parse(["flux", *flags, *[word.replace("@THIS_FILE", f"@{path}") for word in again]]).options
+    assert found.quantization.layer_schemes == table(job)["layer_schemes"]
 
 
 def test_the_images_of_the_mix_are_made_from_the_published_shards(job: tuple[Path, str]):

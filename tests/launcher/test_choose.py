@@ -8,7 +8,8 @@ import pytest
 
 from launcher.cli.command_line import parse
 from launcher.config.job_config import Quantization
-from launcher.stages.choose import again_flags, given_layers, table_of, with_choice
+from launcher.config.layer_schemes import words_of
+from launcher.stages.choose import given_layers, holding, table_of, with_choice
 from launcher.stages.processors import layer_schemes, processors, session_of
 from quant_core.calibration.records import as_records
 from quant_core.errors import ConfigurationError
@@ -59,15 +60,13 @@ def test_a_persons_rule_is_what_the_table_counts_and_begins_with(rule: str):
 def test_the_line_that_uses_the_table_again_says_all_that_auto_did():
     words = ["--anti_method", "m6", "--anti_alpha", "0.5", "--anti_beta", "0.25", "--budget", "speed"]
     wanted = options("--quant_type", "auto", *words)
-    flags = again_flags(wanted, {"layer_schemes": {"first": "w8a8_timestep", "second": "w8a16"}})
-    flags[flags.index("@THIS_FILE")] = "first=w8a8_timestep"
-    again = options(*flags)
+    held = holding(wanted, {"layer_schemes": {"first": "w8a8_timestep", "second": "w8a16"}})
+    again = options(*words_of({**held, "layer_schemes": "first=w8a8_timestep"}))
     assert (again.anti_method, again.anti_alpha, again.anti_beta, again.anti_groups) == ("m6", 0.5, 0.25, "every")
     chosen = with_choice(wanted, {"layer_schemes": again.layer_schemes})
     assert layer_schemes(again) == layer_schemes(chosen)
-    assert "--timestep_sep" not in again_flags(wanted, {"layer_schemes": {"first": "w8a8"}})
-    flags = again_flags(wanted, {"layer_schemes": {"first": "w8a8_timestep"}, "timestep_sep": 2})
-    assert flags[flags.index("--timestep_sep") + 1] == "2"
+    assert "timestep_sep" not in holding(wanted, {"layer_schemes": {"first": "w8a8"}})
+    assert holding(wanted, {"layer_schemes": {"first": "w8a8_timestep"}, "timestep_sep": 2})["timestep_sep"] == 2
 
 
 def test_a_quality_that_the_budget_does_not_reach_is_said():

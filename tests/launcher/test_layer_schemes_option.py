@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
@@ -60,3 +61,18 @@ def test_an_option_of_static_layers_has_a_meaning_where_only_some_layers_are_sta
     with pytest.raises(ConfigurationError, match="no meaning for w8a8_dynamic"):
         parse(words)
     assert parse([*words, "--layer_schemes", "*.to_q=w8a8"]).options.quantization.act_method == "mse"
+
+
+def test_a_file_that_says_which_options_it_holds_with_is_refused_by_a_job_that_has_others(tmp_path: Path):
+    file = tmp_path / "quant_decisions.yaml"
+    held = {"quant_type": "w8a8", "timestep_sep": 0, "anti_method": "m4", "anti_groups": "every"}
+    file.write_text(yaml.safe_dump({"holds_with": held, "layer_schemes": {"*": "w8a8_timestep"}}, sort_keys=False))
+    with pytest.raises(ConfigurationError) as caught:
+        job(f"@{file}", anti_groups="every", anti_method="m6")
+    assert caught.value.where == "--timestep_sep, --anti_method"
+    assert "timestep_sep is 0, and the job's is left out; anti_method is m4, and the job's is m6" in str(caught.value)
+    assert "add --timestep_sep 0 --anti_method m4, or take holds_with out of the file" in str(caught.value)
+    again = job(f"@{file}", timestep_sep="0", anti_method="m4", anti_groups="every")
+    assert job_from_yaml(again.to_yaml()) == again
+    measured_again = parse([*JOB, "--quant_type", "auto", "--layer_schemes", f"@{file}"]).options
+    assert measured_again.quantization.layer_schemes == {"*": "w8a8_timestep"}

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.config.job_config import Quantization
 from launcher.inspection.difference import difference
-from launcher.stages.choose import again_flags
+from launcher.stages.choose import holding
 from launcher.stages.processors import processors, session_of
 from quant_core import SaveProcessorConfig, quant_model
 from tests.support.tiny_models import build
@@ -33,4 +33,4 @@ def test_diff_compares_weights_in_the_channels_of_the_float_model(tmp_path: Path
 @pytest.mark.parametrize("rotates", [False, True])
 def test_what_auto_chose_is_used_again_with_the_rotation_it_was_measured_with(rotates: bool):
     options = Quantization(quant_type="auto", rotate_values=rotates)
-    assert ("--rotate_values" in again_flags(options, {"layer_schemes": {}})) == rotates
+    assert ("rotate_values" in holding(options, {"layer_schemes": {}})) == rotates
