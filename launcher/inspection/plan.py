@@ -17,8 +17,8 @@ from torch import nn
 
 from launcher.config.job_config import AUTO, JobConfig, Quantization
 from launcher.devices.launch import Launch
-from launcher.files.run_folder import MANIFEST
 from launcher.inspection.last_run import LastRun, last_run_in
+from launcher.inspection.other_job import what_lies_there
 from launcher.inspection.room import by_disk, require_room, still_needed
 from launcher.ranks.mesh import Mesh
 from launcher.ranks.process_group import lay_out
@@ -37,7 +37,7 @@ from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
 from model_adapters.memory.memory_model import MemoryModel, estimate_memory
 from model_adapters.pipeline.noise_levels import steps_of
-from model_adapters.pipeline.prompts import even_share, read_batches
+from model_adapters.pipeline.prompts import Batch, even_share, read_batches
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import cached_folder, check_tokenizers, is_hub_id, pipeline_folder
 from model_adapters.weights.transformer_folders import pipeline_files, used_folders
@@ -162,7 +162,7 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
     if folder and runs:
         plan.attempt(lambda: check_tokenizers(folder))
         plan.steps = plan.attempt(lambda: steps_of(adapter, pipeline)) or plan.steps
-    _look_at_prompts(plan, config, adapter, reads_activations=reads)
+    batches = _look_at_prompts(plan, config, adapter, reads_activations=reads)
     if part is not None and (session is not None or not options.do_quant):
         sizes = {"batches": max(1, plan.batches), "evaluates": plan.evaluates is not None, "encodes": runs}
         stepping = pipeline.model_copy(update={"infer_steps": plan.steps})
@@ -170,6 +170,19 @@ def make_plan(config: JobConfig, world: int | None = None) -> Plan:
     plan.attempt(lambda: check_save_path(config))
     if options.do_quant:
         _look_at_disk(plan, config)
+        lies = plan.attempt(
+            lambda: what_lies_there(
+                config,
+                adapter,
+                plan.mesh,
+                batches if session else None,
+                online=plan.is_online,
+                ranks_are_said=world is not None,
+            )
+        )
+        plan.remarks += [lies] if lies else []
+        if weights := config.output.quant_weight_save_folder:
+            plan.last = last_run_in(weights, config)
     return plan
 
 
@@ -192,8 +205,10 @@ def _may_read_activations(options: Quantization) -> bool:
     return any(scheme.observes_input for scheme in options.schemes)
 
 
-def _look_at_prompts(plan: Plan, config: JobConfig, adapter: ModelAdapter, *, reads_activations: bool) -> None:
-    """Find out how much the pipeline runs, if at all."""
+def _look_at_prompts(
+    plan: Plan, config: JobConfig, adapter: ModelAdapter, *, reads_activations: bool
+) -> list[Batch] | None:
+    """Find out how much the pipeline runs, if at all, and return the batches of all copies."""
     needed = needs_prompts(config, reads_activations=reads_activations)
     batches = plan.attempt(lambda: read_batches(config.pipeline, are_needed=needed))
     copies = plan.mesh.dp_size if plan.mesh else 1
@@ -202,6 +217,7 @@ def _look_at_prompts(plan: Plan, config: JobConfig, adapter: ModelAdapter, *, re
     pictures = plan.attempt(lambda: check_evaluation(config, adapter))
     if config.evaluation.evaluate is not None and pictures is not None:
         plan.evaluates = len(pictures[::copies])
+    return batches
 
 
 def _look_at_model(
@@ -305,7 +321,7 @@ def _scopes(
 
 
 def _look_at_disk(plan: Plan, config: JobConfig) -> None:
-    """Compare what the files will take with what is free, and say what lies in the folder already."""
+    """Compare what the files will take with what is free."""
     output, memory = config.output, plan.memory
     sizes: dict[str, int] = {"quant_weight_save_folder": 0, "quant_dump_calib_folder": 0}
     if memory is not None and plan.mesh is not None:
@@ -318,9 +334,3 @@ def _look_at_disk(plan: Plan, config: JobConfig) -> None:
             needed.append((place, size if output.resume == "never" else still_needed(folder, size)))
     for disk in by_disk(needed):
         plan.attempt(lambda disk=disk: require_room(disk))
-    folder = output.quant_weight_save_folder
-    plan.last = last_run_in(folder, config) if folder else None
-    if folder is not None and (folder / MANIFEST).exists():
-        own = "made anew (--resume never)" if output.resume == "never" else "kept"
-        other = "replaced (--overwrite)" if output.overwrite else "refused"
-        plan.remarks.append(f"{folder} holds a published checkpoint: {own} if it is this job's, and {other} if not")

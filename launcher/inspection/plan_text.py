@@ -12,6 +12,7 @@ from launcher.journal.console import format_seconds
 from launcher.ranks.mesh import Mesh
 from model_adapters.memory.memory_model import MemoryModel
 
+_ALIKE = "  that job had the same options, as far as they matter to time and memory"
 _MIB, _GIB = 2**20, 2**30
 # What a process takes on the host before it holds a tensor: Python, torch, diffusers; with a card its driver's
 # libraries too, as measured with CUDA 13 on an H100.
@@ -99,7 +100,7 @@ def _measured(last: LastRun, mesh: Mesh | None) -> Iterator[str]:
         yield "  the options of that job are not known"
         return
     changed = [*([f"{last.ranks} ranks, now {mesh.world}"] if mesh and mesh.world != last.ranks else []), *last.changed]
-    yield f"  that job had {'; '.join(changed)}" if changed else "  that job had the same options"
+    yield f"  that job had {'; '.join(changed)}" if changed else _ALIKE
 
 
 def _size(count: float) -> str:

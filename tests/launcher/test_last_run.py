@@ -47,7 +47,7 @@ def test_it_says_the_slowest_ranks_seconds_and_the_most_bytes(tmp_path: Path):
     ran(tmp_path, {"calibrate": 60.0, "quantize": 8.0, "merge": 0.0}, asked=job())
     text = said(tmp_path, job())
     assert "measured in this folder on 2026-03-04: 71 s (calibrate 61, quantize 9, merge 1 s)" in text
-    assert "at most 2.00 GiB on a rank\n  that job had the same options" in text
+    assert "at most 2.00 GiB on a rank\n  that job had the same options, as far as they matter to time" in text
 
 
 def test_it_says_what_the_planned_job_has_otherwise_and_passes_over_what_cannot_matter(tmp_path: Path):

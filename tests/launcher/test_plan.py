@@ -16,11 +16,16 @@ import pytest
 
 from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
+from launcher.devices.launch import Launch
+from launcher.files.identity import calibration_fingerprint, quantization_fingerprint
+from launcher.files.manifest import Manifest
 from launcher.files.run_folder import MANIFEST
 from launcher.inspection.plan import Plan, make_plan
 from launcher.inspection.plan_text import told
 from launcher.inspection.room import require_room
+from launcher.ranks.mesh import Mesh
 from model_adapters import load_adapter
+from model_adapters.pipeline.prompts import read_batches
 from model_adapters.weights.model_folder import WEIGHTS_NAME
 from model_adapters.weights.transformer_part import build_empty
 from quant_core.errors import ConfigurationError, EnvironmentFailure, InputError
@@ -258,6 +263,36 @@ def test_a_place_for_images_or_their_list_that_can_hold_none_is_found_before_any
     assert [(problem.where, what in problem.what) for problem in found] == ([(flag, True)] if what else [])
 
 
+def publish(config: JobConfig, name: str) -> None:
+    """Leave the manifest that a job on one rank leaves."""
+    adapter, mesh = load_adapter(name), Mesh(Launch(), 1)
+    batches = read_batches(config.pipeline, are_needed=True)
+    calibration = calibration_fingerprint(config, adapter, mesh, {"transformer/config.json": "0" * 64}, batches)
+    disabled = adapter.disabled_layers[config.quantization.main_type]
+    fields = dict(quantization_fingerprint(calibration, config, disabled).fields)
+    names = {"quant_type": "W8A8", "fingerprint": "0" * 64, "layout": "mindie"}
+    folder = config.output.quant_weight_save_folder
+    assert folder is not None
+    Manifest(**names, fields=fields, tp_size=1, dp_size=1, files=[]).write(folder / MANIFEST)
+
+
+def test_a_checkpoint_of_another_job_keeps_the_job_from_starting_and_its_own_does_not(folder: Path, tmp_path: Path):
+    mine = ("--device", "cpu", "--quant_weight_save_folder", str(tmp_path / "w"))
+    config = parse(words(folder, "flux", *mine)).options
+    assert isinstance(config, JobConfig)
+    publish(config, "flux")
+    same = planned(folder, "flux", *mine)
+    assert same.problems == []
+    on_cards = planned(folder, "flux", *mine, "--device", "npu").problems
+    assert [problem.why for problem in on_cards] == ["ranks.device: cpu -> npu"]
+    assert "mesh.world: 1 -> 2" in planned(folder, "flux", *mine, world=2).problems[0].why
+    [problem] = planned(folder, "flux", *mine, "--seed", "7", "--disable_names", "proj_out").problems
+    assert isinstance(problem, InputError)
+    assert "pipeline.seed: 42 -> 7; quantization.disable_names: " in problem.why
+    assert planned(folder, "flux", *mine, "--seed", "7", "--resume", "never").problems
+    assert planned(folder, "flux", *mine, "--seed", "7", "--overwrite").problems == []
+
+
 def test_a_disk_that_is_too_small_is_told_with_what_it_takes(tmp_path: Path):
     require_room({tmp_path: 1})
     with pytest.raises(EnvironmentFailure, match=r"it takes 1073741824\.0 GiB, and \d+\.\d GiB are free"):
@@ -471,8 +506,9 @@ def test_folders_on_one_disk_need_room_together_but_for_what_is_there(
 def test_a_plan_says_what_becomes_of_a_published_checkpoint(
     flags: tuple[str, ...], said: str, folder: Path, tmp_path: Path
 ):
-    (tmp_path / MANIFEST).touch()
-    remarks = planned(folder, "flux", *DUAL, "--quant_weight_save_folder", str(tmp_path), *flags).remarks
+    mine = ("--device", "cpu", "--quant_weight_save_folder", str(tmp_path), *flags)
+    publish(parse(words(folder, "flux", *mine)).options, "flux")
+    remarks = planned(folder, "flux", *mine).remarks
     assert f"{tmp_path} holds a published checkpoint: {said}" in remarks
 
 
