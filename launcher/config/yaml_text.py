@@ -18,12 +18,12 @@ def parse_yaml(text: str, *, where: str = "--config") -> dict[str, Any]:
     """Read YAML text as a tree of options; the empty text is the empty tree, and an empty section is left out.
 
     Raises:
-        ConfigurationError: it is not YAML, or no mapping.
+        ConfigurationError: it is not YAML, or no mapping, or gives a key twice.
     """
     import yaml
 
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _loader(where))
     except yaml.YAMLError as error:
         raise ConfigurationError(
             "the configuration is not YAML", where=where, why=" ".join(str(error).split()), advice="correct that line"
@@ -38,6 +38,28 @@ def parse_yaml(text: str, *, where: str = "--config") -> dict[str, Any]:
             advice="start from the configuration that a run stores beside its output",
         )
     return {str(key): value for key, value in tree.items() if value is not None}
+
+
+def _loader(where: str) -> Any:
+    """Return YAML's safe loader, which takes the last of two values for one key without a word, without that."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise ConfigurationError(
+                        f"'{name}' is given twice",
+                        where=f"{where}, lines {lines[name]} and {line}",
+                        why="only one of the two values would count",
+                        advice="take one of them out",
+                    )
+                lines[name] = line
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def commented_yaml(options: BaseModel) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,21 @@ def test_several_problems_survive_pickling() -> None:
 def test_text_that_is_no_mapping_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="the configuration is"):
         job_from_yaml(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("model: flux\noutput: {}\n\noutput: {}\n", "output", "lines 2 and 4"),
+        ("quantization:\n  quant_type: w8a8\n  do_quant: true\n  quant_type: w8a16\n", "quant_type", "lines 2 and 4"),
+        ("output: {no_dump: true, no_dump: false}", "no_dump", "lines 1 and 1"),
+        ("quantization:\n  layer_schemes:\n    a*: w8a8\n    'a*': float\n", "a*", "lines 3 and 4"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(text: str, key: str, lines: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"'{re.escape(key)}' is given twice") as caught:
+        job_from_yaml(text)
+    assert lines in caught.value.where
 
 
 def test_yaml_cannot_run_code() -> None:
