@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.config.job_config import JobConfig
+from launcher.config.job_config import Evaluation, JobConfig
 from launcher.failure.phases import run_together
 from launcher.files.calibration_parts import load_sound_dump
 from launcher.files.digests import digest_of_file, digest_of_text
@@ -38,7 +38,7 @@ from model_adapters.quality.painting import Painting
 from model_adapters.quality.requests import evaluation_batches
 from model_adapters.quality.results import CARD, SHEET, write_results
 from model_adapters.quality.store import FLOAT, FLOOR, QUANTIZED, PictureStore
-from model_adapters.quality.verdict import verdict
+from model_adapters.quality.verdict import require_sound, verdict
 from quant_core.calibration.records import Record, as_records, load_dump
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.errors import ConfigurationError, InputError, VerificationError
@@ -89,7 +89,10 @@ def check_evaluation(config: JobConfig, adapter: ModelAdapter) -> list[Batch]:
 
 
 def evaluate(job: Job, folder: RunFolder) -> None:
-    """Measure what is published in the folder, if the job asks for it; raises VerificationError if it falls short."""
+    """Measure what is published in the folder, if the job asks for it.
+
+    Raises VerificationError where it falls short of what was asked for, or a layer is broken.
+    """
     if job.config.evaluation.evaluate is None:
         return
     job.watch.enter("evaluate")
@@ -101,8 +104,12 @@ def evaluate(job: Job, folder: RunFolder) -> None:
     job.console.say(f"evaluate: {'evaluated already: ' if subject.found else ''}{subject.card}")
     if card.pictures:
         job.console.say(f"evaluate: {subject.card.with_name(SHEET)}")
-    judge = partial(check_quality, card, job.config.evaluation, where=str(subject.card))
-    run_together(job.ranks, "judging the checkpoint", judge)
+    run_together(job.ranks, "judging the checkpoint", lambda: _judge(card, job.config.evaluation, str(subject.card)))
+
+
+def _judge(card: QualityCard, asked: Evaluation, where: str) -> None:
+    check_quality(card, asked, where=where)
+    require_sound(card, where=where)
 
 
 def _look(job: Job, folder: RunFolder, model: Mapping[str, Any]) -> _Subject:

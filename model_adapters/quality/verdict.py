@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from model_adapters.quality.card import ENTRY_DB, QualityCard
+from quant_core.errors import VerificationError
 
 # A scale that is wrong by a factor of two leaves 0 dB, 3 if one rank of two has it. Static ranges on outliers were seen
 # at 4.
@@ -23,6 +24,19 @@ def verdict(card: QualityCard) -> list[str]:
 def is_broken(card: QualityCard) -> bool:
     """Tell whether some layer computes something else than its float self."""
     return any(layer.sqnr < BROKEN_DB for layer in card.layers)
+
+
+def require_sound(card: QualityCard, *, where: str) -> None:
+    """Raise VerificationError when the card's checkpoint is broken; `where` names the card's file."""
+    if is_broken(card):
+        broken = sorted((layer.sqnr, layer.name) for layer in card.layers if layer.sqnr < BROKEN_DB)
+        others = f", and {_count(len(broken) - 1, 'other layer')}" if len(broken) > 1 else ""
+        raise VerificationError(
+            "the checkpoint is broken",
+            where=where,
+            why=f"'{broken[0][1]}' has {broken[0][0]:g} dB{others}; rounding leaves more than {BROKEN_DB:g}",
+            advice="look for a wrong scale, a damaged file or files of swapped ranks: python -m launcher verify FOLDER",
+        )
 
 
 def _pictures(card: QualityCard) -> Iterator[str]:

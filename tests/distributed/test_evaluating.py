@@ -162,6 +162,18 @@ def test_a_scale_broken_on_purpose_in_one_layer_fails_the_gate_on_all_ranks(dual
     assert json.loads((weights / "status.json").read_text())["exit_code"] == 7
 
 
+def test_a_broken_layer_ends_with_seven_where_nothing_was_asked_for(alone: Path, tmp_path: Path):
+    copy = copied(alone, tmp_path / "copy")
+    names = (f"quant_model_weight_{SCHEME}.safetensors", f"quant_model_description_{SCHEME}.json")
+    files = CheckpointFiles(*(copy / "weights" / name for name in names))
+    shutil.copy2(with_wrong_scale(files, LAYER, tmp_path / "broken").weights, files.weights)
+    job = asked(copy, "--evaluate", 0)
+    nothing = dict.fromkeys(THRESHOLDS)
+    with pytest.raises(VerificationError, match="the checkpoint is broken"):
+        evaluate_published(job.model_copy(update={"evaluation": job.evaluation.model_copy(update=nothing)}))
+    assert is_broken(card_of(copy))
+
+
 def test_files_of_swapped_ranks_are_refused(dual: Path, tmp_path: Path):
     copy = copied(dual, tmp_path / "copy")
     for first in sorted((copy / "weights").glob("quant_model_*_0.*")):

@@ -13,7 +13,7 @@ import pytest
 from model_adapters.quality.card import Origin, QualityCard, Similarity, read_card
 from model_adapters.quality.gate import Thresholds, check_quality, shortfalls
 from model_adapters.quality.measured import Measured, MeasuredPicture, card_of
-from model_adapters.quality.verdict import is_broken, verdict
+from model_adapters.quality.verdict import is_broken, require_sound, verdict
 from quant_core.errors import InputError, VerificationError
 from quant_core.quality.ratio import LIMIT_DB, Ratio, StepRatios
 
@@ -177,6 +177,10 @@ def test_a_layer_that_computes_something_else_breaks_the_verdict():
     assert is_broken(broken)
     assert not is_broken(card())
     assert any(sentence.startswith("BROKEN: 1 layer below 3.5 dB") for sentence in verdict(broken))
+    require_sound(card(), where="quality.json")
+    with pytest.raises(VerificationError, match="the checkpoint is broken") as caught:
+        require_sound(broken, where="quality.json")
+    assert (caught.value.where, caught.value.why.split(";")[0]) == ("quality.json", "'b' has -1.76 dB")
 
 
 def test_a_verdict_without_pictures_says_so():
