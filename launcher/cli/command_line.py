@@ -18,6 +18,7 @@ from launcher.cli.flag_parser import CONFIG, PROGRAM, WRITE_CONFIG, flag_parser,
 from launcher.config.config_errors import Origin, validated
 from launcher.config.option_flags import Flag, flags_of
 from launcher.config.recipes import MEASURED, config_path
+from launcher.config.stored_job import STARTED_IN
 from launcher.config.yaml_text import commented_yaml, parse_yaml
 from launcher.devices.launch import Launch
 from quant_core.atomic_file import write_text_atomically
@@ -95,7 +96,8 @@ def _read_config(path: Path, options: type[BaseModel]) -> dict[str, Any]:
         raise ConfigurationError(
             f"cannot read '{path}'", where="--config", why=str(error), advice="give an existing YAML file"
         ) from None
-    tree.pop(MEASURED, None)
+    for no_option in (MEASURED, STARTED_IN):
+        tree.pop(no_option, None)
     model = options.model_fields["model"].default
     named = tree.get("model", model)
     if named != model:

@@ -12,7 +12,9 @@ Nothing here depends on a model or checks one option against another: see `resol
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Se
 
 from launcher.config.budget import BudgetWords, SchemeCosts
 from launcher.config.layer_schemes import LayerSchemes, require_options_of_files
+from launcher.config.stored_job import STARTED_IN
 from launcher.config.yaml_text import commented_yaml
 from model_adapters.options import PipelineOptions, UserPath
 from model_adapters.quality.gate import Thresholds
@@ -212,5 +215,7 @@ class JobConfig(Section):
     evaluation: Evaluation = Evaluation()
 
     def to_yaml(self) -> str:
-        """Return the resolved configuration as commented YAML, which `--config` accepts."""
+        """Return the resolved configuration as commented YAML, which `--config` accepts, and where it was started."""
+        with suppress(OSError):  # the current folder is gone
+            return f"{commented_yaml(self)}{STARTED_IN}: {json.dumps(str(Path.cwd()))}\n"
         return commented_yaml(self)

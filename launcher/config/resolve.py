@@ -15,6 +15,7 @@ from pydantic import Field, create_model, model_validator
 from launcher.config.config_errors import Origin, together, validated
 from launcher.config.job_config import Evaluation, JobConfig, Output, Quantization, RankOptions, Section
 from launcher.config.job_rules import RULES
+from launcher.config.stored_job import with_its_paths
 from launcher.config.yaml_text import parse_yaml
 from model_adapters import load_options
 
@@ -36,12 +37,12 @@ def job_config(model: str, tree: Mapping[str, Any], origin: Origin | None = None
 
 
 def job_from_yaml(text: str) -> JobConfig:
-    """Build a configuration from YAML text that names its model.
+    """Build a configuration from YAML text that names its model, such as the one beside a checkpoint.
 
     Raises:
         ConfigurationError: the text is no YAML mapping, or its options are wrong.
     """
-    tree = parse_yaml(text)
+    tree = with_its_paths(parse_yaml(text))
     return job_config(str(tree.get("model", "")), tree)
 
 

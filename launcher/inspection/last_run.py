@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.config.job_config import JobConfig
 from launcher.config.option_flags import flags_of
 from launcher.config.resolve import job_config_class, job_from_yaml
+from launcher.config.stored_job import with_its_paths
 from launcher.files.run_folder import CONFIG
 from launcher.journal.trace import Line, last_run
 from quant_core.errors import ExplainedError, InputError
@@ -72,7 +73,7 @@ def _differences(before: JobConfig, now: JobConfig) -> Iterator[str]:
     if before.model != now.model:
         yield f"{before.model}, now {now.model}"
         return
-    then, planned = before.model_dump(mode="json"), now.model_dump(mode="json")
+    then, planned = (with_its_paths(job.model_dump(mode="json"), Path.cwd()) for job in (before, now))
     for flag in flags_of(job_config_class(now.model)):
         a, b = (_value(tree, flag.path) for tree in (then, planned))
         if flag.path[-1] not in _NO_MATTER and a != b:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
 from launcher.devices.launch import Launch
@@ -21,7 +23,7 @@ GIB = 2**30
 
 def job(*words: str) -> JobConfig:
     files = ("--quant_weight_save_folder", "w", "--quant_dump_calib_folder", "c")
-    return parse(["flux", "--path", "m", "--do_quant", *files, *words]).options
+    return parse(["flux", *([] if "--path" in words else ["--path", "m"]), "--do_quant", *files, *words]).options
 
 
 def ran(folder: Path, stages: dict[str, float], *, ranks: int = 2, asked: JobConfig | None = None) -> None:
@@ -67,3 +69,11 @@ def test_where_no_job_published_nothing_was_measured(tmp_path: Path):
     assert last_run_in(tmp_path, job()) is None
     ran(tmp_path, {"calibrate": 5.0})
     assert "measured" not in said(tmp_path, job())
+
+
+def test_a_path_is_the_same_relative_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    ran(tmp_path, {"merge": 5.0}, asked=job())
+    assert "that job had the same options" in said(tmp_path, job())
+    assert "that job had the same options" in said(tmp_path, job("--path", str(tmp_path / "m")))
