@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import takewhile
 from typing import Any
 
 import psutil
@@ -22,6 +25,8 @@ from launcher.doctor.finding import Finding, judged
 _WAIT_S = 120
 # How long ranks may take altogether: to start, to connect and to add up.
 _PATIENCE_S = 2.0 * _WAIT_S
+# The last line of a traceback; an explained error has its own word behind the name of its class.
+_END = re.compile(r"^(?:[\w.]+: )?error: (?=.)|^((?:[a-z_]\w*\.)*\w*(?:Error|Failure|Exception)\b)")
 _NUMEL = 2**24  # 64 MiB of float32: what two ranks of a large model exchange at once
 
 
@@ -31,7 +36,7 @@ def try_ranks(ranks: int | None, device: str | None) -> Iterator[Finding]:
         yield Finding("--", "collectives", "not tried", "--ranks 2 starts two ranks and tries them")
         return
     device = device or first_with_cards()
-    tried = f"{ranks} ranks on {device}"
+    tried = f"{ranks} rank{'s' * (ranks > 1)} on {device}"
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *starter, "-m", "launcher.doctor.collective", device]
     own = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
@@ -47,14 +52,7 @@ def try_ranks(ranks: int | None, device: str | None) -> Iterator[Finding]:
             return
     told = [line for line in output.splitlines() if line.startswith("{")]
     if started.returncode or not told:
-        # The cause comes first; torchrun's own account of it comes last.
-        errors = [line for line in said.splitlines() if "Error: " in line or line.startswith("error: ")]
-        yield Finding(
-            "!!",
-            "collectives",
-            f"{tried} failed: {errors[0] if errors else 'silently'}",
-            " ".join(command[1:]),
-        )
+        yield Finding("!!", "collectives", f"{tried} failed: {cause(said)}", shlex.join(command))
         return
     found = json.loads(told[0])
     yield judged(
@@ -63,6 +61,18 @@ def try_ranks(ranks: int | None, device: str | None) -> Iterator[Finding]:
         "the sum is wrong: do not run jobs on these devices",
         is_well=found["is_right"],
     )
+
+
+def cause(said: str) -> str:
+    """Return with which words the first rank that failed ended; torchrun's own account of it comes after them."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    ends = (index for index, line in enumerate(lines) if _END.match(line) and "ChildFailedError" not in line)
+    first = next(ends, None)
+    if first is None:
+        return lines[-1].strip() if lines else "nobody said why"
+    # An explained error goes on: where, why, what to try.
+    more = takewhile(lambda line: line.startswith("  "), lines[first + 1 :])
+    return "; ".join([_END.sub(r"\1", lines[first]), *(" ".join(line.split()) for line in more)])
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,7 +16,7 @@ import pytest
 from launcher.cli.command_line import parse
 from launcher.doctor import collective, packages
 from launcher.doctor.checks import CHECKS, Asked, examine
-from launcher.doctor.collective import try_ranks
+from launcher.doctor.collective import cause, try_ranks
 from launcher.doctor.finding import Finding, as_json, as_text
 from launcher.doctor.host import disks
 from launcher.doctor.packages import cann_release
@@ -134,10 +135,43 @@ def test_a_rank_that_takes_too_long_is_told_and_ended(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(collective, "_PATIENCE_S", 12.0)
     [found] = try_ranks(1, "cpu")
-    assert (found.mark, found.found) == ("!!", "1 ranks on cpu hang")
+    assert (found.mark, found.found) == ("!!", "1 rank on cpu hang")
     rank = int(said.read_text())
     _, alive = psutil.wait_procs([psutil.Process(rank)] if psutil.pid_exists(rank) else [], timeout=5)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+TORCHRUN = """\
+W1127 06:33:12 23275 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 1 closing signal SIGTERM
+Traceback (most recent call last):
+    raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+launcher.doctor.collective FAILED
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            'Traceback (most recent call last):\n  File "a.py", line 1, in main\n    raise EnvironmentFailure(\n'
+            "quant_core.errors.EnvironmentFailure: error: cuda 0 does not exist\n  where  local rank 0\n"
+            "  why    this process sees none\nTraceback (most recent call last):\n",
+            "cuda 0 does not exist; where local rank 0; why this process sees none",
+        ),
+        ("error: torch_npu is missing\n  try    pip install\n", "torch_npu is missing; try pip install"),
+        ("Traceback:\n    raise\nRuntimeError: NCCL 2.1\n", "RuntimeError: NCCL 2.1"),
+        ("torch.distributed.DistBackendError: unhandled\n", "torch.distributed.DistBackendError: unhandled"),
+    ],
+)
+def test_ranks_that_failed_are_quoted_and_not_what_torchrun_says_of_them(said: str, told: str):
+    assert cause(said + TORCHRUN) == told
+
+
+def test_ranks_that_said_nothing_leave_the_last_line_there_is():
+    assert cause(TORCHRUN) == "launcher.doctor.collective FAILED"
+    assert cause("") == "nobody said why"
 
 
 @pytest.mark.distributed
@@ -146,6 +180,7 @@ def test_two_ranks_are_tried_and_a_device_that_is_not_there_is_told():
     assert (works.mark, "gloo" in works.found) == ("ok", True)
     [fails] = try_ranks(1, "npu")
     assert (fails.mark, "torch_npu" in fails.found) == ("!!", True), fails
+    assert shlex.split(fails.fix)[:3] == [sys.executable, "-m", "torch.distributed.run"]
 
 
 def test_the_command_prints_what_is_to_fix_and_its_status_says_it(tmp_path: Path):
