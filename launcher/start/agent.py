@@ -7,6 +7,7 @@ a traceback to it; and after an interrupt it waits for its ranks again, however 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -22,10 +23,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from launcher.failure.signals import arrived, ignore_signals, on_signals
+from launcher.start.supervisor_flags import RENDEZVOUS, flag_names
 from quant_core.errors import ConfigurationError, DistributedError
 
-# Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
-_RENDEZVOUS = ("nnodes", "rdzv", "master", "node_rank", "standalone")
 # torchrun is told to pass Slurm's warning on, and to let ranks finish a batch of images after SIGTERM (30 s if not),
 # unless the user says otherwise, by a flag or by torchrun's own variable.
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -37,17 +37,46 @@ _ANSWER_S = 3.0
 
 
 def agent_arguments(flags: Sequence[str], worker: Sequence[str], reports: Path) -> Any:
-    """Return torchrun's arguments: the user's flags, what they leave open, and what each rank runs."""
+    """Return torchrun's arguments: the user's flags, what they leave open, and what each rank runs.
+
+    Raises ConfigurationError for a number of ranks or a folder for their logs of which torchrun makes a traceback.
+    """
     parser = torchrun.get_args_parser()
-    names = [flag.split("=", 1)[0].replace("_", "-") for flag in flags]
+    names = [f"--{name.replace('_', '-')}" for name in flag_names(flags)]
     defaults = {"--signals-to-handle": _SIGNALS, "--shutdown-timeout": os.environ.get(_PATIENCE, _PATIENCE_S)}
     # Options that this torch does not know yet are left out.
     added = [f"{name}={value}" for name, value in defaults.items() if name not in names and _knows(parser, name)]
-    if not any(name.lstrip("-").replace("-", "_").startswith(_RENDEZVOUS) for name in names):
+    # Where several hosts meet is the user's business; otherwise a free port of this host is chosen.
+    if not any(name.startswith(RENDEZVOUS) for name in flag_names(flags)):
         added.append("--standalone")
     if "--log-dir" not in names:
         added.append(f"--log-dir={reports}")
-    return parser.parse_args([*flags, *added, *worker])
+    arguments = parser.parse_args([*flags, *added, *worker])
+    _require_ranks(str(arguments.nproc_per_node))
+    _require_folder(Path(arguments.log_dir))
+    return arguments
+
+
+def _require_ranks(count: str) -> None:
+    if re.fullmatch(r"-\d+|0+", count):
+        raise ConfigurationError(
+            f"--nproc_per_node {count} starts no rank",
+            where="--nproc_per_node",
+            why="it is the number of ranks on this host",
+            advice="--nproc_per_node 1, or as many as there are devices",
+        )
+
+
+def _require_folder(logs: Path) -> None:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"'{logs}' can be no folder",
+            where="--log-dir",
+            why=f"what the ranks print goes there: {error.strerror}",
+            advice="give another folder, or leave the flag out",
+        ) from error
 
 
 def run_agent(arguments: Any) -> None:

@@ -45,3 +45,25 @@ def test_how_long_ranks_may_save_is_said_by_the_flag_or_the_variable_of_torchrun
         monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variable)
     words = ["--nproc_per_node", "2", *(f"--shutdown_timeout={value}" for value in flags)]
     assert agent_arguments(words, ["-m", "launcher"], tmp_path).shutdown_timeout == seconds
+
+
+@pytest.mark.parametrize("front", [["--nnodes", "2"], ["--standalone"], ["--rdzv-endpoint=host:1", "--node_rank", "1"]])
+def test_flags_of_torchrun_without_the_number_of_ranks_say_that_it_is_missing(front: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match="--nproc_per_node is missing") as caught:
+        asks_for_ranks([*front, "flux", "--path", "m"])
+    assert caught.value.advice == f"--nproc_per_node 2 {' '.join(front)} flux ..."
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "00"])
+def test_no_ranks_are_refused_before_any_is_started(count: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"--nproc_per_node {count} starts no rank"):
+        agent_arguments([f"--nproc_per_node={count}"], ["-m", "launcher"], tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "file/logs"])
+def test_a_file_in_the_place_of_the_folder_of_logs_is_refused(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["--nproc_per_node", "1", "--log-dir", str(tmp_path / place)]
+    with pytest.raises(ConfigurationError, match="can be no folder") as caught:
+        agent_arguments(words, ["-m", "launcher"], tmp_path)
+    assert caught.value.where == "--log-dir"
