@@ -47,7 +47,7 @@ class DeviceType(BaseModel):
 class PipelineOptions(BaseModel):
     """Choose the prompts, and how much is generated from them; each model adds what it alone has."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     # Every other option tells one calibration from another. These cannot change it, or are known by what they lead to:
     # the model and the prompts by their content, the dtype by the one that is computed in.

@@ -16,7 +16,7 @@ OF_PICTURES = frozenset({"min_psnr", "min_ssim", "max_flip"})
 class Thresholds(BaseModel):
     """Say what a checkpoint must reach; None asks for nothing. Field names are the options' names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     min_psnr: float | None = Field(default=None, ge=0, description="least mean PSNR of the pictures, in dB")
     min_ssim: float | None = Field(default=None, ge=-1, le=1, description="least mean SSIM of the pictures")

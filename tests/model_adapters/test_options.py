@@ -64,6 +64,7 @@ def test_the_path_of_sd3_has_the_name_of_its_table_and_the_common_one():
         ({"seed": -1}, "greater than or equal to 0"),
         ({"data_split_num": 2, "data_split_id": 2}, "must be below data_split_num 2: use 0 to 1"),
         ({"device_type": "A2-16g"}, "A2-32g-dual"),
+        ({"guidance_scale": "inf"}, "finite number"),
         ({"prompt_type": "csv"}, "hpsv2"),
         ({"dtype": "int8"}, "bfloat16"),
         ({"path": ""}, "it is empty"),
