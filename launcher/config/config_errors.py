@@ -61,7 +61,18 @@ def validated(options: type[Options], tree: Mapping[str, Any], origin: Origin | 
         return options.model_validate(tree)
     except ValidationError as error:
         reader = _Reader(options, flags_of(options), origin or Origin())
-        raise together(reader.read(entry) for entry in error.errors(include_url=False)) from None
+        raise together(_once(reader.read(entry) for entry in error.errors(include_url=False))) from None
+
+
+def _once(problems: Iterable[ConfigurationError]) -> list[ConfigurationError]:
+    """Return one problem for a value that fits none of the kinds an option takes, and not one for each kind."""
+    found: dict[tuple[str, str], ConfigurationError] = {}
+    for problem in problems:
+        place = problem.what, problem.where
+        if known := found.get(place):
+            problem.why = f"{known.why}, or {problem.why}"
+        found[place] = problem
+    return list(found.values())
 
 
 @dataclass(frozen=True)

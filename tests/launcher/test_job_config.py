@@ -182,6 +182,18 @@ def test_all_problems_are_told_and_not_only_the_first() -> None:
     assert len(rules) == 2
 
 
+def test_a_value_that_fits_neither_kind_of_an_option_is_one_problem() -> None:
+    [problem] = problems_of(quantization={"timestep_sep": "foo"})
+    assert problem.what == "--timestep_sep cannot be 'foo'"
+    assert problem.why.endswith(", or it must be 'auto'")
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_threshold_that_nothing_can_miss_or_reach_is_refused(value: str) -> None:
+    [problem] = problems_of(evaluation={"evaluate": 0, "min_layer_sqnr": value})
+    assert "finite number" in problem.why
+
+
 def test_several_problems_survive_pickling() -> None:
     error = ConfigurationErrors([ConfigurationError("one", advice="a"), ConfigurationError("two", where="b")])
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
