@@ -34,7 +34,7 @@ def budget_of(words: Sequence[str]) -> Budget:
                 f"no budget is called '{word}'",
                 where=BUDGET,
                 why=f"it is {', '.join(BUDGETS)}, or numbers: {', '.join(f'{name}=X' for name in _NUMBERS)}",
-                advice=suggestion(name, [*BUDGETS, *_NUMBERS]),
+                advice=suggestion(name, _NUMBERS if equals else BUDGETS),
             )
     return budget
 

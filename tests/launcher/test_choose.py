@@ -77,3 +77,10 @@ def test_a_quality_that_the_budget_does_not_reach_is_said():
 def test_layers_that_do_not_fit_are_refused_with_the_bytes_they_need():
     with pytest.raises(ConfigurationError, match="do not fit in 0 bytes"):
         table(options("--quant_type", "auto", "--budget", "bytes=0"))
+
+
+@pytest.mark.parametrize(("word", "advice"), [("fast", "speed, balanced, quality"), ("cots=1", "cost (nearest name)")])
+def test_what_is_no_budget_is_answered_with_words_for_a_word_and_numbers_for_a_number(word: str, advice: str):
+    with pytest.raises(ConfigurationError, match="no budget is called") as caught:
+        options("--quant_type", "auto", "--budget", word)
+    assert advice in caught.value.advice
