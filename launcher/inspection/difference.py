@@ -80,7 +80,8 @@ def difference(one: Path, other: Path) -> Difference:
 def _opened(folder: Path) -> Published:
     published = read_published(folder)
     for finding in published.findings:
-        raise InputError(finding.what, where=str(finding.file), why=finding.why, advice="launcher verify tells all")
+        advice = f"python -m launcher verify {folder} tells all"
+        raise InputError(finding.what, where=str(finding.file), why=finding.why, advice=advice)
     return published
 
 

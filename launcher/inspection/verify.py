@@ -136,7 +136,8 @@ def told(verdict: Verdict) -> Iterator[str]:
         yield from (f"  {word.kind:<8} {word.text}" for word in verdict.words)
     if verdict.layers:
         yield from _weights(verdict.layers)
-    yield "ok: every rule holds" if verdict.is_sound else f"!!: {len(verdict.findings)} findings"
+    count = len(verdict.findings)
+    yield f"!!: {count} finding{'s' * (count > 1)}" if count else "ok: every rule holds"
 
 
 def _weights(layers: Mapping[str, Ratio]) -> Iterator[str]:
