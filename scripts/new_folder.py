@@ -25,7 +25,15 @@ def require_new(folder: Path) -> None:
 def new_folder(target: Path, mode: int = 0o755) -> Iterator[Path]:
     """Yield a folder to fill, on the same disk, that becomes `target` at the end. Raises InputError as above."""
     require_new(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be made",
+            where="folder of the tiny pipeline",
+            why=f"{error.strerror}: {error.filename}",
+            advice="name a folder in one that exists and may be written to",
+        ) from None
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
         whole = Path(unfinished, "pipeline")
         whole.mkdir(mode=mode)

@@ -311,3 +311,9 @@ def test_the_command_line_explains_a_folder_in_the_way(tmp_path: Path, capsys: p
     (tmp_path / "mine.txt").write_text("precious")
     assert main(["flux", str(tmp_path)]) == 4  # the exit code of a bad input
     assert "already holds something" in capsys.readouterr().err
+
+
+def test_a_folder_below_a_file_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["flux", str(tmp_path / "file" / "x")]) == 4
+    assert "cannot be made" in capsys.readouterr().err
