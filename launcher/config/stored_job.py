@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.config.yaml_text import parse_yaml
+from quant_core.errors import InputError
+
 # The key beside the sections, which is no option: `--config` means paths of the current folder.
 STARTED_IN = "started_in"
 # The options that lead to what a checkpoint was made from.
@@ -18,6 +21,19 @@ _READ = {
     "output": ("quant_dump_calib_folder",),
     "evaluation": ("evaluate_prompts",),
 }
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """Return the options of the job in a file; raises InputError where it says none, and OSError as reading does."""
+    tree = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    if "model" not in tree:
+        raise InputError(
+            "the job that made the checkpoint is not known",
+            where=str(path),
+            why="the file names no model, so it was emptied or changed",
+            advice="put it back, or run the job again, which writes it",
+        )
+    return tree
 
 
 def with_its_paths(tree: Mapping[str, Any], folder: object = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from launcher.config.option_flags import Flag, flags_of
 from launcher.config.resolve import job_config_class
-from launcher.config.yaml_text import parse_yaml
+from launcher.config.stored_job import read_stored
 from launcher.files.run_folder import CONFIG
 from launcher.journal.trace import Line, last_run, moment
 from quant_core.errors import InputError
@@ -65,8 +65,8 @@ def option_rows(folder: Path) -> tuple[list[OptionRow], str]:
     path = folder / CONFIG
     if not path.exists():
         return [], ""
-    tree = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
-    model, words = str(tree.get("model", "")), _words(folder)
+    tree = read_stored(path)
+    model, words = str(tree["model"]), _words(folder)
     return [_option(flag, tree, words) for flag in flags_of(job_config_class(model))], model
 
 

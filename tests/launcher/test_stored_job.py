@@ -9,6 +9,9 @@ import pytest
 from launcher.cli.command_line import parse
 from launcher.config.job_config import JobConfig
 from launcher.config.resolve import job_from_yaml
+from launcher.config.stored_job import read_stored
+from launcher.report.running import option_rows
+from quant_core.errors import InputError
 
 WORDS = "--path model --prompt_path prompts.txt --lora a.safetensors:0.5 b.safetensors --transformer owner/name"
 
@@ -51,3 +54,13 @@ def test_a_stored_job_as_a_configuration_means_the_current_folder(tmp_path: Path
     (tmp_path / "job.yaml").write_text(job.to_yaml())
     monkeypatch.chdir(tmp_path)
     assert parse(["flux", "--config", "job.yaml"]).options == job
+
+
+@pytest.mark.parametrize("text", ["", "pipeline: {path: m}\n"])
+def test_a_job_that_names_no_model_is_a_damaged_file(text: str, tmp_path: Path):
+    path = tmp_path / "quant_job.yaml"
+    path.write_text(text)
+    for read in (lambda: read_stored(path), lambda: option_rows(tmp_path)):
+        with pytest.raises(InputError, match="not known") as caught:
+            read()
+        assert caught.value.where == str(path)

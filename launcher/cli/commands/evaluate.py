@@ -11,8 +11,7 @@ from launcher.cli.commands.job import under_monitor
 from launcher.config.job_config import Evaluation, JobConfig
 from launcher.config.option_flags import POSITIONAL
 from launcher.config.resolve import job_config
-from launcher.config.stored_job import with_its_paths
-from launcher.config.yaml_text import parse_yaml
+from launcher.config.stored_job import read_stored, with_its_paths
 from launcher.devices.launch import Launch
 from model_adapters.options import UserPath, UserPathText
 from model_adapters.quality.gate import OF_PICTURES
@@ -88,7 +87,7 @@ def run(options: EvaluateOptions, launch: Launch | None) -> None:
 
 def _made_by(path: Path) -> dict[str, Any]:
     try:
-        return with_its_paths(parse_yaml(path.read_text(encoding="utf-8"), where=str(path)))
+        return with_its_paths(read_stored(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             "the job that made the checkpoint is not known",
