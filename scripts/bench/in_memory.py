@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone that is not installed works as well
+from model_adapters.flux.structure import STRUCTURE
 from quant_core import (
     FA3ProcessorConfig,
     M3ProcessorConfig,
@@ -123,7 +124,8 @@ def records(shape: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
 def do_job(model: nn.Module, data: list[dict[str, Any]], variant: str, folder: Path) -> None:
     """Do what a user does."""
     save = SaveProcessorConfig(output_path=str(folder))
-    quant_model(model, SessionConfig(processor_cfg_map={**VARIANTS[variant], "save": save}, calib_data=data))
+    config = SessionConfig(processor_cfg_map={**VARIANTS[variant], "save": save}, calib_data=data)
+    quant_model(model, config, structure=STRUCTURE)
 
 
 @torch.no_grad()

@@ -74,8 +74,11 @@ def test_a_streamed_job_publishes_the_files_of_a_processor(ranks, device_type, t
         flags = (*STREAMED, "--device_type", device_type, "--device", device)
         run_job(ranks, "flux", tiny_flux_folder, prompts, tmp_path / device, *flags, start=run_torchrun)
         found[device] = published(tmp_path / device)
-    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=0, atol=0)
-    assert len(found["cpu"]) == 2 * ranks
+    for kind in ("tensors", "descriptions"):
+        assert found["cuda"][kind].keys() == found["cpu"][kind].keys()
+    torch.testing.assert_close(found["cuda"]["tensors"], found["cpu"]["tensors"], rtol=0, atol=0)
+    assert found["cuda"]["descriptions"] == found["cpu"]["descriptions"]
+    assert len(found["cpu"]["tensors"]) == len(found["cpu"]["descriptions"]) == ranks
 
 
 @pytest.mark.parametrize("calibrate", ["always", "online"])
@@ -129,10 +132,10 @@ def pid_of_rank(rank: int, launcher: int, weights: Path) -> int:
     raise AssertionError("the job never calibrated")
 
 
-def published(out: Path) -> dict[str, Any]:
+def published(out: Path) -> dict[str, dict[str, Any]]:
     """Return the tensors of a job's shards, and its descriptions, by file."""
     weights = out / "weights"
-    descriptions = weights.glob("quant_model_description_*.json")
-    return {path.name: load_file(path) for path in weights.glob("*.safetensors")} | {
-        path.name: json.loads(path.read_text()) for path in descriptions
+    return {
+        "tensors": {path.name: load_file(path) for path in weights.glob("*.safetensors")},
+        "descriptions": {p.name: json.loads(p.read_text()) for p in weights.glob("quant_model_description_*.json")},
     }
