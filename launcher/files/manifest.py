@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,16 @@ class Manifest(BaseModel):
     def changed_files(self, folder: Path) -> list[str]:
         """Return the names of the files that are missing in the folder or have another content than noted."""
         return [file.name for file in self.files if not file.is_of(folder / file.name)]
+
+
+def another_jobs(manifest: Path, differences: Sequence[str]) -> InputError:
+    """Return the error that what is published there is another job's, given how that differs."""
+    return InputError(
+        "the output folder holds the checkpoint of another job",
+        where=str(manifest),
+        why="; ".join(differences[:5]),
+        advice="use another --quant_weight_save_folder, or --overwrite to replace it",
+    )
 
 
 def read_manifest(path: Path) -> Manifest | None:

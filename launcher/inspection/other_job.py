@@ -10,12 +10,11 @@ from typing import Any
 from launcher.config.job_config import JobConfig
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import calibration_fingerprint, quantization_fingerprint
-from launcher.files.manifest import Manifest, read_manifest
+from launcher.files.manifest import Manifest, another_jobs, read_manifest
 from launcher.files.run_folder import MANIFEST
 from launcher.ranks.mesh import Mesh
 from model_adapters.adapter import ModelAdapter
 from model_adapters.pipeline.prompts import Batch
-from quant_core.errors import InputError
 
 # What a plan does not know: it digests nothing, and is often made without the number of ranks.
 _FILES, _RANKS, _VERSIONS = "files.", "mesh.", "versions."
@@ -70,9 +69,4 @@ def _require_same(manifest: Manifest, planned: Mapping[str, Any], unknown: tuple
         for fields in (planned, manifest.fields)
     )
     if differences := Fingerprint(ours).differences(theirs):
-        raise InputError(
-            "the output folder holds the checkpoint of another job",
-            where=str(folder / MANIFEST),
-            why="; ".join(differences[:5]),
-            advice="use another --quant_weight_save_folder, or --overwrite to replace it",
-        )
+        raise another_jobs(folder / MANIFEST, differences)

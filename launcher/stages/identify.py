@@ -6,15 +6,14 @@ ranks of different jobs would wait for each other, or fit together by chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from launcher.config.job_config import JobConfig
 from launcher.failure.phases import run_together
 from launcher.files.fingerprint import Fingerprint
 from launcher.files.identity import calibration_fingerprint, model_fields, quantization_fingerprint
-from launcher.files.manifest import read_manifest
+from launcher.files.manifest import another_jobs, read_manifest
 from launcher.files.run_folder import RunFolder
 from launcher.ranks.agreement import gather_objects, require_alike
 from launcher.ranks.process_group import Ranks
@@ -22,7 +21,6 @@ from launcher.stages.job import Job, Results
 from launcher.stages.quantize import quant_type
 from model_adapters.pipeline.prompts import read_batches
 from quant_core.atomic_file import make_folder
-from quant_core.errors import InputError
 
 T = TypeVar("T")
 
@@ -94,8 +92,9 @@ def _is_published(job: Job, results: Results) -> bool:
     differences = results.quantization.differences(manifest.fields)
     if not differences and manifest.fingerprint != results.quantization.digest:
         differences = ["another version of this program made it, which meant something else by the same options"]
+    if differences and not output.overwrite:
+        raise another_jobs(folder.manifest, differences)
     if differences:
-        _require_overwrite(job, folder.manifest, differences)
         return False
     if output.resume == "never":
         return False
@@ -103,13 +102,3 @@ def _is_published(job: Job, results: Results) -> bool:
     again = f"published, but made again, as it was changed since: {', '.join(changed)}"
     job.console.say(again if changed else f"published already: {folder.manifest}")
     return not changed
-
-
-def _require_overwrite(job: Job, manifest: Path, differences: Sequence[str]) -> None:
-    if not job.config.output.overwrite:
-        raise InputError(
-            "the output folder holds the checkpoint of another job",
-            where=str(manifest),
-            why="; ".join(differences[:5]),
-            advice="use another --quant_weight_save_folder, or --overwrite to replace it",
-        )
