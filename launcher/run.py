@@ -67,8 +67,6 @@ def _quantize(job: Job) -> None:
     calibration = None if is_published(job, results) else calibrate(job, results)
     if wants_images:
         complete_float_images(job, results)  # before quantizing changes the model
-    else:
-        job.model.embeddings = {}  # an evaluation encodes prompts of its own
     if calibration is not None:
         job.watch.safe_point(job.ranks.control)
         quantize(job, results, *calibration)

@@ -53,6 +53,8 @@ def calibrate(job: Job, results: Results) -> Calibration:
         quant_type = job.config.quantization.quant_type
         otherwise = "--no_dump" if job.config.output.no_dump else "--calibrate always dumps them anyway"
         job.console.say(f"calibrate: skipped, {quant_type} reads no activations ({otherwise})")
+    if not job.config.output.do_save_img:
+        job.model.embeddings = {}  # an evaluation encodes prompts of its own
     return Calibration(calls.path if calls in wanted else None, ranges.path if ranges in wanted else None)
 
 
