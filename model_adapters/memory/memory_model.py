@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -158,15 +159,31 @@ def _text_encoder_bytes(options: PipelineOptions, dtype: torch.dtype) -> int:
 
     A folder that holds nothing but a transformer has no index of parts.
     """
-    root, total = pipeline_folder(options.path), 0
+    root = pipeline_folder(options.path)
     parts = read_parts(root) if (root / PARTS_NAME).exists() else {}
-    for folder in [root / name for name, kind in parts.items() if name.startswith("text_encoder") and any(kind)]:
-        numels: dict[str, int] = {}
-        for path in folder.glob("*.safetensors"):
-            with open_weights(path) as file:
-                numels |= {name: prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        total += sum(numels.values()) * dtype.itemsize
-    return total
+    encoders = {name: kind for name, (_, kind) in parts.items() if name.startswith("text_encoder") and kind}
+    return sum(_encoder_bytes(root / name, kind, dtype) for name, kind in encoders.items())
+
+
+def _encoder_bytes(folder: Path, kind: str, dtype: torch.dtype) -> int:
+    exact, sizes = _modules_in_float32(kind, dtype), {}
+    for path in folder.glob("*.safetensors"):
+        with open_weights(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                stored, is_exact = file.get_slice(name), not exact.isdisjoint(name.split("."))
+                # One that is widened is there in both forms until the last one is loaded.
+                narrow = 0 if is_exact and stored.get_dtype() == "F32" else dtype.itemsize
+                sizes[name] = prod(stored.get_shape()) * (narrow + (torch.float32.itemsize if is_exact else 0))
+    return sum(sizes.values())
+
+
+def _modules_in_float32(kind: str, dtype: torch.dtype) -> frozenset[str]:
+    """Return the names of modules that transformers keeps in float32 in a run of that dtype: T5 overflows float16."""
+    if dtype != torch.float16:
+        return frozenset()
+    import transformers
+
+    return frozenset(getattr(getattr(transformers, kind, None), "_keep_in_fp32_modules", None) or ())
 
 
 def _visiting_bytes(model: nn.Module) -> int:
