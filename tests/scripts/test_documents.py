@@ -55,6 +55,7 @@ NOT_OURS = {
     "launcher/": "the folders of the product; lint-imports holds the code to them",
     "source set_env.sh": "CANN's own",
     "pip install -e": "the network; tests/launcher/test_npu.py compares the extras",
+    "python -m pytest tests/cuda": "a card",
     "kubectl create": "a cluster; tests/scripts/test_kubernetes.py reads the files",
 }
 # What a person puts in place of a name, and what a command needs beside what the document says.
