@@ -47,13 +47,10 @@ class HeadRange:
     def widen(self, low_R: Tensor, high_R: Tensor) -> None:
         """Widen to contain one call's range."""
         self.with_rows(len(low_R))
-        # Where ranks combine their ranges, infinity stays, and NaN may get lost.
-        self.low_R = torch.minimum(
-            self.low_R, low_R.to(self.low_R).nan_to_num(float("-inf"), float("inf"), float("-inf"))
-        )
-        self.high_R = torch.maximum(
-            self.high_R, high_R.to(self.high_R).nan_to_num(float("inf"), float("inf"), float("-inf"))
-        )
+        # Where ranks combine their ranges, NaN may get lost, and infinity stays.
+        low_R, high_R = low_R.to(self.low_R), high_R.to(self.high_R)
+        self.low_R = torch.minimum(self.low_R, low_R.where(~low_R.isnan(), float("-inf")))
+        self.high_R = torch.maximum(self.high_R, high_R.where(~high_R.isnan(), float("inf")))
 
     @property
     def is_finite(self) -> bool:

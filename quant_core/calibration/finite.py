@@ -61,16 +61,15 @@ def finite_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[FiniteInp
         yield inputs
 
 
-def check_layer(name: str, amax_O1: Tensor, bias_O: Tensor | None) -> None:
-    """Check the row maxima of a layer's weight, and its bias. Raises InputError when one is NaN or infinite."""
-    for part, tensor in (("weight", amax_O1), ("bias", bias_O)):
-        if tensor is not None and not tensor.isfinite().all():
-            raise InputError(
-                f"the {part} of layer '{name}' holds NaN or infinity",
-                where=f"{name}.{part}",
-                why="it has no scale; the file is damaged, or was written in a dtype whose range is too small",
-                advice="copy the weights again, or compute in bfloat16 (--dtype bfloat16)",
-            )
+def check_part(layer: str, part: str, tensor: Tensor) -> None:
+    """Check the row maxima of a layer's `weight`, or its `bias`. Raises InputError when one is NaN or infinite."""
+    if not tensor.isfinite().all():
+        raise InputError(
+            f"the {part} of layer '{layer}' holds NaN or infinity",
+            where=f"{layer}.{part}",
+            why="it has no code; the file is damaged, or was written in a dtype whose range is too small",
+            advice="copy the weights again, or compute in bfloat16 (--dtype bfloat16)",
+        )
 
 
 def check_attention(name: str, part: str, *, is_finite: bool) -> None:

@@ -65,9 +65,9 @@ def require_kept(measured: Measured, wanted: Mapping[str, str]) -> None:
     """Check that of each layer was kept what is wanted. Raises InputError naming the first of which it was not."""
     for name, kept in wanted.items():
         measured.of_layer(name)
-        if measured.kept.get(name, kept) != kept:
+        if (found := measured.kept.get(name, "(unknown)")) != kept:
             raise InputError(
-                f"the calibration kept the {measured.kept[name]} of layer '{name}', and {kept} is wanted",
+                f"the calibration kept the {found} of layer '{name}', and {kept} is wanted",
                 where="calib_data",
                 why="it was measured for another session",
                 advice="measure with the session that is to quantize",

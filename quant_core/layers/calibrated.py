@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from quant_core.arithmetic.blocks import Rows
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.arithmetic.scales import fake_quantize_tokens
-from quant_core.calibration.finite import check_layer
+from quant_core.calibration.finite import check_part
 from quant_core.layers.rescaling import RescaledRows, Rescaling
 from quant_core.parallel.groups import Group, reduce_over
 from quant_core.schemes.quantized_layer import QuantizedLayer
@@ -77,7 +77,9 @@ def encode_linear(
         w_OI, mul_scale_I = RescaledRows(float_OI, rescaling, numerics), rescaling.mul_scale_I
         bias_O = None if bias_O is None else rescaling.bias(bias_O)
     amax_O1 = scheme.codec.row_maxima(w_OI)
-    check_layer(name, amax_O1, bias_O)
+    check_part(name, "weight", amax_O1)
+    if bias_O is not None:
+        check_part(name, "bias", bias_O)
     amax_O1 = reduce_over(scale_group, "max", amax_O1)
     weight = scheme.codec.encode(w_OI, amax_O1, float_OI.dtype, numerics, fake_OI=fake_OI)
     return QuantizedLayer(name, scheme, weight.codes, weight.scale, bias_O, mul_scale_I)

@@ -6,7 +6,7 @@ the float model's own. What the ranges are made of, and what the ranks agree on,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from quant_core.ranges import ESTIMATORS
 from quant_core.ranges.channel_importance import channel_importance
 from quant_core.ranges.extremes import ChannelExtremes
 from quant_core.session.config import SessionConfig
-from quant_core.session.float_forwards import require_second_look_is_needless, what_is_kept
+from quant_core.session.float_forwards import Kept, require_second_look_is_needless, what_is_kept
 from quant_core.session.observation import own_extremes
 from quant_core.session.session import Session
 from quant_core.structure import ModelStructure, find_structure
@@ -55,8 +55,9 @@ class OnlineCalibration:
         require_second_look_is_needless(config)
         session = Session(model, config, structure or find_structure(model), parallel or Parallel(), silent)
         self._model, self._step_source, self._per_step = model, step_source, session.per_step
-        self._layers, self._attentions = dict(_observers(session)), session.attentions
-        self._kept = {name: kept.text for name, kept in what_is_kept(session).items()}
+        kept = what_is_kept(session)
+        self._layers, self._attentions = dict(_observers(session, kept)), session.attentions
+        self._kept = {name: each.text for name, each in kept.items()}
         self._forwards = 0
 
     @contextmanager
@@ -114,9 +115,9 @@ def _watch(name: str, observer: InputObserver, finite: FiniteInputs) -> Callable
     return watch
 
 
-def _observers(session: Session) -> Iterator[tuple[str, InputObserver]]:
+def _observers(session: Session, layers: Mapping[str, Kept]) -> Iterator[tuple[str, InputObserver]]:
     """Yield what watches the input of each layer that needs it: by channel where smoothing may divide it."""
-    for name, kept in what_is_kept(session).items():
+    for name, kept in layers.items():
         fresh = ChannelExtremes if kept.by_channel else partial(_estimator, session, name, _importance(session, name))
         yield name, InputObserver(session.numerics, fresh, per_step=kept.per_step, sync=own_extremes)
 

@@ -133,11 +133,11 @@ def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
 
 def _untie(model: nn.Module, targets: Iterable[str]) -> None:
     """Give each layer to quantize a weight and a bias of its own: what shares its tensors stays as it is."""
-    owners = Counter(t.untyped_storage().data_ptr() for _, t in model.named_parameters(remove_duplicate=False))
+    owners = Counter(tensor.data_ptr() for _, tensor in model.named_parameters(remove_duplicate=False))
     for name in targets:
         linear = linear_at(model, name)
         for key, tensor in linear.named_parameters(recurse=False):
-            if owners[tensor.untyped_storage().data_ptr()] > 1:
+            if owners[tensor.data_ptr()] > 1:
                 setattr(linear, key, nn.Parameter(tensor.detach().clone(), requires_grad=False))
 
 

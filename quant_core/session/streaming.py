@@ -25,7 +25,7 @@ from quant_core.arithmetic.numerics import NUMERICS, Numerics
 from quant_core.arithmetic.rotation import Rotation
 from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.attention.rotated_values import Rotations, find_rotations, levelled
-from quant_core.calibration.finite import check_layer
+from quant_core.calibration.finite import check_part
 from quant_core.calibration.replay import Progress, silent
 from quant_core.checkpoint.content import ContentCheck
 from quant_core.checkpoint.entries import description_text, entries
@@ -200,15 +200,16 @@ class _LayerStep:
         name, dtype, codec = described.name, described.weight_scale_O1.dtype, described.scheme.codec
         rotation, group = self.rotations.get(name), self.parallel.scale_group(name)
         bias_O = None if described.bias_O is None else next(read).to(dtype)
-        if rotation is not None and bias_O is not None:
-            bias_O = rotation.bias(bias_O)
+        if bias_O is not None:
+            check_part(name, "bias", bias_O)
+            bias_O = bias_O if rotation is None else rotation.bias(bias_O)
         codes_OI, scales = self.memory.empty(described.codes_OI.shape, torch.int8), []
         for piece in self._weight_pieces(described):
             # The stored weight is rounded to the dtype to compute in first, as a loaded model's is.
             w_OI = next(read).to(self.device, dtype)
             w_OI = w_OI if rotation is None else rotation.weight(w_OI)
             amax_O1 = codec.row_maxima(w_OI)
-            check_layer(name, amax_O1, bias_O)
+            check_part(name, "weight", amax_O1)
             codes = codes_OI if piece.rows is None else codes_OI[piece.rows]
             amax_O1 = reduce_over(group, "max", amax_O1)
             scales.append(codec.encode(w_OI, amax_O1, dtype, self.numerics, codes_OI=codes).scale)

@@ -56,9 +56,10 @@ def test_a_file_that_has_gone_meanwhile_fails_nobody(file: Path):
     passing = PassingRead()
     for number in range(PIECES // 2):
         read(file, passing, number * PIECE, (number + 1) * PIECE)
-    file.rename(file.with_name("elsewhere"))
-    passing.note(file, 0, 5 * PIECE)
-    passing.note(file, 0, 5 * PIECE)
+    elsewhere, last = file.rename(file.with_name("elsewhere")), PIECES // 2 * PIECE
+    for _ in range(2):
+        passing.note(file, 0, 5 * PIECE)
+    assert cached_bytes(elsewhere, last - PIECE, last) == PIECE  # it was to be given up, and could not be found
 
 
 def test_a_reader_that_gives_nothing_up_would_be_found_out(file: Path):
