@@ -122,15 +122,11 @@ def estimate_memory(
 
     session: what is quantized, and how; None: nothing. batches: calls of the pipeline on this rank. evaluates: whether
     `comparing` is wanted, which takes as long as all the rest; 0 otherwise. encodes: likewise of `encoding`.
-
-    Raises ConfigurationError for options that do not fit the model.
     """
     model, dtype = part.model, adapter.dtype(options)
-    config = getattr(model, "config")  # noqa: B009, a Module has no config
-    adapter.check_options(config, options)
     schemes = {n: SCHEMES[config.key] for n, config in layer_plan(model, session).items()} if session else {}
     state, weights = model.state_dict(), [model.get_parameter(f"{name}.weight") for name in schemes]
-    inputs = adapter.transformer_inputs(config, options, dtype)
+    inputs = adapter.transformer_inputs(getattr(model, "config"), options, dtype)  # noqa: B009, a Module has no config
     arguments = inputs.arguments()
     activations, largest_input = _follow_forward(model, schemes, arguments)
     replays = session is not None and reads_activations(model, session)

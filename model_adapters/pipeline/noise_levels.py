@@ -67,11 +67,14 @@ def _scheduler(adapter: ModelAdapter, settings: Mapping[str, Any], options: Pipe
 def shift(scheduler: Any, tokens: int, max_shift: float) -> float:
     """Return by how much the pipelines of images shift the steps of an image with so many tokens.
 
-    max_shift: the pipeline's own, for a scheduler that says none. diffusers' function lies in a module that imports
-    all text encoders.
+    max_shift: the pipeline's own, for a scheduler that says none.
     """
-    config = scheduler.config
-    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    lowest, highest = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
-    slope = (highest - lowest) / (last - first)
-    return tokens * slope + (lowest - slope * first)
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    return calculate_shift(
+        tokens,
+        scheduler.config.get("base_image_seq_len", 256),
+        scheduler.config.get("max_image_seq_len", 4096),
+        scheduler.config.get("base_shift", 0.5),
+        scheduler.config.get("max_shift", max_shift),
+    )
