@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -216,6 +215,8 @@ class JobConfig(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as commented YAML, which `--config` accepts, and where it was started."""
-        with suppress(OSError):  # the current folder is gone
-            return f"{commented_yaml(self)}{STARTED_IN}: {json.dumps(str(Path.cwd()))}\n"
-        return commented_yaml(self)
+        try:
+            started_in = f"{STARTED_IN}: {json.dumps(str(Path.cwd()))}\n"
+        except OSError:  # the current folder is gone
+            started_in = ""
+        return commented_yaml(self) + started_in

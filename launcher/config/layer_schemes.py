@@ -50,7 +50,7 @@ def require_options_of_files(given: Any, options: BaseModel) -> None:
     for word in map(str, given if isinstance(given, (list, tuple)) else ()):
         held = _read(_path(word)).get(HOLDS_WITH) if word.startswith("@") else None
         wanted = {str(name): value for name, value in held.items()} if isinstance(held, Mapping) else {}
-        other = {name: value for name, value in wanted.items() if getattr(options, name, value) != value}
+        other = {name: value for name, value in wanted.items() if getattr(options, name, None) != value}
         if other:
             differences = [f"{name} is {value}, and the job's {_said(options, name)}" for name, value in other.items()]
             raise ConfigurationError(
@@ -67,7 +67,7 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
 
 
 def _said(options: BaseModel, name: str) -> str:
-    value = getattr(options, name)
+    value = getattr(options, name, None)
     return "is left out" if value is None else f"is {value}"
 
 

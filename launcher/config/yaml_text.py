@@ -46,6 +46,7 @@ def _loader(where: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            """Read a mapping; raises ConfigurationError where it gives a key twice."""
             lines: dict[str, int] = {}
             for key, _ in node.value:
                 name, line = str(key.value), key.start_mark.line + 1

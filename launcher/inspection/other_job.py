@@ -13,6 +13,7 @@ from launcher.files.identity import calibration_fingerprint, quantization_finger
 from launcher.files.manifest import Manifest, another_jobs, read_manifest
 from launcher.files.run_folder import MANIFEST
 from launcher.ranks.mesh import Mesh
+from launcher.stages.processors import disabled_layers_of
 from model_adapters.adapter import ModelAdapter
 from model_adapters.pipeline.prompts import Batch
 
@@ -57,8 +58,7 @@ def what_lies_there(
 def _fields(
     config: JobConfig, adapter: ModelAdapter, mesh: Mesh, batches: Sequence[Batch], *, online: bool
 ) -> Mapping[str, Any]:
-    options = config.quantization
-    disabled = adapter.disabled_layers[options.main_type] if options.disable_names is None else options.disable_names
+    disabled = disabled_layers_of(config.quantization, adapter)
     calibration = calibration_fingerprint(config, adapter, mesh, {}, batches)
     return quantization_fingerprint(calibration, config, disabled, online=online).fields
 

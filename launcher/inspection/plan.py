@@ -6,8 +6,7 @@ tried by itself, so that all problems are found and not the first; what a broken
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from launcher.devices.launch import Launch
 from launcher.inspection.last_run import LastRun, last_run_in
 from launcher.inspection.other_job import what_lies_there
 from launcher.inspection.room import by_disk, require_room, still_needed
+from launcher.inspection.scopes import Scope, scopes_of
 from launcher.ranks.mesh import Mesh
 from launcher.ranks.process_group import lay_out
 from launcher.stages.evaluate import check_evaluation
@@ -32,7 +32,7 @@ from launcher.stages.online import (
     writes_dump,
 )
 from launcher.stages.places import check_save_path, place_of
-from launcher.stages.processors import processors, session_of
+from launcher.stages.processors import disabled_layers_of, processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
 from model_adapters.memory.memory_model import MemoryModel, estimate_memory
@@ -44,7 +44,7 @@ from model_adapters.weights.transformer_folders import pipeline_files, used_fold
 from model_adapters.weights.transformer_part import TransformerPart, build_empty, describe_transformer
 from quant_core.attention.rotated_values import Rotations, find_rotations
 from quant_core.errors import ExplainedError, InputError
-from quant_core.naming import linear_names, matches, select
+from quant_core.naming import linear_names, select
 from quant_core.schemes import QUANT_TYPES, SCHEMES
 from quant_core.schemes.treatment import FLOAT
 from quant_core.session.checks import check_outputs
@@ -57,21 +57,6 @@ from quant_core.smoothing.smooth import groups_to_smooth
 T = TypeVar("T")
 # Tensor-parallel sizes that are tried.
 _SIZES = range(1, 17)
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Linear layers of one name but for the number of the block: what becomes of them, and why they stay float.
-
-    style, local: how a rank holds them, (outputs, inputs).
-    """
-
-    pattern: str
-    count: int
-    scheme: str
-    reason: str
-    style: str
-    local: tuple[int, int]
 
 
 @dataclass
@@ -248,7 +233,7 @@ def _look_at_model(
 def _describe(
     config: JobConfig, adapter: ModelAdapter, tp_size: int, *, with_files: bool = True, empty: nn.Module | None = None
 ) -> TransformerPart:
-    return describe_transformer(
+    part = describe_transformer(
         adapter,
         config.pipeline.path,
         tp_size=tp_size,
@@ -258,6 +243,8 @@ def _describe(
         with_files=with_files,
         empty=empty,
     )
+    adapter.check_options(getattr(part.model, "config"), config.pipeline)  # noqa: B009, a Module has none
+    return part
 
 
 def _look_at_layers(
@@ -270,7 +257,7 @@ def _look_at_layers(
 ) -> SessionConfig | None:
     """Find out which layer gets which scheme, and what the quantizer would refuse; return its session."""
     options = config.quantization
-    asked = adapter.disabled_layers[options.main_type] if options.disable_names is None else options.disable_names
+    asked = disabled_layers_of(options, adapter)
     disabled = [p for p in asked if plan.attempt(lambda p=p: select(names, p, where="--disable_names"))]
     session = plan.attempt(lambda: session_of(processors(options, disabled), options, []))
     layers = session and plan.attempt(lambda: layer_plan(model, session))
@@ -279,7 +266,7 @@ def _look_at_layers(
     schemes = {name: SCHEMES[chosen.key] for name, chosen in layers.items()}
     types = {name: options.quant_type if options.is_auto else scheme.quant_type for name, scheme in schemes.items()}
     rules = {p: f"--layer_schemes {p}=float" for p, chosen in session.layer_schemes.items() if chosen == FLOAT}
-    plan.scopes = _scopes(model, types, rules | {p: f"--disable_names {p}" for p in disabled if p not in rules}, part)
+    plan.scopes = scopes_of(model, types, rules | {p: f"--disable_names {p}" for p in disabled if p not in rules}, part)
     plan.attempt(lambda: check_outputs(model, schemes))
     reads = reads_activations(model, session)
     plan.attempt(lambda: check_online(config, session, reads_activations=reads))
@@ -298,26 +285,6 @@ def _look_at_layers(
     if session.rotate_values:
         plan.rotations = plan.attempt(lambda: find_rotations(model, adapter.structure, targets=layers))
     return session
-
-
-def _scopes(
-    model: nn.Module, types: Mapping[str, str], rules: Mapping[str, str], part: TransformerPart | None
-) -> list[Scope]:
-    """Count layers that are alike; types: of those to quantize; rules: what keeps others float, by its pattern."""
-    found: dict[tuple[str, str, str, str, tuple[int, int]], int] = {}
-    for name in linear_names(model):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear), "linear_names lists no other"
-        rule = next((rule for pattern, rule in rules.items() if matches(name, pattern)), None)
-        reason = "" if name in types else rule or "the model's output"
-        style = part.shards[name].style.value if part and name in part.shards else "replicated"
-        pattern = re.sub(r"\.\d+\.", ".*.", name, count=1)
-        key = pattern, types.get(name, "float"), reason, style, (linear.out_features, linear.in_features)
-        found[key] = found.get(key, 0) + 1
-    return [
-        Scope(pattern, count, scheme, reason, style, local)
-        for (pattern, scheme, reason, style, local), count in found.items()
-    ]
 
 
 def _look_at_disk(plan: Plan, config: JobConfig) -> None:

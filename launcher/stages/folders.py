@@ -55,7 +55,7 @@ def own_folders(job: Job, *, only_weights: bool = False) -> Iterator[None]:
             for option, folder in folders.items():
                 make_folder(folder)
                 if option in options and held.enter_context(hold(folder, option, name, job.console.say)):
-                    for place in (folder, *(below for name in _BELOW for below in folder.glob(name))):
+                    for place in (folder, *(below for pattern in _BELOW for below in folder.glob(pattern))):
                         sweep(place)
 
         run_together(ranks, "making the output folders", lambda: take(folders if ranks.rank == 0 else ()))

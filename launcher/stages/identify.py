@@ -94,9 +94,7 @@ def _is_published(job: Job, results: Results) -> bool:
         differences = ["another version of this program made it, which meant something else by the same options"]
     if differences and not output.overwrite:
         raise another_jobs(folder.manifest, differences)
-    if differences:
-        return False
-    if output.resume == "never":
+    if differences or output.resume == "never":
         return False
     changed = manifest.changed_files(folder.weights)
     again = f"published, but made again, as it was changed since: {', '.join(changed)}"

@@ -13,7 +13,7 @@ from launcher.config.job_config import JobConfig
 from launcher.devices.host_memory import return_large_blocks
 from launcher.ranks.process_group import Ranks
 from launcher.stages.online import check_online, needs_prompts, reason_to_replay, runs_pipeline, takes_ranges
-from launcher.stages.processors import processors, session_of
+from launcher.stages.processors import disabled_layers_of, processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
 from model_adapters.pipeline.noise_levels import steps_of
@@ -54,9 +54,8 @@ class ModelSession:
 
     @property
     def disabled_layers(self) -> tuple[str, ...]:
-        """Return the patterns of layers to keep float: the user's, else those of the model's recipe."""
-        chosen = self.config.quantization.disable_names
-        return self.adapter.disabled_layers[self.config.quantization.main_type] if chosen is None else chosen
+        """Return the patterns of layers to keep float."""
+        return disabled_layers_of(self.config.quantization, self.adapter)
 
     @property
     def needs_prompts(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from launcher.config.job_config import AUTO, Quantization
+from model_adapters.adapter import ModelAdapter
 from quant_core import FA3ProcessorConfig, M6Config, SessionConfig, W8A8QuantConfig
 from quant_core.calibration.measured import Measured
 from quant_core.errors import ConfigurationError
@@ -20,6 +21,11 @@ from quant_core.smoothing import METHODS
 Config = TypeVar("Config", bound=ProcessorConfig)
 # The separator where `auto` chooses rows for each step: it has measured them in every step.
 ROWS_IN_EVERY_STEP = 0
+
+
+def disabled_layers_of(options: Quantization, adapter: ModelAdapter) -> tuple[str, ...]:
+    """Return the patterns of layers to keep float: the user's, else those of the model's recipe."""
+    return adapter.disabled_layers[options.main_type] if options.disable_names is None else options.disable_names
 
 
 def processors(options: Quantization, disabled_layers: Sequence[str]) -> list[ProcessorConfig]:

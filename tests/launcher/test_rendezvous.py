@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
@@ -44,6 +45,8 @@ def test_a_rank_with_another_option_is_named_on_all_ranks() -> None:
 
 
 def test_a_second_job_of_the_same_process_is_compared_anew() -> None:
-    store = dist.HashStore()
+    store, told = dist.HashStore(), []
     for size in (1, 2):
         require_alike_in_store(store, Launch(0, 1), {"tp_size": size}, what="the options")
+        told.append(json.loads(store.get(f"the options/0/{size}")))
+    assert told == [{"tp_size": 1}, {"tp_size": 2}]
