@@ -76,3 +76,10 @@ def test_a_file_that_says_which_options_it_holds_with_is_refused_by_a_job_that_h
     assert job_from_yaml(again.to_yaml()) == again
     measured_again = parse([*JOB, "--quant_type", "auto", "--layer_schemes", f"@{file}"]).options
     assert measured_again.quantization.layer_schemes == {"*": "w8a8_timestep"}
+
+
+def test_an_option_that_no_job_has_is_not_held_by_any(tmp_path: Path):
+    file = tmp_path / "quant_decisions.yaml"
+    file.write_text("holds_with: {anti_metod: m4}\nlayer_schemes: {'*': w8a16}\n")
+    with pytest.raises(ConfigurationError, match="anti_metod is m4, and the job's is left out"):
+        job(f"@{file}")
