@@ -10,6 +10,7 @@ _MARKS = {"now": "VmRSS", "peak": "VmHWM"}
 def resident(process: int | str = "self", mark: str = "now") -> int:
     """Return the resident set of a process in bytes, mapped file pages included: `now`, or its `peak`.
 
+    Not `ru_maxrss`: that of a program begins with the peak of whoever started it.
     Raises OSError when the process has ended.
     """
     for line in Path(f"/proc/{process}/status").read_text().splitlines():

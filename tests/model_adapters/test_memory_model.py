@@ -47,10 +47,7 @@ from quant_core.calibration.records import Record
 from quant_core.calibration.replay import to_device
 from model_adapters.quality.evaluate import evaluate_layers, published
 from quant_core.checkpoint.entries import CheckpointFiles
-
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+from scripts.bench.usage import resident
 
 folder, stage, out = sys.argv[1:]
 torch.set_num_threads(1)
@@ -61,7 +58,7 @@ part = describe_transformer(adapter, folder, dtype=torch.bfloat16)
 inputs = adapter.transformer_inputs(part.model.config, options, torch.bfloat16).arguments()
 inputs = {name: torch.rand(tensor.shape).to(tensor.dtype) for name, tensor in inputs.items()}
 torch.nn.functional.linear(torch.rand(2, 64).bfloat16(), torch.rand(64, 64).bfloat16())  # wakes the kernels' library
-before = status("VmRSS")
+before = resident()
 model = load_part(part, "cpu").model
 dumper = DumperManager(model)
 if stage == "calibrating":
@@ -79,7 +76,7 @@ else:
     records = [{"kwargs": {**inputs, "return_dict": False}, "timestep_idx": 0}]
     config = {"w8a8": W8A8ProcessorConfig(), "save": SaveProcessorConfig(output_path=out)}
     quant_model(model, SessionConfig(processor_cfg_map=config, calib_data=records))
-print(status("VmHWM") - before)
+print(resident(mark="peak") - before)
 """.replace("STEPS", str(STEPS)).replace("SIDE", str(SIDE))
 
 
@@ -131,20 +128,17 @@ use_large_pages()
 import torch
 from model_adapters import load_adapter
 from model_adapters.pipeline.prompt_encoding import encode_prompts
-
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+from scripts.bench.usage import forget_peak, resident
 
 torch.set_num_threads(1)
 return_large_blocks()
 adapter = load_adapter("flux")
 for job in sys.argv[1:]:  # the first, with small encoders, has everything imported
     dtype, _, folder = job.partition(":")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    before = status("VmRSS")
+    forget_peak()
+    before = resident()
     encode_prompts(adapter, adapter.options(path=folder), [("a cat",)], "cpu", getattr(torch, dtype))
-    print(status("VmHWM") - before)
+    print(resident(mark="peak") - before)
 """
 
 

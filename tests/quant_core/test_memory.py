@@ -15,10 +15,11 @@ ROOT = Path(__file__).parents[2]
 # in MiB after each. One record's inputs of all linears are about 13 MiB in float32, so whoever keeps those of 64
 # records needs 0.8 GiB more.
 PROGRAM = """
-import resource, sys
+import sys
 import torch
 sys.path.insert(0, "tests/quant_core")
 from tests.support.golden_cases import GoldenCase
+from scripts.bench.usage import resident
 from quant_core import *
 from quant_core.calibration.records import Record
 
@@ -40,7 +41,7 @@ torch.set_num_threads(1)
 for count in map(int, counts):
     records = [record(i) for i in range(count)]
     quant_model(case.model(), SessionConfig(processor_cfg_map=schemes[kind], calib_data=records))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(resident(mark="peak") / 2**20)
 """
 
 

@@ -201,16 +201,17 @@ def test_entries_that_share_one_memory_are_stored_once_each(tmp_path: Path):
 
 
 _PEAK_OF_A_WRITE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 from quant_core.checkpoint.tensor_parts import write_tensors
+from scripts.bench.usage import resident
 # Not contiguous, so that writing has to copy each: 24 tensors of 16 MB.
 tensors = {str(i): torch.ones(2000, 2000).T for i in range(24)}
 write_tensors(Path(sys.argv[1]), {"0": tensors["0"]}, metadata={})  # what the libraries load when first used
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = resident(mark="peak")
 write_tensors(Path(sys.argv[1]), tensors, metadata={})
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print((resident(mark="peak") - before) // 2**20)
 """
 
 
@@ -218,7 +219,7 @@ def test_writing_holds_one_copied_tensor_at_a_time(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", _PEAK_OF_A_WRITE, str(tmp_path / "w.safetensors")]
     peak = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    # MB: one copy, and the few that the allocator keeps for the next ones (60 measured); all copies would be 384.
+    # MiB: one copy, and the few that the allocator keeps for the next ones (60 measured); all copies would be 384.
     assert int(peak.stdout) < 8 * 16
 
 

@@ -51,6 +51,13 @@ def test_what_a_child_of_the_command_used_is_counted(tmp_path):
     assert cost.written_bytes >= 20 * MB
 
 
+def test_the_peak_of_a_program_is_its_own_and_not_that_of_who_started_it():
+    large = "import subprocess, sys; held = b'1' * 300_000_000; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    own = "from scripts.bench.usage import resident; print(resident(mark='peak'))"
+    done = subprocess.run([sys.executable, "-c", large, own], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 100 * MB
+
+
 def test_a_command_that_fails_is_no_cost():
     with pytest.raises(CommandFailed, match=r"(?s)ended with 3.*no such model"):
         run(python("-c", "print('no such model'); raise SystemExit(3)"), {})
