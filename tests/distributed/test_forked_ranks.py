@@ -18,7 +18,7 @@ SAYS = """
 import json, os, sys
 seen = {name: value for name, value in os.environ.items() if "PORT" not in name}
 open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w").write(json.dumps([seen, sys.argv, sys.path[0], os.getcwd()]))
-print("rank", os.environ["RANK"])
+sys.stdout.write(f"rank {os.environ['RANK']}\\n")  # in one call: the ranks share the pipe
 """
 # A rank that fails while the other waits for it.
 FAILS = """
@@ -36,7 +36,8 @@ HANGS = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 subprocess.Popen(["sleep", "601"])
-print("waits", flush=True)
+sys.stdout.write("waits\\n")
+sys.stdout.flush()
 time.sleep(600)
 """
 # What torchrun says of itself and of its host.

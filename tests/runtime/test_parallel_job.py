@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -126,7 +127,8 @@ def test_the_command_has_the_runtime_load_and_compute_each_rank_without_the_mode
     verdict = verify(shards, with_runtime=True)
     assert verdict.findings == []
     assert "loaded the files and computed with 90 layers" in verdict.remarks[-1]  # 45 on each rank
-    assert "largest difference 0.00 of what rounding may make" in verdict.remarks[-1]
+    # 0.00 where the processor adds up as the stand-in does; one output that rounds the other way is 0.93.
+    assert re.search(r"largest difference (0\.\d\d|1\.00) of what rounding may make", verdict.remarks[-1])
 
 
 def test_what_the_runtime_refuses_is_a_finding_in_its_own_words(
