@@ -1,9 +1,10 @@
 """Do the least that leads to a first forward on each rank: the floor of the launcher's start.
 
     torchrun --nproc_per_node 2 scripts/bench/plain_start.py PIPELINE PROMPTS
+    python scripts/bench/plain_start.py PIPELINE PROMPTS
 
-It imports torch and diffusers, connects the ranks, loads the pipeline, and calls it. When the transformer was first
-called goes to `$BENCH_MARKS`/rank<n>.json, in seconds since the epoch.
+It imports torch and diffusers, connects the ranks if there are any, loads the pipeline, and calls it. When the
+transformer was first called goes to `$BENCH_MARKS`/rank<n>.json, in seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -28,18 +29,21 @@ def main(folder: str, prompts: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    rank = os.environ.get("RANK")  # none outside of torchrun
+    if rank is not None:
+        dist.init_process_group("gloo")
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, local_files_only=True)
 
     def note(*_: object) -> None:
         marks = {"first forward": time.time(), "modules": float(len(sys.modules))}
-        Path(os.environ["BENCH_MARKS"], f"rank{dist.get_rank()}.json").write_text(json.dumps(marks))
+        Path(os.environ["BENCH_MARKS"], f"rank{rank or 0}.json").write_text(json.dumps(marks))
 
     pipeline.transformer.register_forward_pre_hook(note)
     pipeline.set_progress_bar_config(disable=True)
     prompt = Path(prompts).read_text().splitlines()[0]
     pipeline(prompt, width=64, height=64, num_inference_steps=1, output_type="latent")
-    dist.destroy_process_group()
+    if rank is not None:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

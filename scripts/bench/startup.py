@@ -2,7 +2,8 @@
 
 Where one part of the way ends stands in two places: the log of rank 0 says when its stages begin and when the prompts
 were encoded, and `traced_rank.py` notes the rest. Beside it stands a plain script that loads the same pipeline under
-torchrun and calls it (`plain_start.py`), run in turns with ours. What is imported is asked of Python itself
+torchrun and calls it (`plain_start.py`), and the same script as one process without torchrun, which no job of ranks can
+be faster than; all run in turns with ours. What is imported is asked of Python itself
 (`-X importtime`), in a run of its own, because asking takes time.
 """
 
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -27,6 +29,7 @@ _FLAGS = (
     *("--device", "cpu", "--device_type", "A2-32g-dual", "--width", "64", "--height", "64", "--infer_steps", "2"),
     *("--do_quant", "--quant_type", "w8a8_dynamic"),
 )
+_TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 _SHOWN = 10
 # Each part of the way, by the mark that ends it.
 _PARTS = {
@@ -50,14 +53,19 @@ def report(folder: Path, repeat: int) -> list[str]:
     prompts = folder / "prompts1.txt"
     prompts.write_text("A photo of an astronaut riding a horse on mars\n")
     prompts.chmod(0o640)
-    pairs = [(_one_run(folder, pipeline, prompts), _plain(folder, pipeline, prompts)) for _ in range(repeat)]
-    runs = [ours for ours, _ in pairs]
+    words = (str(ROOT / "scripts" / "bench" / "plain_start.py"), str(pipeline), str(prompts))
+    turns = [
+        (_one_run(folder, pipeline, prompts), _plain(folder, *_TWO_RANKS, *words), _plain(folder, *words))
+        for _ in range(repeat)
+    ]
+    runs, plain, alone = zip(*turns)
     told = [f"seconds from the command to the first forward, rank 0, median of {repeat}:"]
     told += [f"  {median(found[part] for found in runs):6.2f}  {part}" for part in _PARTS]
     in_all = [sum(ours[part] for part in _PARTS) for ours in runs]
     told.append(f"  {median(in_all):6.2f}  in all")
-    told.append(f"  {median(plain for _, plain in pairs):6.2f}  a plain script that loads the pipeline and calls it")
-    told.append(f"  {median(ours / plain for ours, (_, plain) in zip(in_all, pairs)):6.2f}  ours beside it")
+    others = {"a plain script that loads the pipeline and calls it": plain, "the same in one process": alone}
+    for what, seconds in others.items():
+        told.append(f"  {median(seconds):6.2f}  {what}; ours beside it: {median(map(truediv, in_all, seconds)):.2f}")
     told.append(f"modules in rank 0 at the first forward: {runs[-1]['modules']:.0f}")
     return [*told, *_imports(folder, pipeline, prompts)]
 
@@ -67,7 +75,7 @@ def _command(folder: Path, pipeline: Path, prompts: Path, *entry: str) -> list[s
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     return [
-        *python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *entry, "flux"),
+        *python(*_TWO_RANKS, *entry, "flux"),
         *("--path", str(pipeline), "--prompt_path", str(prompts), *_FLAGS),
         *("--quant_weight_save_folder", str(out / "weights"), "--quant_dump_calib_folder", str(out / "dumps")),
     ]
@@ -87,12 +95,10 @@ def _one_run(folder: Path, pipeline: Path, prompts: Path) -> dict[str, float]:
     return parts
 
 
-def _plain(folder: Path, pipeline: Path, prompts: Path) -> float:
+def _plain(folder: Path, *words: str) -> float:
     """Return the seconds of the plain script, of its rank 0."""
     out, start = folder / "startup", time.time()
     out.mkdir(parents=True)
-    script = str(ROOT / "scripts" / "bench" / "plain_start.py")
-    words = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(pipeline), str(prompts))
     run(python(*words), {"OMP_NUM_THREADS": "1", "BENCH_MARKS": str(out)})
     marks = json.loads((out / "rank0.json").read_text())
     shutil.rmtree(out)
