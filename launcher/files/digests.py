@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
+from model_adapters.weights.passing_read import PassingRead
 from quant_core.atomic_file import write_text_atomically
-from quant_core.passing_read import PassingRead
 from quant_core.tensor_bytes import digest_of_tensor
 
 # Longer than a grain of the clocks that local and network file systems put into a file's status.

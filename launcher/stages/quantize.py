@@ -28,6 +28,7 @@ from launcher.stages.restep import SCHEDULER_KEY
 from model_adapters.parallel.tensor_parallel import assert_collectives
 from model_adapters.pipeline.noise_levels import noise_levels, scheduler_settings
 from model_adapters.weights.loading import LoadedTransformer
+from model_adapters.weights.passing_read import PassingRead
 from model_adapters.weights.stored_tensor import Reading
 from model_adapters.weights.transformer_part import TransformerPart
 from quant_core.calibration.measured import Measured
@@ -37,7 +38,6 @@ from quant_core.checkpoint.tensor_file import WrittenDigests
 from quant_core.errors import InputError
 from quant_core.parallel.groups import Parallel
 from quant_core.parallel.sharding import Shard
-from quant_core.passing_read import PassingRead
 from quant_core.reused_memory import ReusedMemory
 from quant_core.schemes import QUANT_TYPES
 from quant_core.session.config import SaveProcessorConfig, SessionConfig

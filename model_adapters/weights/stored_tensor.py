@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from model_adapters.weights.model_folder import damaged_weights, open_weights
+from model_adapters.weights.passing_read import PassingRead
 from quant_core.checkpoint.tensor_file import DTYPES
 from quant_core.errors import InputError
 from quant_core.parallel.sharding import Slice
-from quant_core.passing_read import PassingRead
 from quant_core.reused_memory import Empty, fresh
 from quant_core.tensor_bytes import raw_bytes
 

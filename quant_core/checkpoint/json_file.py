@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from quant_core.errors import InputError
+from quant_core.readable_file import require_readable
+
+MISSING = "check the folder's name, or quantize first"
 
 
 def read_object(path: Path, *, advice: str = "quantize again, or copy it again") -> dict[str, Any]:
@@ -15,10 +18,9 @@ def read_object(path: Path, *, advice: str = "quantize again, or copy it again")
     Raises InputError when it is missing, unreadable, cut short, no object, or has a key twice (JSON would silently
     keep the last).
     """
+    require_readable(path, kind=".json", missing=MISSING)
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise InputError("no such file", where=str(path), advice="check the folder's name, or quantize first") from None
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, str(error), advice) from None
     if not isinstance(found, dict):

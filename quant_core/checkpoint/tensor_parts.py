@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant_core.atomic_file import write_atomically, write_text_atomically
-from quant_core.checkpoint.json_file import read_object
+from quant_core.checkpoint.json_file import MISSING, read_object
 from quant_core.checkpoint.tensor_file import DTYPES, TensorFile, WrittenDigests
 from quant_core.errors import InputError, VerificationError
+from quant_core.readable_file import require_readable
 
 GB = 10**9
 # The dtype of codes, which are in front in a file.
@@ -170,11 +171,8 @@ def read_index(path: Path) -> dict[Path, set[str]]:
 
 
 def open_safetensors(file: Path, *, advice: str = _ADVICE) -> Any:
-    """Open a safetensors file; raises InputError, with the advice, when it is missing, damaged or no file."""
-    if not file.exists():
-        raise InputError("no such file", where=str(file), advice="check the folder's name, or quantize first")
-    if not file.is_file():
-        raise InputError("not a regular file", where=str(file), advice="give the path of a .safetensors file")
+    """Open a safetensors file; raises InputError, with the advice, when it is missing, damaged or cannot be opened."""
+    require_readable(file, kind=".safetensors", missing=MISSING)
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from launcher.files.digests import digest_of_file, digest_of_records, move, remember
-from quant_core import passing_read
+from model_adapters.weights import passing_read
 from tests.support.page_cache import cached_bytes, require_pages_that_leave
 
 MB = 2**20

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quant_core import passing_read
-from quant_core.passing_read import PassingRead
+from model_adapters.weights import passing_read
+from model_adapters.weights.passing_read import PassingRead
 from tests.support.page_cache import cached_bytes, require_pages_that_leave
 
 PIECE, PIECES = 1 << 20, 24
