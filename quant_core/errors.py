@@ -69,6 +69,13 @@ class VerificationError(ExplainedError):
     """What was produced is not what the consumer loads."""
 
 
+def few(items: Iterable[str], shown: int = 3) -> str:
+    """Return the first of many on one line, and how many more there are."""
+    known = list(items)
+    rest = len(known) - shown
+    return "; ".join(known[:shown]) + (f"; and {rest} more" if rest > 0 else "")
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate most like `name`, or None when none is close."""
     found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)

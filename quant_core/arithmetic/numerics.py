@@ -1,15 +1,20 @@
 """Two ways to compute the same tensors: `float32`, the better one, and `reference`, equal to the reference tool.
 
-Both write the same names, dtypes and shapes. They differ in six places, and `is_reference` tells which it is:
+Both write the same names, dtypes and shapes but where it is said below. `is_reference` tells which it is:
 
     weights       float32 rounds the scale once to the stored dtype and takes the codes from that stored scale;
                   reference does every step in the model's dtype
-    ranges        float32 keeps the true extremes; reference the running mean of each call's extremes, which clips
+    smoothing     float32 divides weights by the rounded `mul_scale`, and its searches see samples of all records;
+                  reference rounds factor and inverse apart, m3 sees the first record, m6 all inputs at once
+    ranges        float32 keeps the true extremes, and its scales reach them; reference the running mean of each
+                  call's extremes, which clips
     deq_scale     float32 multiplies the stored scales in float32; reference rounds the product to the model's dtype
     replay        float32 fake-quantizes a call with that call's own range, so no result depends on the order or
                   the distribution of the records; reference with the range known so far, in one sequence
-    attention     float32 has a scale per head; reference per token position
-    buffers       float32 writes persistent buffers; reference leaves them out
+    bias          float32 widens the scales of rows whose bias has no room in int32; reference lets it overflow,
+                  and becomes what the processor's cast makes of it
+    attention     float32 has a scale per head; reference per token position, which is another shape
+    buffers       float32 writes persistent buffers; reference leaves them out, so those names are missing
 
 Worked example, bf16: a row with absmax 1.0 has the scale 1/127 = 0.0078740, stored in bf16 as 0.0078735. A weight of
 0.326172 is 41.43 steps, code 41. In bf16 arithmetic the quotient has eight bits and becomes 41.5, which half-to-even

@@ -97,11 +97,10 @@ class Int8Rows:
 
     def round_trip(self, w_OI: Tensor) -> Tensor:
         """Return a weight as its codes would have it, in its own precision and with unrounded scales: for a search."""
-        import torch
-
         from quant_core.arithmetic.scales import QMAX, divided
 
-        scale_O1 = divided(self.row_maxima(w_OI), QMAX).clamp(min=torch.finfo(w_OI.dtype).tiny)
+        scale_O1 = divided(self.row_maxima(w_OI), QMAX)
+        scale_O1 = scale_O1.masked_fill(scale_O1 == 0, 1)  # a row of zeros, which any scale stands for
         return (w_OI / scale_O1).round_().clamp_(-QMAX, QMAX).mul_(scale_O1)
 
 

@@ -100,7 +100,8 @@ def _as_record(index: int, entry: Any) -> Record:
             return Record(() if is_twice else args, kwargs, step)
     if isinstance(entry, (list, tuple)):
         return Record(entry)
-    raise _not_records(f"entry {index} is a {type(entry).__name__} without args, kwargs and timestep_idx")
+    wanted = "a sequence args, a mapping kwargs and timestep_idx, a whole number or None"
+    raise _not_records(f"entry {index} is a {type(entry).__name__}, not one with {wanted}")
 
 
 def _is_step(step: Any) -> bool:

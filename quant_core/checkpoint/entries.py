@@ -26,7 +26,7 @@ MODEL_TYPE_KEY = "model_quant_type"
 FA_QUANT_TYPE_KEY = "fa_quant_type"
 # In the header of the tensors: the first static step of a per-step scheme, which the description has no place for.
 TIMESTEP_SEP_KEY = "timestep_sep"
-# Beside it: the numerics of static layers that were written with the reference one, whose biases may saturate.
+# Beside it: the numerics of static layers that were written with the reference one, whose biases may overflow.
 NUMERICS_KEY = "numerics"
 
 

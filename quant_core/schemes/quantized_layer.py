@@ -34,7 +34,7 @@ class QuantizedLayer:
         """Give rows whose bias would not fit in the integer product a larger scale, and the codes that go with it.
 
         input_scale_T1: of all steps, on the host. scale_group: ranks that share the row's scale; each has to ask, also
-        one whose part has no bias. The reference numerics lets such a bias saturate, as the reference tool does.
+        one whose part has no bias. The reference numerics lets such a bias overflow, as the reference tool does.
         """
         if numerics.is_reference:
             return

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import ConfigDict, Field, InstanceOf, SerializeAsAny, field_validator, model_validator
 
 from quant_core.attention.session import FA3ProcessorConfig
 from quant_core.errors import ConfigurationError, suggestion
@@ -63,8 +63,8 @@ class SessionConfig(StrictModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    processor_cfg_map: dict[str, SerializeAsAny[ProcessorConfig]]
-    layer_schemes: dict[str, SerializeAsAny[SchemeConfig] | Literal["float"]] = Field(default_factory=dict)
+    processor_cfg_map: dict[str, SerializeAsAny[InstanceOf[ProcessorConfig]]]
+    layer_schemes: dict[str, SerializeAsAny[InstanceOf[SchemeConfig]] | Literal["float"]] = Field(default_factory=dict)
     rotate_values: bool = False
     calib_data: Any = None
     device: str | None = None
@@ -76,6 +76,10 @@ class SessionConfig(StrictModel):
     def _schemes_by_name(cls, rules: Any) -> Any:
         if not isinstance(rules, Mapping):
             return rules
+        names = (*SCHEMES, "float")
+        for pattern, scheme in rules.items():
+            if isinstance(scheme, str) and scheme not in names:
+                raise ValueError(f"'{pattern}': no scheme is called '{scheme}': try {suggestion(scheme, names)}")
         return {p: SCHEMES[s].config() if isinstance(s, str) and s in SCHEMES else s for p, s in rules.items()}
 
     @model_validator(mode="after")
@@ -93,7 +97,7 @@ class SessionConfig(StrictModel):
             those = schemes_that(lambda scheme: scheme.with_attention)
             raise ConfigurationError(
                 f"fa3 goes with {those} only, not with {without[0]}",
-                where="processor_cfg_map",
+                where="processor_cfg_map" if without[0] == self.scheme.key else "layer_schemes",
                 why="a runtime that quantizes attention quantizes the linear layers around it token by token",
                 advice=f"replace the scheme by {those}, or drop fa3",
             )

@@ -217,9 +217,9 @@ def _save(
     if save is None:
         return None
     extra = {name: attention.entries() for name, attention in session.attentions.items()}
-    # Whoever reads a bias that saturates has to know that it was meant to.
-    saturates = session.numerics.is_reference and any(scheme.observes_input for scheme in session.schemes)
-    said = {NUMERICS_KEY: session.numerics.name} if saturates else {}
+    # Whoever reads a bias that overflows has to know that it was meant to.
+    overflows = session.numerics.is_reference and any(scheme.observes_input for scheme in session.schemes)
+    said = {NUMERICS_KEY: session.numerics.name} if overflows else {}
     said |= {} if timestep_sep is None else {TIMESTEP_SEP_KEY: str(timestep_sep)}
     said |= said_of_rotations(session.rotations.linears)
     header, metadata = {FA_QUANT_TYPE_KEY: FA_QUANT} if session.attentions else {}, said | save.metadata

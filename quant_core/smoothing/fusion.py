@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from quant_core.errors import ConfigurationError
+from quant_core.errors import ConfigurationError, few
 from quant_core.layers.rescaling import Rescaling
 from quant_core.naming import linear_at
 from quant_core.smoothing.groups import LinearGroup
@@ -33,9 +33,9 @@ def check_fusible(model: nn.Module, groups: Iterable[LinearGroup], targets: Coll
     problems = [problem for group in groups for problem in _problems(model, group, targets)]
     if problems:
         raise ConfigurationError(
-            f"{len(problems)} smoothing factors cannot be fused",
+            "smoothing factors cannot be fused",
             where="outlier suppression, fused",
-            why="the runtime loads quantized layers only, and these cannot absorb a factor: " + _few(problems),
+            why="the runtime loads quantized layers only, and these cannot absorb a factor: " + few(problems),
             advice="quantize these layers too, keep the smoothed ones float, or drop fused (--anti_fused)",
         )
 
@@ -59,11 +59,6 @@ def _modulation_problems(linear: nn.Linear, group: LinearGroup, width: int) -> I
         yield f"{group.modulation.linear} makes {linear.out_features / width:g} chunks, and only {counts} are known"
     if linear.bias is None:
         yield f"{group.modulation.linear} (for {group.name}) has no bias to shift"
-
-
-def _few(problems: list[str], shown: int = 3) -> str:
-    rest = len(problems) - shown
-    return "; ".join(problems[:shown]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def absorb(model: nn.Module, group: LinearGroup, factor_I: Tensor) -> dict[str, Rescaling]:

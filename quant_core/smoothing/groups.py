@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from quant_core.errors import ConfigurationError
+from quant_core.errors import ConfigurationError, few
 from quant_core.naming import matches
 from quant_core.structure import ModelStructure, Modulation, SmoothingGroup
 
@@ -132,10 +132,12 @@ def _no_structure(model: nn.Module) -> ConfigurationError:
 
 
 def _nothing_to_smooth(model: nn.Module, skipped: dict[str, str]) -> ConfigurationError:
-    reasons = "; ".join(dict.fromkeys(skipped.values())) or "none of the groups of its structure exists in the model"
+    reasons = few(dict.fromkeys(skipped.values()))
     return ConfigurationError(
         f"no group of linears of {type(model).__name__} is left to smooth",
         where="outlier suppression",
-        why=f"a group with a layer that stays float is left out whole: {reasons}",
+        why=f"a group with a layer that stays float is left out whole: {reasons}"
+        if skipped
+        else "none of the groups of its structure exists in the model",
         advice="quantize these layers too (disable_names), or drop the outlier suppression (--anti_method)",
     )

@@ -84,6 +84,7 @@ def test_args_and_kwargs_of_different_tensors_are_both_kept():
         ([{"args": torch.ones(2)}], "entry 0 is a dict"),
         ([{"args": [], "timestep_idx": "3"}], "entry 0 is a dict"),
         ([{"args": [], "timestep_idx": -1}], "entry 0 is a dict"),
+        ([{"args": [], "timestep_idx": 3.0}], "timestep_idx, a whole number or None"),
         ([{"timestep_idx": 3}], "entry 0 is a dict"),
         ([{"hidden_states": torch.ones(2)}], "entry 0 is a dict"),  # the keyword arguments themselves
         ({}, "it does not say that it is one"),

@@ -142,3 +142,13 @@ def test_every_pattern_of_32_bits_survives_also_with_the_sign_bit(bits: int):
 
 def test_one_half_packs_to_its_known_bits():
     assert pack_deq_scale(torch.tensor([0.5]), torch.float16).item() == 0x3F000000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_search_sees_small_rows_with_their_own_scales_and_rows_of_zeros_as_zeros(dtype: torch.dtype):
+    # Scales from 1.2e-5 on: normal in the other dtypes, below float16's normal numbers.
+    w_OI = (torch.randn(4, 256) * torch.tensor([[0.0], [5e-4], [2e-3], [1.0]])).to(dtype)
+    found = INT8_ROWS.round_trip(w_OI)
+    assert not found[0].any()
+    scale_O1 = w_OI[1:].abs().amax(1, keepdim=True) / 127
+    assert torch.equal(found[1:], (w_OI[1:] / scale_O1).round().clamp(-127, 127) * scale_O1)

@@ -258,3 +258,25 @@ def test_a_model_in_training_is_calibrated_as_it_will_be_used_and_trains_on():
 
 def test_what_a_layer_observed_does_not_stay_when_its_tensors_are_there():
     assert all(layer.observer is None for layer in quant_model(SmallModel(), session("w8a8")).layers.values())
+
+
+def test_a_misspelt_scheme_of_a_rule_is_told_with_the_nearest_one():
+    message = refusal(
+        lambda: SessionConfig(processor_cfg_map={"w8a8": W8A8ProcessorConfig()}, layer_schemes={"x": "w8a61"})  # type: ignore[dict-item]
+    )
+    assert "'x': no scheme is called 'w8a61': try w8a16 (nearest name)" in message
+
+
+@pytest.mark.parametrize("where", ["processor_cfg_map", "layer_schemes"])
+def test_a_mapping_in_the_place_of_a_configuration_is_refused_by_its_field(where: str):
+    given: dict[str, Any] = {"processor_cfg_map": {"w8a8": W8A8ProcessorConfig()}, where: {"w8a8": {}}}
+    message = refusal(lambda: SessionConfig(**given))
+    assert f"{where}.w8a8" in message
+    assert "instance of" in message
+
+
+def test_attention_beside_a_scheme_of_a_rule_is_refused_where_the_rule_stands():
+    processors = {"w8a8_dynamic": DYNAMIC, "fa3": FA3ProcessorConfig()}
+    message = refusal(lambda: SessionConfig(processor_cfg_map=processors, layer_schemes={"x": "w8a16"}))  # type: ignore[arg-type]
+    assert "not with w8a16" in message
+    assert "where  layer_schemes" in message
