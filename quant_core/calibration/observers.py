@@ -12,10 +12,8 @@ from torch import Tensor
 
 from quant_core.arithmetic.numerics import Numerics
 from quant_core.calibration.timestep import TimestepManager
-from quant_core.parallel.groups import Reduction
+from quant_core.parallel.groups import Group, Reduction, reduce_over
 from quant_core.ranges.estimator import RangeEstimator
-
-SyncRange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class InputObserver:
@@ -23,16 +21,21 @@ class InputObserver:
 
     With `per_step` it keeps a range for each denoising step, read from `TimestepManager`; otherwise one range, under
     the key None. The reference numerics keeps one estimator through all steps and remembers where it stood at the end
-    of each.
+    of each. In a replay the ranks of `scale_group` take one call's extremes over all of them.
     """
 
     def __init__(
-        self, numerics: Numerics, new_estimator: Callable[[], RangeEstimator], *, per_step: bool, sync: SyncRange
+        self,
+        numerics: Numerics,
+        new_estimator: Callable[[], RangeEstimator],
+        *,
+        per_step: bool,
+        scale_group: Group | None = None,
     ) -> None:
         self.calls: Counter[int | None] = Counter()
         self._estimators: defaultdict[int | None, RangeEstimator] = defaultdict(new_estimator)
         self._carried: dict[int | None, tuple[Tensor, Tensor]] = {}
-        self._numerics, self._per_step, self._sync = numerics, per_step, sync
+        self._numerics, self._per_step, self._scale_group = numerics, per_step, scale_group
 
     def observe(self, x: Tensor) -> Tensor:
         """Take in one call's input (any shape) and return it fake-quantized."""
@@ -42,7 +45,10 @@ class InputObserver:
         """Take in one call's input (any shape) and return the range to quantize it in."""
         step = TimestepManager.get_timestep_idx() if self._per_step else None
         self.calls[step] += 1
-        low, high = self._sync(*x.aminmax())
+        low, high = x.aminmax()
+        if self._scale_group is not None:
+            neg_low, high = reduce_over(self._scale_group, "max", torch.stack((-low, high))).unbind()
+            low = -neg_low
         estimator = self._estimators[None if self._numerics.is_reference else step]
         estimator.update(x, low, high)
         if self._numerics.is_reference:

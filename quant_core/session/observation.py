@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from quant_core.calibration.measured import Measured
-from quant_core.calibration.observers import InputObserver, SyncRange
+from quant_core.calibration.observers import InputObserver
 from quant_core.errors import InputError
-from quant_core.parallel.groups import Group, reduce_many, reduce_over
-from quant_core.ranges import ESTIMATORS
+from quant_core.parallel.groups import reduce_many, reduce_over
 from quant_core.ranges.channel_importance import channel_importance
 from quant_core.schemes.quantized_layer import QuantizedLayer
 from quant_core.session.session import Session
@@ -25,36 +23,20 @@ def input_observer(session: Session, layer: QuantizedLayer) -> InputObserver | N
         return None
     if session.measured:
         return _observed(session, layer, session.measured)
-    estimator = ESTIMATORS[session.numerics.name][session.plan[layer.name].cfg.act_method]
+    estimator = session.estimator_of(layer.name)
     importance_I = None
     if estimator.weighs_channels:
         importance_I = channel_importance(layer.name, layer.codes_OI, layer.weight_scale_O1, session.parallel)
-    sync = _range_sync(session.parallel.scale_group(layer.name))
-    fresh = partial(estimator.fresh, importance_I)
-    return InputObserver(session.numerics, fresh, per_step=layer.scheme.per_step, sync=sync)
+    fresh, group = partial(estimator.fresh, importance_I), session.parallel.scale_group(layer.name)
+    return InputObserver(session.numerics, fresh, per_step=layer.scheme.per_step, scale_group=group)
 
 
 def _observed(session: Session, layer: QuantizedLayer, measured: Measured) -> InputObserver:
     """Return an observer that has seen what was measured of the layer, behind its factor if it has one."""
-    fresh = partial(ESTIMATORS[session.numerics.name][session.plan[layer.name].cfg.act_method].fresh, None)
-    observer = InputObserver(session.numerics, fresh, per_step=layer.scheme.per_step, sync=own_extremes)
+    fresh = partial(session.estimator_of(layer.name).fresh, None)
+    observer = InputObserver(session.numerics, fresh, per_step=layer.scheme.per_step)
     observer.restore(measured.behind(layer.name, layer.mul_scale_I))
     return observer
-
-
-def _range_sync(group: Group | None) -> SyncRange:
-    """Return what makes one call's extremes those of the whole layer: a reduction over the ranks that share scales."""
-
-    def sync(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        neg_low, high = reduce_over(group, "max", torch.stack((-low, high))).unbind()
-        return -neg_low, high
-
-    return sync if group is not None else own_extremes
-
-
-def own_extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave one call's extremes this rank's own."""
-    return low, high
 
 
 def reduce_ranges(session: Session, layers: Mapping[str, QuantizedLayer]) -> None:

@@ -24,12 +24,11 @@ from quant_core.errors import ConfigurationError
 from quant_core.layers.calibrated import encode_linear
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel
-from quant_core.ranges import ESTIMATORS
 from quant_core.ranges.channel_importance import channel_importance
+from quant_core.ranges.estimator import RangeEstimator
 from quant_core.ranges.extremes import ChannelExtremes
 from quant_core.session.config import SessionConfig
 from quant_core.session.float_forwards import Kept, require_second_look_is_needless, what_is_kept
-from quant_core.session.observation import own_extremes
 from quant_core.session.session import Session
 from quant_core.structure import ModelStructure, find_structure
 
@@ -118,17 +117,15 @@ def _watch(name: str, observer: InputObserver, finite: FiniteInputs) -> Callable
 def _observers(session: Session, layers: Mapping[str, Kept]) -> Iterator[tuple[str, InputObserver]]:
     """Yield what watches the input of each layer that needs it: by channel where smoothing may divide it."""
     for name, kept in layers.items():
-        fresh = ChannelExtremes if kept.by_channel else partial(_estimator, session, name, _importance(session, name))
-        yield name, InputObserver(session.numerics, fresh, per_step=kept.per_step, sync=own_extremes)
-
-
-def _estimator(session: Session, name: str, importance_I: Tensor | None) -> Any:
-    return ESTIMATORS[session.numerics.name][session.plan[name].cfg.act_method].fresh(importance_I)
+        fresh: Callable[[], RangeEstimator] = ChannelExtremes
+        if not kept.by_channel:
+            fresh = partial(session.estimator_of(name).fresh, _importance(session, name))
+        yield name, InputObserver(session.numerics, fresh, per_step=kept.per_step)
 
 
 def _importance(session: Session, name: str) -> Tensor | None:
     """Return what the layer's channels are worth, if its estimator asks: of the codes that it will have."""
-    if not ESTIMATORS[session.numerics.name][session.plan[name].cfg.act_method].weighs_channels:
+    if not session.estimator_of(name).weighs_channels:
         return None
     group = session.parallel.scale_group(name)
     layer = encode_linear(

@@ -17,6 +17,7 @@ from quant_core.calibration.measured import Measured
 from quant_core.calibration.records import Record, as_records
 from quant_core.calibration.replay import Progress
 from quant_core.parallel.groups import Parallel, reduce_over
+from quant_core.ranges import ESTIMATORS, EstimatorKind
 from quant_core.schemes import SCHEMES
 from quant_core.schemes.scheme import Scheme, SchemeConfig
 from quant_core.session.config import SessionConfig
@@ -52,6 +53,10 @@ class Session:
     def scheme_of(self, layer: str) -> Scheme:
         """Return the scheme of one of the targets."""
         return SCHEMES[self.plan[layer].key]
+
+    def estimator_of(self, layer: str) -> EstimatorKind:
+        """Return what estimates the input range of one of the targets."""
+        return ESTIMATORS[self.numerics.name][self.plan[layer].cfg.act_method]
 
     @cached_property
     def schemes(self) -> list[Scheme]:

@@ -43,7 +43,7 @@ def layer_tensors(part: Shard | None, group: Group | None) -> dict[str, Tensor]:
     amax_O1 = reduce_over(group, "max", scheme.codec.row_maxima(mine))
     codes_OI, scale_O1 = scheme.codec.encode(mine, amax_O1, torch.float32, numerics)
     fresh = ESTIMATORS["float32"]["minmax"].fresh
-    observer = InputObserver(numerics, lambda: fresh(None), per_step=False, sync=lambda low, high: (low, high))
+    observer = InputObserver(numerics, lambda: fresh(None), per_step=False)
     observer.observe(x)
     layer = QuantizedLayer("layer", scheme, codes_OI, scale_O1, its_bias, observer=observer)
     return scheme.layer_tensors(layer, Derivation([None], numerics, group))
