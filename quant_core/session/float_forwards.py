@@ -43,10 +43,8 @@ def second_look(config: SessionConfig) -> str | None:
         return None
     if not isinstance(METHODS[smoothing.key].tokens(smoothing, NUMERICS[config.numerics], 1), NoTokens):
         return f"{smoothing.key} searches its factors among the inputs themselves"
-    if not observing:
-        return None
-    if smoothing.fused:
-        return "with fused smoothing other layers make the inputs that ranges are of"
+    if smoothing.fused and (observing or config.fa3):
+        return "with fused smoothing the layers in front divide the inputs and values that ranges are of"
     if others := sorted({c.cfg.act_method for c in observing} - {"minmax"}):
         return f"what {others[0]} counts is not known behind a factor before the factor is"
     return None

@@ -176,8 +176,9 @@ def test_attention_ranges_are_those_of_the_float_model():
     quant_model(model, with_measured(config, measured), structure=structure)
 
 
-def smoothed_session(smoothing: Any, scheme: str = "w8a8", **options: Any) -> SessionConfig:
-    return SessionConfig(processor_cfg_map={scheme: SCHEMES[scheme](**options), smoothing.key: smoothing})
+def smoothed_session(smoothing: Any, scheme: str = "w8a8", *more: Any, **options: Any) -> SessionConfig:
+    processors = (SCHEMES[scheme](**options), smoothing, *more)
+    return SessionConfig(processor_cfg_map={processor.key: processor for processor in processors})
 
 
 SECOND_LOOKS = {
@@ -186,6 +187,10 @@ SECOND_LOOKS = {
     "m3": (lambda: smoothed_session(M3ProcessorConfig()), "searches its factors"),
     "m6 searched": (lambda: smoothed_session(M6ProcessorConfig()), "searches its factors"),
     "m4 fused": (lambda: smoothed_session(M4ProcessorConfig(fused=True)), "fused"),
+    "m4 fused around attention": (
+        lambda: smoothed_session(M4ProcessorConfig(fused=True), "w8a8_dynamic", FA3ProcessorConfig()),
+        "fused",
+    ),
     "m4 with counts": (
         lambda: smoothed_session(M4ProcessorConfig(), cfg=W8A8QuantConfig(act_method="mse")),
         "mse counts",
