@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from quant_core.attention.rotated_values import rotate_values
 from quant_core.calibration.records import Record
 from quant_core.calibration.replay import Progress, replay, silent
+from quant_core.errors import ConfigurationError
 from quant_core.layers.deployed import DeployedLayer
 from quant_core.naming import linear_at
 from quant_core.parallel.groups import Parallel, reduce_over
@@ -121,9 +122,11 @@ def measure_layers(
     Where the session rotates values, the model is left rotated, and a rotated layer cannot be chosen to stay float.
 
     config: a session whose outlier suppression, if any, is tried on each layer. given: the layers that keep the
-    treatment they have in the session. Raises InputError for records that do not cover every layer and step.
+    treatment they have in the session. Raises ConfigurationError for fused outlier suppression, and InputError for
+    records that do not cover every layer and step.
     """
     session = Session(model, config, structure or find_structure(model), parallel or Parallel(), progress)
+    _check_unfused(config)
     check_float(model)
     check_numerics(session)
     check_records(session)
@@ -154,6 +157,16 @@ def measure_layers(
         for name in session.targets
     }
     return Measurement(layers, session, smoothing, ranges, held_out, kept)
+
+
+def _check_unfused(config: SessionConfig) -> None:
+    if config.smoothing is not None and config.smoothing.fused:
+        raise ConfigurationError(
+            "layers cannot be measured with fused smoothing",
+            where=f"processor_cfg_map['{config.smoothing.key}'], fused",
+            why="each is tried alone in the float model, where no layer in front divides what it multiplies",
+            advice="measure with fused=False, or choose without measuring",
+        )
 
 
 def _compared(treatment: Treatment) -> list[Treatment]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quant_core import M4ProcessorConfig, SessionConfig, TimestepManager, quant_model
 from quant_core.calibration.records import as_records
 from quant_core.calibration.replay import replay
-from quant_core.errors import InputError
+from quant_core.errors import ConfigurationError, InputError
 from quant_core.quality.budget import BUDGETS, Budget
 from quant_core.quality.decide import LayerErrors, choose_layers, measure_layers
 from quant_core.quality.output_error import MOST_PROBES, _energies, probe_signs
@@ -96,6 +96,13 @@ def test_a_layer_that_no_record_of_a_step_runs_is_named():
 
     with pytest.raises(InputError, match="never ran layer 'second' in step 1"):
         measure_layers(Lazy(), session(), structure=STRUCTURE)
+
+
+def test_fused_smoothing_is_not_measured_because_no_layer_has_it_alone():
+    fused = M4ProcessorConfig(smoothing_groups="every", fused=True)
+    config = SessionConfig(processor_cfg_map={"w8a8": SCHEMES["w8a8"](), "m4": fused}, calib_data=records())
+    with pytest.raises(ConfigurationError, match="layers cannot be measured with fused smoothing"):
+        measure_layers(Mixer(), config, structure=STRUCTURE)
 
 
 def test_a_given_layer_has_its_treatment_and_the_float_model_runs_once_for_all_choices():
