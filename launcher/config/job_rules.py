@@ -6,10 +6,10 @@ nothing to object to yields nothing. A new rule is a function and a line in `RUL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from launcher.config.job_config import AUTO, JobConfig
+from launcher.config.job_config import AUTO, JobConfig, Quantization
 from model_adapters.quality.gate import Thresholds
 from quant_core.errors import ConfigurationError
 from quant_core.schemes.option_rules import OptionNames, estimator_problems, schemes_that, smoothing_problems
@@ -134,21 +134,36 @@ def options_fit_the_scheme(job: JobConfig) -> Iterator[ConfigurationError]:
 
 
 def auto_measures_what_it_chooses_from(job: JobConfig) -> Iterator[ConfigurationError]:
-    """Refuse options that `auto` does not measure, and its own options without it."""
-    options, defaults = job.quantization, type(job.quantization).model_fields
+    """Refuse options that `auto` does not measure, whether it chooses schemes or the first static step."""
+    options, unmeasured = job.quantization, ("anti_fused", "act_method", "numerics")
     if options.is_auto:
-        names = ("anti_fused", "act_method", "numerics", *(["anti_groups"] if options.anti_groups != "every" else []))
+        names = unmeasured if options.anti_groups == "every" else (*unmeasured, "anti_groups")
         why = "its measurements are of true ranges, and of unfused factors of every layer"
-        advice = "drop it, or choose one --quant_type"
-    else:
-        names, why, advice = ("budget", "scheme_costs"), "only auto spends a budget", "--quant_type auto, or drop it"
+        yield from _without_meaning(
+            options, names, "for auto", "--quant_type", why, "drop it, or choose one --quant_type"
+        )
+    elif options.timestep_sep == AUTO:
+        why = "its measurements are of true ranges, and of unfused factors"
+        advice = "drop it, or give --timestep_sep a number"
+        yield from _without_meaning(options, unmeasured, "for --timestep_sep auto", "--timestep_sep", why, advice)
+
+
+def only_auto_spends_a_budget(job: JobConfig) -> Iterator[ConfigurationError]:
+    """Refuse the options of `auto` without it."""
+    if not job.quantization.is_auto:
+        names, advice = ("budget", "scheme_costs"), "--quant_type auto, or drop it"
+        when, why = "without --quant_type auto", "only auto spends a budget"
+        yield from _without_meaning(job.quantization, names, when, "--quant_type", why, advice)
+
+
+def _without_meaning(
+    options: Quantization, names: Iterable[str], when: str, beside: str, why: str, advice: str
+) -> Iterator[ConfigurationError]:
+    """Refuse each of the options that somebody gave. when: where it has no meaning; beside: the option that decides."""
     for name in names:
-        if getattr(options, name) != defaults[name].get_default(call_default_factory=True):
+        if getattr(options, name) != type(options).model_fields[name].get_default(call_default_factory=True):
             yield ConfigurationError(
-                f"--{name} has no meaning {'for auto' if options.is_auto else 'without --quant_type auto'}",
-                where=f"--{name}, --quant_type",
-                why=why,
-                advice=advice,
+                f"--{name} has no meaning {when}", where=f"--{name}, {beside}", why=why, advice=advice
             )
 
 
@@ -199,6 +214,7 @@ RULES: tuple[Rule, ...] = (
     smoothing_options_belong_to_their_method,
     options_fit_the_scheme,
     auto_measures_what_it_chooses_from,
+    only_auto_spends_a_budget,
     device_id_counts_cards,
     what_is_asked_for_is_measured,
 )

@@ -16,6 +16,8 @@ JOB = [
     "--quant_weight_save_folder", "weights", "--quant_dump_calib_folder", "dumps",
 ]  # fmt: skip
 
+MEASURED = ("--quant_type", "w8a8_timestep", "--timestep_sep", "auto")
+
 
 def without(flag: str) -> list[str]:
     """Return the words of the job without a flag and its value."""
@@ -62,6 +64,18 @@ CASES: dict[str, tuple[list[str], str]] = {
     "plain layers behind fused smoothing": (
         [*JOB, "--quant_type", "w8a8", "--anti_method", "m4", "--anti_fused", "--layer_schemes", "*.to_k=w8a8:plain"],
         "no layer can be left without outlier suppression with --anti_fused",
+    ),
+    "separator that is measured without fused smoothing": (
+        [*JOB, *MEASURED, "--anti_method", "m4", "--anti_fused"],
+        "--anti_fused has no meaning for --timestep_sep auto",
+    ),
+    "separator that is measured for true extremes": (
+        [*JOB, *MEASURED, "--act_method", "mse"],
+        "--act_method has no meaning for --timestep_sep auto",
+    ),
+    "separator that is measured for the better ranges": (
+        [*JOB, *MEASURED, "--numerics", "reference"],
+        "--numerics has no meaning for --timestep_sep auto",
     ),
     "one of several processors": ([*JOB, "--device_id", "1"], "--device_id 1 has no meaning"),
     "threshold without an evaluation": ([*JOB, "--min_psnr", "30"], "--min_psnr has no meaning without --evaluate"),
