@@ -44,7 +44,7 @@ from quant_core.schemes.scheme import Inputs
 from quant_core.schemes.treatment import FLOAT, Treatment
 from quant_core.session.checks import check_float, check_numerics, check_records
 from quant_core.session.config import SessionConfig
-from quant_core.session.quantize import smoothing_of
+from quant_core.session.quantize import smoothing_of, untie
 from quant_core.session.session import Session
 from quant_core.smoothing.smooth import Smoothing
 from quant_core.structure import ModelStructure, find_structure
@@ -130,6 +130,7 @@ def measure_layers(
     check_float(model)
     check_numerics(session)
     check_records(session)
+    untie(model, session.rotations.linears)
     rotate_values(model, session.rotations.linears)
     fitted, held_out = _halves(session.records)
     smoothing, ranges = smoothing_of(session), channel_ranges(session, fitted)

@@ -105,7 +105,7 @@ def quant_model(
     check_records(session)
     timestep_sep = first_static_step(session)
     _move_to_device(model, config)
-    _untie(model, session.targets)
+    untie(model, session.targets)
     rotate_values(model, session.rotations.linears)
     smoothing = smoothing_of(session)
     layers = _quantize_weights(session, smoothing)
@@ -131,8 +131,8 @@ def _move_to_device(model: nn.Module, config: SessionConfig) -> None:
         model.to(f"{config.device}{index}")
 
 
-def _untie(model: nn.Module, targets: Iterable[str]) -> None:
-    """Give each layer to quantize a weight and a bias of its own: what shares its tensors stays as it is."""
+def untie(model: nn.Module, targets: Iterable[str]) -> None:
+    """Give each layer that changes a weight and a bias of its own: what shares its tensors stays as it is."""
     owners = Counter(tensor.data_ptr() for _, tensor in model.named_parameters(remove_duplicate=False))
     for name in targets:
         linear = linear_at(model, name)

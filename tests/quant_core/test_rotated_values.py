@@ -262,6 +262,16 @@ def test_a_model_that_was_measured_is_not_rotated_twice_and_no_rotated_layer_may
     assert relative(model(**example_inputs("flux"))[0], exact) < 0.1
 
 
+def test_a_weight_that_two_blocks_share_is_rotated_once_for_each_of_them():
+    """In place and twice it would be as it was, in front of readers that are rotated."""
+    model = build("flux")
+    first, second = (block.attn.to_v for block in model.transformer_blocks)
+    second.weight = first.weight
+    exact = model(**example_inputs("flux"))[0]
+    measure_layers(model, session())
+    assert relative(model(**example_inputs("flux"))[0], exact) < 1e-5
+
+
 def test_a_rotated_model_is_refused_where_the_session_would_not_say_so():
     _, model = rotated("flux", torch.float32)
     with pytest.raises(ConfigurationError, match="values of the model are rotated already"):
