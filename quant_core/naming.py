@@ -24,6 +24,11 @@ def as_patterns(patterns: Patterns) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
+def is_name(pattern: str) -> bool:
+    """Tell whether a pattern matches the layer of its very name only."""
+    return not any(wildcard in pattern for wildcard in _WILDCARDS)
+
+
 def matches(name: str, patterns: Patterns) -> bool:
     """Tell whether the full module name matches at least one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in as_patterns(patterns))
@@ -78,7 +83,7 @@ def _nothing_matches(pattern: str, names: Sequence[str], where: str, what: str) 
 
 def _suggestion(pattern: str, names: Sequence[str]) -> str:
     otherwise = "look at the names"
-    if not any(wildcard in pattern for wildcard in _WILDCARDS):
+    if is_name(pattern):
         return suggestion(pattern, names, otherwise)
     # A pattern like '*.atn.to_q' resembles the tail of a name more than the whole of it.
     tails = dict.fromkeys(tail for name in names for tail in _tails(name))

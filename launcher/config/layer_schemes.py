@@ -4,7 +4,8 @@
     --layer_schemes @quant_decisions.yaml
 
 A value is a scheme's name or `float`; `:plain` behind a scheme keeps outlier suppression away from the layer. The order
-counts: the first pattern that matches a layer decides.
+counts: the first pattern that matches a layer decides. A layer that a file names is left out behind words that match
+it, so that they win over a table of what was chosen.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ def read_layer_schemes(given: Any) -> Any:
     if not isinstance(given, (list, tuple)):
         return given
     found: dict[str, str] = {}
-    for word in given:
-        for pattern, value in _rules(str(word)):
-            found.setdefault(pattern, value)
+    for word in map(str, given):
+        in_front = list(found) if word.startswith("@") else []
+        for pattern, value in _rules(word):
+            if not (in_front and _is_layer_of(pattern, in_front)):
+                found.setdefault(pattern, value)
     return found
 
 
@@ -64,6 +67,12 @@ def require_options_of_files(given: Any, options: BaseModel) -> None:
 def words_of(options: Mapping[str, Any]) -> list[str]:
     """Return options as they are typed; one without a value is a switch."""
     return [word for name, value in options.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
+
+
+def _is_layer_of(name: str, patterns: list[str]) -> bool:
+    from quant_core.naming import is_name, matches  # with torch, which a command line without such a file does not need
+
+    return is_name(name) and matches(name, patterns)
 
 
 def _said(options: BaseModel, name: str) -> str:

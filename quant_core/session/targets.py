@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from quant_core.errors import ConfigurationError
-from quant_core.naming import linear_names, matches, select
+from quant_core.naming import linear_names, select
 from quant_core.schemes.scheme import SchemeConfig
 
 if TYPE_CHECKING:
@@ -31,19 +31,25 @@ def layer_plan(model: nn.Module, config: SessionConfig) -> dict[str, SchemeConfi
     """Return the scheme of each linear layer to quantize, in model order.
 
     The first pattern of `layer_schemes` that matches a layer decides; then `disable_names` keep layers float; all
-    others get the session's one scheme. Raises ConfigurationError for a pattern that matches no layer, or a scheme for
-    the last one only.
+    others get the session's one scheme. Raises ConfigurationError for a pattern that matches no layer, or only layers
+    that patterns in front of it decide, and for a scheme for the last layer only.
     """
     names, rules, where = _linear_names(model), config.layer_schemes, f"layer_schemes, model {type(model).__name__}"
+    decided_by: dict[str, str] = {}
     for pattern, scheme in rules.items():
-        if select(names, [pattern], where=where) == names[-1:] and isinstance(scheme, SchemeConfig):
+        matched = select(names, [pattern], where=where)
+        if matched == names[-1:] and isinstance(scheme, SchemeConfig):
             raise _stays_float(names[-1], pattern, where)
+        found = [name for name in matched if name != names[-1]]
+        if found and all(name in decided_by for name in found):
+            raise _decides_nothing(pattern, list(dict.fromkeys(decided_by[name] for name in found)), where)
+        decided_by |= {name: pattern for name in found if name not in decided_by}
     others = dict.fromkeys(target_layers(model, config.scheme.disable_names), config.scheme)
     plan: dict[str, SchemeConfig] = {}
     for name in names[:-1]:
-        found = next((scheme for pattern, scheme in rules.items() if matches(name, pattern)), others.get(name))
-        if isinstance(found, SchemeConfig):
-            plan[name] = found
+        chosen = rules[decided_by[name]] if name in decided_by else others.get(name)
+        if isinstance(chosen, SchemeConfig):
+            plan[name] = chosen
     if not plan:
         raise _nothing_left(model, names)
     return plan
@@ -67,6 +73,16 @@ def _nothing_left(model: nn.Module, names: Sequence[str]) -> ConfigurationError:
         where="disable_names, layer_schemes",
         why=f"of its {len(names)} linear layers '{names[-1]}' always stays float, and all others are disabled",
         advice="keep fewer layers float",
+    )
+
+
+def _decides_nothing(pattern: str, earlier: Sequence[str], where: str) -> ConfigurationError:
+    those = ", ".join(f"'{each}'" for each in earlier[:3]) + (f" and {len(earlier) - 3} more" if earlier[3:] else "")
+    return ConfigurationError(
+        f"'{pattern}' decides for no layer",
+        where=where,
+        why=f"the first match wins, and {those} in front of it match all its layers",
+        advice=f"put the narrower one first, '{pattern}' in front of '{earlier[0]}', or drop it",
     )
 
 

@@ -34,6 +34,15 @@ def test_words_a_map_and_a_file_say_the_same_in_the_same_order(tmp_path: Path):
     assert list(again.quantization.layer_schemes.items()) == expected
 
 
+def test_words_in_front_of_a_file_take_the_layers_that_the_file_names_one_by_one(tmp_path: Path):
+    file = tmp_path / "decisions.yaml"
+    file.write_text("layer_schemes: {a.to_k: w8a8, a.to_q: w8a8, 'b.*': w8a16}\n")
+    found = job("*.to_k=float", f"@{file}").quantization.layer_schemes
+    assert list(found.items()) == [("*.to_k", "float"), ("a.to_q", "w8a8"), ("b.*", "w8a16")]
+    behind = job(f"@{file}", "*.to_k=float").quantization.layer_schemes
+    assert list(behind) == ["a.to_k", "a.to_q", "b.*", "*.to_k"]
+
+
 def test_a_scheme_can_be_left_without_smoothing_and_takes_the_jobs_separator():
     found: dict[str, Any] = layer_schemes(job("a=w8a8_timestep:plain", "b=float", timestep_sep="3").quantization)
     assert (found["a"].key, found["a"].smoothed, found["a"].timestep_sep) == ("w8a8_timestep", False, 3)

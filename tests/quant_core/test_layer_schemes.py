@@ -110,6 +110,20 @@ def test_a_pattern_that_matches_no_layer_is_refused_with_the_nearest_name():
     assert "attn.to_q (nearest name)" in str(caught.value)
 
 
+def test_a_pattern_behind_wider_ones_that_take_all_its_layers_is_refused_with_the_order_that_works():
+    wide = {"*.to_[qkv]": "w8a16", "*.to_add_out": "w8a16"}
+    with pytest.raises(ConfigurationError, match=r"'\*\.attn\.to_\*' decides for no layer") as caught:
+        layer_plan(build("flux"), session(None, {**wide, "*.to_out.0": "w8a16", "*.attn.to_*": "float"}))
+    assert "'*.to_[qkv]', '*.to_out.0', '*.to_add_out'" in str(caught.value)
+    assert "narrower" in str(caught.value)
+    assert Q not in layer_plan(build("flux"), session(None, {Q: "float", "*": "w8a16"}))
+    assert Q in layer_plan(build("flux"), session(None, {**wide, "*.attn.to_*": "float"}))  # it has to_out.0
+
+
+def test_the_last_linear_may_be_called_float_behind_a_pattern_that_names_it_too():
+    assert "proj_out" not in layer_plan(build("flux"), session(None, {"*": "w8a16", "proj_out": "float"}))
+
+
 @pytest.mark.parametrize("pattern", ["proj_out", "proj_ou?"])
 def test_a_scheme_for_the_last_linear_only_is_refused_and_float_is_not(pattern: str):
     with pytest.raises(ConfigurationError, match="gives a scheme to 'proj_out' only, which stays float"):
