@@ -105,7 +105,9 @@ def rotate_values(model: nn.Module, rotations: Mapping[str, Rotation]) -> None:
 
 def rotation_of(module: nn.Module) -> Rotation | None:
     """Return how a linear was rotated, None for one that was not."""
-    return getattr(module, "rotation", None)
+    # A model may call something of its own so.
+    found = getattr(module, "rotation", None)
+    return found if isinstance(found, Rotation) else None
 
 
 def _declared_on(

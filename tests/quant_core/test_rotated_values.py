@@ -272,6 +272,12 @@ def test_a_weight_that_two_blocks_share_is_rotated_once_for_each_of_them():
     assert relative(model(**example_inputs("flux"))[0], exact) < 1e-5
 
 
+def test_what_a_model_calls_a_rotation_of_its_own_is_none_of_ours():
+    model = build("flux")
+    model.transformer_blocks[0].register_buffer("rotation", torch.eye(4))
+    quant_model(model, session(rotate=False))
+
+
 def test_a_rotated_model_is_refused_where_the_session_would_not_say_so():
     _, model = rotated("flux", torch.float32)
     with pytest.raises(ConfigurationError, match="values of the model are rotated already"):
