@@ -29,6 +29,11 @@ def is_name(pattern: str) -> bool:
     return not any(wildcard in pattern for wildcard in _WILDCARDS)
 
 
+def inside(block: str, name: str) -> str:
+    """Return the full name of what a block calls by that name; an empty block is the model itself."""
+    return f"{block}.{name}" if block else name
+
+
 def matches(name: str, patterns: Patterns) -> bool:
     """Tell whether the full module name matches at least one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in as_patterns(patterns))

@@ -47,9 +47,9 @@ class SmoothingGroup(_Frozen):
 class AttentionValues(_Frozen):
     """Name the linears that make an attention's values, and those whose input begins with its output.
 
-    All are relative to every module that matches `block`; what a block lacks is left out. `attention` has `heads`, the
-    number of heads, between which the outputs of `made_by` are divided. One softmax mixes all values, so all linears
-    of an attention go together.
+    All are relative to every module that matches `block`, which is the model itself if empty; what a block lacks is
+    left out. `attention` has `heads`, the number of heads, between which the outputs of `made_by` are divided. One
+    softmax mixes all values, so all linears of an attention go together.
     """
 
     block: str

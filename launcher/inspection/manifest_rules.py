@@ -14,7 +14,7 @@ from launcher.files.run_folder import MANIFEST
 from launcher.inspection.published import Published
 from quant_core.checkpoint.findings import Broken, Rule
 from quant_core.checkpoint.resampling import SIGMAS_KEY
-from quant_core.naming import matches
+from quant_core.naming import inside, matches
 from quant_core.schemes import QUANT_TYPES
 from quant_core.structure import SmoothingGroup
 
@@ -154,7 +154,7 @@ def _groups(declared: Sequence[SmoothingGroup], names: Sequence[str]) -> Iterato
         first = group.linears[0]
         for name in names:
             block = name.removesuffix(first).removesuffix(".")
-            members = tuple(f"{block}.{linear}" if block else linear for linear in group.linears)
+            members = tuple(inside(block, linear) for linear in group.linears)
             if members[0] == name and matches(block, group.block) and set(members) <= set(names):
                 yield members
 

@@ -17,7 +17,7 @@ from quant_core.arithmetic.rotation import Rotation, is_rotatable
 from quant_core.attention.value_levels import Read, value_levels
 from quant_core.calibration.replay import Progress, silent
 from quant_core.errors import ConfigurationError
-from quant_core.naming import linear_at, matches
+from quant_core.naming import inside, linear_at, matches
 from quant_core.parallel.groups import Parallel
 from quant_core.structure import NO_STRUCTURE, AttentionValues, ModelStructure
 
@@ -118,12 +118,12 @@ def _declared_on(
 
     def linears(block: str, names: tuple[str, ...]) -> tuple[str, ...]:
         # Not every block has all: the last one of SD3 reads no text stream.
-        inside = (f"{block}.{name}" for name in names)
-        return tuple(name for name in inside if isinstance(modules.get(name), nn.Linear))
+        found = (inside(block, name) for name in names)
+        return tuple(name for name in found if isinstance(modules.get(name), nn.Linear))
 
     for block in modules:
         for values in declared:
-            if matches(block, values.block) and (attention := f"{block}.{values.attention}") in modules:
+            if matches(block, values.block) and (attention := inside(block, values.attention)) in modules:
                 yield attention, linears(block, values.made_by), linears(block, values.read_by)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from quant_core.errors import ConfigurationError, few
-from quant_core.naming import matches
+from quant_core.naming import inside, matches
 from quant_core.structure import ModelStructure, Modulation, SmoothingGroup
 
 Selection = Literal["default", "all", "every"]
@@ -97,19 +97,19 @@ def _declared_on(model: nn.Module, declared: Iterable[SmoothingGroup]) -> Iterat
     modules, declared = dict(model.named_modules()), list(declared)
     for block in modules:
         for group in declared:
-            names = _inside(block, group.linears)
+            names = _all_inside(block, group.linears)
             if matches(block, group.block) and all(isinstance(modules.get(name), nn.Linear) for name in names):
-                yield LinearGroup((names,), _modulation_of(block, group), _inside(block, group.values))
+                yield LinearGroup((names,), _modulation_of(block, group), _all_inside(block, group.values))
 
 
-def _inside(block: str, names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"{block}.{name}" if block else name for name in names)
+def _all_inside(block: str, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(inside(block, name) for name in names)
 
 
 def _modulation_of(block: str, group: SmoothingGroup) -> Modulation | None:
     if group.modulation is None:
         return None
-    return Modulation(linear=_inside(block, [group.modulation.linear])[0], chunks=group.modulation.chunks)
+    return Modulation(linear=inside(block, group.modulation.linear), chunks=group.modulation.chunks)
 
 
 def _joined_by_values(groups: Iterable[LinearGroup]) -> list[LinearGroup]:

@@ -23,7 +23,7 @@ from quant_core.naming import linear_names
 from quant_core.quality.decide import measure_layers
 from quant_core.schemes.treatment import FLOAT, Treatment
 from quant_core.session.streaming import quantize_streaming
-from quant_core.structure import ModelStructure, find_structure
+from quant_core.structure import AttentionValues, ModelStructure, find_structure
 from tests.support.massive_values import with_massive_values
 from tests.support.small_model import SCHEMES
 from tests.support.stored import damaged
@@ -276,6 +276,23 @@ def test_what_a_model_calls_a_rotation_of_its_own_is_none_of_ours():
     model = build("flux")
     model.transformer_blocks[0].register_buffer("rotation", torch.eye(4))
     quant_model(model, session(rotate=False))
+
+
+class Attending(nn.Module):
+    """One attention of two heads, that is the whole model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.to_v, self.to_out = nn.Module(), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.attn.heads = 2  # type: ignore[assignment]
+
+
+def test_an_attention_may_stand_in_the_model_itself():
+    values = AttentionValues(block="", attention="attn", made_by=("to_v",), read_by=("to_out",))
+    structure = ModelStructure(model_class="Attending", values=(values,))
+    found = find_rotations(Attending(), structure, targets=["to_v", "to_out"])
+    assert found.attentions == {"attn": ("to_v", "to_out")}
+    assert found.linears == {"to_v": Rotation(4), "to_out": Rotation(4, columns=8)}
 
 
 def test_a_rotated_model_is_refused_where_the_session_would_not_say_so():
