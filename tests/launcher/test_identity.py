@@ -68,7 +68,9 @@ class Asked:
         self.prompts.write_text("a red bus\na cat\n")
         self.prompts.chmod(0o640)
 
-    def fingerprints(self, *, tp_size: int = 1, **sections: dict[str, Any]) -> dict[str, Fingerprint]:
+    def fingerprints(
+        self, *, tp_size: int = 1, online: bool = False, **sections: dict[str, Any]
+    ) -> dict[str, Fingerprint]:
         output = {"quant_weight_save_folder": "w", "quant_dump_calib_folder": "d", **sections.get("output", {})}
         tree = {
             "pipeline": {"path": str(self.folder), "prompt_path": str(self.prompts), **sections.get("pipeline", {})},
@@ -83,7 +85,7 @@ class Asked:
         )
         chosen = config.quantization.disable_names
         disabled = adapter.disabled_layers[config.quantization.quant_type] if chosen is None else chosen
-        quantization = quantization_fingerprint(calibration, config, disabled)
+        quantization = quantization_fingerprint(calibration, config, disabled, online=online)
         images = image_fingerprint(quantization, config)
         return {"calibration": calibration, "quantization": quantization, "images": images}
 
@@ -108,6 +110,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "fewer prompts": ({"pipeline": {"max_num_prompt": 1}}, ALL),
     "the scheme": ({"quantization": {"quant_type": "w8a8_dynamic"}}, {"quantization", "images"}),
     "the scheme of some layers": ({"quantization": {"layer_schemes": {"*": "w8a16"}}}, {"quantization", "images"}),
+    "ranges of the float model": ({"online": True}, {"quantization", "images"}),
     "smoothing": ({"quantization": {"anti_method": "m4"}}, {"quantization", "images"}),
     "rotated values": ({"quantization": {"rotate_values": True}}, {"quantization", "images"}),
     "layers kept float": ({"quantization": {"disable_names": ()}}, {"quantization", "images"}),

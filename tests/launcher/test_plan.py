@@ -147,6 +147,12 @@ def test_a_search_is_told_to_replay_all_the_same_and_cannot_do_without_a_dump(fo
     assert "--no_dump" in problem.what
 
 
+def test_attention_behind_fused_smoothing_is_told_to_replay_all_the_same(folder: Path):
+    fused = ("--quant_type", "w8a8_dynamic_fa3", "--calibrate", "online", "--anti_method", "m4", "--anti_fused")
+    said = "\n".join(told(planned(folder, "flux", *fused, "--disable_names"), "npu"))
+    assert "online replays all the same: with fused smoothing the layers in front divide" in said
+
+
 # Peaks that one NVIDIA H100 measured on jobs of FLUX.1-dev's size, in GiB: 1024 x 1024, 2 prompts, 4 steps, bfloat16. A
 # stage notes what the card held, or the host where that held more.
 @pytest.mark.parametrize(
