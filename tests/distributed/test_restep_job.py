@@ -79,6 +79,15 @@ def test_the_copy_can_be_evaluated_and_says_which_job_it_is_of(published: Path, 
     assert written.output.quant_weight_save_folder == copy
 
 
+def test_rows_for_a_shift_of_their_own_are_not_measured_on_the_pipelines_schedule(published: Path, tmp_path: Path):
+    copy = tmp_path / "shifted"
+    run(str(published), "--infer_steps", "2", "--shift", "2", "--to", str(copy))
+    asked = parse(["evaluate", str(copy)])
+    with pytest.raises(InputError, match=r"shift 2\.0") as refused:
+        asked.command.job(asked.options)
+    assert refused.value.where == str(copy / "quant_manifest.json")
+
+
 def test_a_copy_replaces_no_checkpoint_and_waits_for_no_job(published: Path, tmp_path: Path):
     before = {path: path.stat().st_mtime_ns for path in published.rglob("*")}
     with pytest.raises(InputError, match="holds a checkpoint"):

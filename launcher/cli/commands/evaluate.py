@@ -48,9 +48,13 @@ def options(name: str) -> type[EvaluateOptions]:
 
 
 def job(options: EvaluateOptions) -> JobConfig:
-    """Return the job that made the checkpoint, asked to evaluate it. Raises InputError where the folder holds none."""
+    """Return the job that made the checkpoint, asked to evaluate it.
+
+    Raises InputError where the folder holds none, and for one whose steps are not those that the pipeline would run.
+    """
     tree = _made_by(options.folder / _JOB)
     manifest = _published(options.folder / _MANIFEST)
+    _require_own_schedule(manifest, options.folder / _MANIFEST)
     changes: dict[str, dict[str, Any]] = {
         "pipeline": {"path": options.path, "prompt_path": options.prompt_path},
         "ranks": {"device": options.device, "tp_size": manifest.get("tp_size"), "layout": manifest.get("layout")},
@@ -106,3 +110,14 @@ def _published(path: Path) -> dict[str, Any]:
         why="the manifest is missing, which is written last",
         advice="run the job, or publish its shards: python -m launcher merge FOLDER",
     )
+
+
+def _require_own_schedule(manifest: dict[str, Any], path: Path) -> None:
+    shift = manifest.get("fields", {}).get("restep.shift")
+    if shift is not None:
+        raise InputError(
+            f"the checkpoint's rows are for a schedule of shift {shift}",
+            where=str(path),
+            why="`restep --shift` made them, and the pipeline that would be measured runs its own schedule",
+            advice="evaluate the checkpoint that it was copied from, or a copy made without --shift",
+        )
