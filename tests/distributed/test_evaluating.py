@@ -241,13 +241,18 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path):
         asked(tmp_path)
 
 
-def made_by(folder: Path, **evaluation: object) -> Path:
+def made_by(
+    folder: Path, ranks: dict[str, object] | None = None, output: dict[str, object] | None = None, **evaluation: object
+) -> Path:
     """Write what a job leaves that was to ignore earlier runs, as far as the command reads it before it runs."""
     job, weights = of_one_rank(folder), folder / "weights"
     weights.mkdir()
-    output = job.output.model_copy(update={"resume": "never", "do_save_img": True})
-    asked_for = job.evaluation.model_copy(update=evaluation)
-    told = job.model_copy(update={"output": output, "evaluation": asked_for})
+    changed = {
+        "ranks": job.ranks.model_copy(update=ranks),
+        "output": job.output.model_copy(update={"resume": "never", "do_save_img": True} | (output or {})),
+        "evaluation": job.evaluation.model_copy(update=evaluation),
+    }
+    told = job.model_copy(update=changed)
     (weights / "quant_job.yaml").write_text(told.to_yaml())
     (weights / "quant_manifest.json").write_text("{}")
     return folder
@@ -271,6 +276,21 @@ def test_what_is_not_given_is_as_in_the_job_but_for_what_it_was_to_ignore(tmp_pa
 def test_a_job_that_measured_nothing_is_evaluated_on_four_pictures(tmp_path: Path):
     made_by(tmp_path, evaluate=None, **dict.fromkeys(THRESHOLDS))
     assert asked(tmp_path).evaluation.evaluate == 4
+
+
+def test_the_card_of_the_job_is_no_word_on_a_device_of_another_kind(tmp_path: Path):
+    made_by(tmp_path, ranks={"device": "npu", "device_id": 3})
+    moved, stayed = asked(tmp_path, "--device", "cpu"), asked(tmp_path, "--device", "npu")
+    assert (moved.ranks.device, moved.ranks.device_id) == ("cpu", 0)
+    assert (stayed.ranks.device, stayed.ranks.device_id) == ("npu", 3)
+
+
+def test_layers_alone_of_a_job_that_kept_no_calibration_data_are_refused_with_what_can_be_measured(tmp_path: Path):
+    made_by(tmp_path, output={"no_dump": True})
+    assert asked(tmp_path).evaluation.evaluate == PICTURES
+    with pytest.raises(ConfigurationError, match="no calibration data") as refused:
+        asked(tmp_path, "--evaluate", 0)
+    assert refused.value.advice.startswith("--evaluate 4")
 
 
 def test_an_evaluation_that_is_asked_to_leave_goes_on_with_the_next_picture(alone: Path, tmp_path: Path):

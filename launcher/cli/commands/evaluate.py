@@ -16,7 +16,7 @@ from launcher.devices.launch import Launch
 from model_adapters.options import UserPath, UserPathText
 from model_adapters.quality.gate import OF_PICTURES
 from quant_core.checkpoint.json_file import read_object
-from quant_core.errors import InputError
+from quant_core.errors import ConfigurationError, InputError
 
 if TYPE_CHECKING:
     from launcher.failure.monitor import Monitor
@@ -50,21 +50,30 @@ def options(name: str) -> type[EvaluateOptions]:
 def job(options: EvaluateOptions) -> JobConfig:
     """Return the job that made the checkpoint, asked to evaluate it.
 
-    Raises InputError where the folder holds none, and for one whose steps are not those that the pipeline would run.
+    Raises InputError where the folder holds none, and for one whose steps are not those that the pipeline would run;
+    ConfigurationError for options that do not fit that job.
     """
     tree = _made_by(options.folder / _JOB)
     manifest = _published(options.folder / _MANIFEST)
     _require_own_schedule(manifest, options.folder / _MANIFEST)
+    of_job = tree.get("ranks") or {}
+    # The job's card counts those of its own kind.
+    device_id = 0 if options.device not in (None, of_job.get("device")) else None
     changes: dict[str, dict[str, Any]] = {
         "pipeline": {"path": options.path, "prompt_path": options.prompt_path},
-        "ranks": {"device": options.device, "tp_size": manifest.get("tp_size"), "layout": manifest.get("layout")},
+        "ranks": {
+            **{"device": options.device, "device_id": device_id},
+            **{"tp_size": manifest.get("tp_size"), "layout": manifest.get("layout")},
+        },
         # What that job was to ignore of earlier runs is no word on this one, which makes none of its images.
         "output": {"quant_weight_save_folder": options.folder, "resume": "auto", "do_save_img": False},
     }
     for section, values in changes.items():
         tree[section] = {**(tree.get(section) or {}), **{name: v for name, v in values.items() if v is not None}}
     tree["evaluation"] = _evaluation(tree.get("evaluation") or {}, options)
-    return job_config(str(tree.get("model", "")), tree)
+    config = job_config(str(tree.get("model", "")), tree)
+    _require_what_is_compared(config, options.folder / _JOB)
+    return config
 
 
 def _evaluation(of_job: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
@@ -120,4 +129,14 @@ def _require_own_schedule(manifest: dict[str, Any], path: Path) -> None:
             where=str(path),
             why="`restep --shift` made them, and the pipeline that would be measured runs its own schedule",
             advice="evaluate the checkpoint that it was copied from, or a copy made without --shift",
+        )
+
+
+def _require_what_is_compared(config: JobConfig, path: Path) -> None:
+    if config.evaluation.evaluate == 0 and config.output.no_dump:
+        raise ConfigurationError(
+            "--evaluate 0 finds no calibration data to compare layers and outputs on",
+            where=f"--evaluate, {path}",
+            why="the job ran with --no_dump, which keeps none",
+            advice=f"--evaluate {_PICTURES} ({_PICTURES} pictures)",
         )
