@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ def agent_arguments(flags: Sequence[str], worker: Sequence[str], reports: Path) 
         added.append(f"--log-dir={reports}")
     arguments = parser.parse_args([*flags, *added, *worker])
     _require_ranks(str(arguments.nproc_per_node))
-    _require_folder(Path(arguments.log_dir))
+    arguments.log_dir = _own_folder(Path(arguments.log_dir))
     return arguments
 
 
@@ -67,9 +68,11 @@ def _require_ranks(count: str) -> None:
         )
 
 
-def _require_folder(logs: Path) -> None:
+def _own_folder(logs: Path) -> str:
+    """Make a folder for this run's logs, whose errors are those of no other job that is given the same `--log-dir`."""
     try:
         logs.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix="run_", dir=logs)
     except OSError as error:
         raise ConfigurationError(
             f"'{logs}' can be no folder",

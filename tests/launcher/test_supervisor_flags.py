@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.failure.error_file import read_error_files, write_error_file
+from launcher.failure.record import Failure
 from launcher.start.agent import agent_arguments
 from launcher.start.supervisor_flags import asks_for_ranks, job_on_ranks, split_at_command
-from quant_core.errors import ConfigurationError
+from quant_core.errors import ConfigurationError, InputError
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,19 @@ def test_a_file_in_the_place_of_the_folder_of_logs_is_refused(place: str, tmp_pa
     with pytest.raises(ConfigurationError, match="can be no folder") as caught:
         agent_arguments(words, ["-m", "launcher"], tmp_path)
     assert caught.value.where == "--log-dir"
+
+
+def test_what_earlier_jobs_left_in_a_folder_for_logs_is_not_taken_for_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--nproc_per_node", "1", "--log-dir", str(tmp_path)]
+    (tmp_path / "attempt_to_quantize").mkdir()
+    for attempt in (1, 0):  # the earlier job was restarted
+        logs = Path(agent_arguments(words, ["-m", "launcher"], tmp_path / "unused").log_dir)
+        assert logs.parent == tmp_path
+        assert read_error_files(logs) == []
+        errors = logs / "job" / f"attempt_{attempt}" / "0" / "error.json"
+        errors.parent.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(errors))
+        write_error_file(Failure.of(InputError(f"attempt {attempt}"), 0), is_first=True)
+        assert [failure.what for failure in read_error_files(logs)] == [f"attempt {attempt}"]
