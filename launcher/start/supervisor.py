@@ -113,7 +113,8 @@ class _Job:
         """Write down how the job ended, for whoever looks, and where this process's own starter wants it."""
         if end is None:
             return
-        write_end(account_folder(self.config), self.started, end)
+        if not self.config.output.dry_run:  # which has no account: what stands in the folder is a job's
+            write_end(account_folder(self.config), self.started, end)
         write_error_file(end, is_first=True)
 
 

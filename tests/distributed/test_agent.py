@@ -98,6 +98,17 @@ def test_flags_of_torchrun_that_make_no_sense_are_explained(flags: list[object],
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_that_finds_a_problem_writes_nothing_into_the_folder_of_a_job(tmp_path: Path) -> None:
+    job = start_launcher(
+        "--nproc_per_node", 1, "flux", "--path", tmp_path / "model", "--device", "cpu", "--do_save_img",
+        "--save_path", tmp_path / "images", "--dry_run",
+    )  # fmt: skip
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0, output
+    assert "error: " in output
+    assert not list(tmp_path.iterdir())
+
+
 SLOW_RANK = """
 import os, signal, sys, time
 from pathlib import Path
