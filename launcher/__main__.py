@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, entry: Sequence[str] = ENTRY) -> Non
     try:
         command.run(launch)
     except (Exception, KeyboardInterrupt) as error:
-        leave(Failure.of(error, rank, STARTING if launch and launch.is_distributed else ""), error)
+        leave(Failure.of(error, rank, STARTING if launch and launch.is_distributed else ""))
     finish()
 
 

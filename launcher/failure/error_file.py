@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 from launcher.failure.record import Failure
@@ -24,7 +23,7 @@ def write_error_file(failure: Failure, *, is_first: bool) -> None:
         return
     text = str(failure.error()) if is_first else f"left because rank {failure.rank} failed: {failure.what}"
     timestamp = int(failure.at) + (not is_first)
-    extra = {"timestamp": str(timestamp), "failure": asdict(failure)}
+    extra = {"timestamp": str(timestamp), "failure": failure.brief()}
     # The place may be a device or a mount (Kubernetes' termination log), where renaming is impossible.
     with contextlib.suppress(OSError):
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))

@@ -199,7 +199,7 @@ class Monitor:
         return self._liveness.unreachable(self._heartbeats, _SILENCE_S)
 
     def _leave(self, first: Failure, error: BaseException | None = None) -> NoReturn:
-        leave(first, error, speaks=self._state.speaks, account=lambda: self._account(first, error))
+        leave(first, speaks=self._state.speaks, account=lambda: self._account(first, error))
 
     def _account(self, first: Failure, error: BaseException | None) -> None:
         logs.log(first.what, level=40, error=error, first_rank=first.rank, exit_code=int(first.exit_code))

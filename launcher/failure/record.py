@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from quant_core.errors import DistributedError, ExplainedError, FolderInUse
 
 # The stage until the ranks have formed their groups: there is nothing to finish yet.
 STARTING = "starting"
+# So many characters of a traceback are kept; its message may be a whole state dict's.
+_LONGEST_TRACEBACK = 20_000
 
 _KINDS: dict[str, type[ExplainedError]] = {
     kind.__name__: kind for kind in EXIT_CODES if issubclass(kind, ExplainedError)
@@ -26,7 +29,8 @@ class Failure:
 
     `rank` is where it happened, in `stage` ("" while nobody knows of stages); `alike` are further ranks that failed in
     the same words. `at` is the time, in seconds of the epoch. `is_frozen` says that the rank's process stands still,
-    and that somebody else has to end it.
+    and that somebody else has to end it. `traceback` is of a mistake of the program, for its authors: the rank that
+    tells of it may be another one.
     """
 
     rank: int
@@ -39,6 +43,7 @@ class Failure:
     stage: str = ""
     alike: tuple[int, ...] = ()
     is_frozen: bool = False
+    traceback: str = ""
 
     @classmethod
     def of(cls, error: BaseException, rank: int, stage: str = "") -> Failure:
@@ -47,12 +52,17 @@ class Failure:
             return carried
         told = explained(error)
         kind = next((name for name, kind in _KINDS.items() if isinstance(told, kind)), "")
-        return cls(rank, kind, told.what, told.where, told.why, told.advice, time.time(), stage)
+        trace = "" if kind else "".join(traceback.format_exception(error))[:_LONGEST_TRACEBACK]
+        return cls(rank, kind, told.what, told.where, told.why, told.advice, time.time(), stage, traceback=trace)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Failure:
         """Return the failure with these fields, as `asdict` and JSON give them."""
         return cls(**{**fields, "alike": tuple(fields["alike"])})
+
+    def brief(self) -> dict[str, Any]:
+        """Return the fields without the traceback, which terminal and log show, for files that are kept small."""
+        return {name: value for name, value in asdict(self).items() if name != "traceback"}
 
     def error(self) -> ExplainedError:
         """Return the error again, of the same kind; it remembers this failure, so that its text is never read back."""
@@ -74,11 +84,6 @@ class Failure:
         return exit_code(self.error())
 
     @property
-    def is_bug(self) -> bool:
-        """Whether it is a mistake of the program, whose authors need the traceback."""
-        return self.exit_code is ExitCode.BUG
-
-    @property
     def is_about_others(self) -> bool:
         """Whether it may be the consequence of what another rank did."""
         return self.kind == DistributedError.__name__
@@ -97,5 +102,5 @@ def write_end(folder: Path, started: float, failure: Failure | None) -> None:
     if failure and failure.kind == FolderInUse.__name__ and is_kept(folder):
         return
     code = failure.exit_code if failure else ExitCode.PUBLISHED
-    told = {**asdict(failure), "where": failure.place, "at": format_time(failure.at)} if failure else None
+    told = {**failure.brief(), "where": failure.place, "at": format_time(failure.at)} if failure else None
     write_status(folder, code.state, started, exit_code=int(code), error=told)

@@ -6,7 +6,6 @@ import atexit
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
@@ -23,7 +22,6 @@ _LIMIT_S = 8.0
 
 def leave(
     failure: Failure | None,
-    error: BaseException | None = None,
     *,
     speaks: Callable[[], bool] = lambda: True,
     account: Callable[[], object] = lambda: None,
@@ -31,9 +29,9 @@ def leave(
 ) -> NoReturn:
     """Say how it ended (None: well) and end the process at once: an orderly exit would wait for other ranks.
 
-    `error` is the exception that happened in this process. `speaks` tells whether this process tells the whole story,
-    in its error file and on the terminal; `text` is what it prints in place of the failure's four lines. `account`
-    writes down what only the caller knows. A second thread that wants to leave waits here for the end.
+    `speaks` tells whether this process tells the whole story, in its error file and on the terminal; `text` is what it
+    prints in place of the failure's traceback and four lines. `account` writes down what only the caller knows. A
+    second thread that wants to leave waits here for the end.
     """
     with _leaving:
         status = failure.exit_code if failure else ExitCode.PUBLISHED
@@ -45,7 +43,7 @@ def leave(
             if failure:
                 write_error_file(failure, is_first=is_first)
             if failure and is_first and text != "":
-                _print(failure, error, text)
+                _print(failure, text)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -72,7 +70,5 @@ def tell(text: object) -> None:
     print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
-def _print(failure: Failure, error: BaseException | None, text: str | None) -> None:
-    if failure.is_bug and error is not None:
-        traceback.print_exception(error)
-    tell(failure.error() if text is None else text)
+def _print(failure: Failure, text: str | None) -> None:
+    tell(f"{failure.traceback}{failure.error()}" if text is None else text)

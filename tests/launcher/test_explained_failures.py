@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
+import subprocess
+import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from quant_core.errors import (
     InputError,
     MemoryExhausted,
 )
+from tests.support.torchrun import ROOT
 
 
 @pytest.mark.parametrize(
@@ -89,3 +94,36 @@ def test_of_two_causes_the_earlier_speaks() -> None:
     assert isinstance(error, MemoryExhausted)
     assert error.what == "early"
     assert "rank 0: late" in error.why
+
+
+def failed(error: Exception, rank: int) -> Failure:
+    """Return the failure of an error that was raised on that rank."""
+    with pytest.raises(type(error)) as caught:
+        raise error
+    return Failure.of(caught.value, rank, stage="quantize")
+
+
+def test_whichever_rank_tells_of_a_bug_shows_where_it_happened() -> None:
+    """All ranks raise the one error, and the first to leave speaks: it knows the traceback by what was sent."""
+    sent = json.dumps(asdict(failed(IndexError("no such head"), 2)))
+    raised = combine([Failure.from_fields(json.loads(sent))]).error()
+    command = "import json, sys; leave(Failure.from_fields(json.loads(sys.argv[1])))"
+    imports = "from launcher.failure.record import Failure; from launcher.failure.way_out import leave"
+    left = subprocess.run(
+        [sys.executable, "-c", f"{imports}; {command}", json.dumps(asdict(Failure.of(raised, 0)))],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert left.returncode == 1
+    assert left.stderr.startswith("Traceback (most recent call last):\n")
+    assert "in failed\n    raise error\n" in left.stderr
+    assert "error: IndexError: no such head\n  where  rank 2, quantize" in left.stderr
+
+
+def test_a_traceback_with_a_message_without_end_is_cut_to_what_a_note_can_hold() -> None:
+    told = failed(KeyError("x" * 10**6), 0).traceback
+    assert "in failed\n" in told
+    assert len(told) <= 20_000
+
+
+def test_what_a_person_can_mend_has_no_traceback() -> None:
+    assert failed(InputError("weights are truncated"), 0).traceback == ""
