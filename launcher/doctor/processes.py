@@ -23,16 +23,20 @@ _RANK = "TORCHELASTIC_RUN_ID"
 def left_over(folder: Path) -> Iterator[Finding]:
     """Find processes of jobs, and the account in a job's folder that no process keeps any more."""
     mine = {os.getpid(), *(each.pid for each in psutil.Process().parents())}
-    jobs = [each for each in psutil.process_iter() if each.pid not in mine and _is_of_a_job(each)]
-    for process in jobs:
-        what, said = f"process {process.pid}", " ".join(process.cmdline())[:100]
-        if _is_orphan(process):
-            yield Finding("!!", what, f"{said}: its starter is gone", f"kill {process.pid}, if it is not wanted")
-        else:
-            yield Finding("--", what, f"{said}: a job that runs")
-    if not jobs:
-        yield Finding("ok", "processes", "none of another job")
+    jobs = [found for each in psutil.process_iter() if each.pid not in mine and (found := _job(each))]
+    yield from jobs or [Finding("ok", "processes", "none of another job")]
     yield from _account(folder)
+
+
+def _job(process: psutil.Process) -> Finding | None:
+    """Return what there is to say of a process of a job; None of any other, and of one that ends meanwhile."""
+    with suppress(psutil.Error):
+        if _is_of_a_job(process):
+            what, said = f"process {process.pid}", " ".join(process.cmdline())[:100]
+            if _is_orphan(process):
+                return Finding("!!", what, f"{said}: its starter is gone", f"kill {process.pid}, if it is not wanted")
+            return Finding("--", what, f"{said}: a job that runs")
+    return None
 
 
 def _is_of_a_job(process: psutil.Process) -> bool:

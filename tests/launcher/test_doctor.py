@@ -103,6 +103,26 @@ def test_a_rank_whose_starter_is_gone_and_an_account_that_nobody_keeps_are_found
     assert found[STATUS] == "!!"
 
 
+def test_a_process_that_ends_while_it_is_looked_at_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "-m", "launcher", "flux"])
+    look = psutil.Process.cmdline
+
+    def look_as_it_ends(process: psutil.Process) -> list[str]:
+        words = look(process)
+        if process.pid == started.pid and started.poll() is None:
+            started.kill()
+            started.wait()
+        return words
+
+    monkeypatch.setattr(psutil.Process, "cmdline", look_as_it_ends)
+    try:
+        found = marks(list(left_over(tmp_path)))
+    finally:
+        started.kill()
+        started.wait()
+    assert f"process {started.pid}" not in found
+
+
 def test_a_folder_that_may_not_be_written_to_is_a_trouble():
     assert marks(list(disks(Path("/proc/sys/kernel"))))["folder"] == "!!"
 
