@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+from launcher.config.layer_schemes import read_layer_schemes
 from launcher.failure.phases import run_together
 from launcher.files.digests import move
 from launcher.files.folder_lock import hold
@@ -35,7 +36,7 @@ from launcher.stages.job import Job, Results
 from model_adapters.quality.results import CARD, SHEET
 from model_adapters.quality.store import QUANTIZED
 from quant_core.atomic_file import write_text_atomically
-from quant_core.errors import InputError
+from quant_core.errors import ConfigurationError, InputError
 
 _NOTES = "quant_shard_note_*.json"
 
@@ -123,7 +124,8 @@ def publish_shards(folder: Path, note_paths: list[Path], *, trusted: bool = Fals
 def _withdraw(folder: Path, new: Manifest) -> None:
     """Remove a published checkpoint's manifest, what tells of its job, and the files that no new ones replace.
 
-    What was found of it goes, too, unless the new one is the same job's.
+    What was found of it goes, too, unless the new one is the same job's; decisions stay where the new one was made from
+    them: `auto` invites to edit its file where it stands.
 
     A damaged manifest names nothing that could be removed.
     """
@@ -133,13 +135,22 @@ def _withdraw(folder: Path, new: Manifest) -> None:
         old = None
     if old and old.fingerprint != new.fingerprint:  # while it can be told: the manifest goes next
         _forget_findings(folder)
-    for name in (MANIFEST, CONFIG, DECISIONS, SMOOTHED):
+    for name in (MANIFEST, CONFIG, SMOOTHED, *(() if _made_from(folder / DECISIONS, new) else (DECISIONS,))):
         (folder / name).unlink(missing_ok=True)
     keep = {file.name for file in new.files}
     for file in old.files if old else []:
         # Its names may be a stranger's: only what lies beside it is removed.
         if file.name not in keep and Path(file.name).name == file.name:
             (folder / file.name).unlink(missing_ok=True)
+
+
+def _made_from(decisions: Path, new: Manifest) -> bool:
+    """Tell whether a checkpoint's job has all rules that a file holds, as `--layer_schemes @FILE` gives them to it."""
+    try:
+        rules = read_layer_schemes([f"@{decisions}"])
+    except ConfigurationError:
+        return False
+    return bool(rules) and all(list(rule) in new.fields.get("quantization.layer_schemes", ()) for rule in rules.items())
 
 
 def _forget_findings(folder: Path) -> None:

@@ -230,6 +230,23 @@ def test_what_tells_of_the_job_is_published_with_its_shards_and_not_before(folde
     assert not (folder / SMOOTHED).exists()
 
 
+@pytest.mark.parametrize(("rules", "stays"), [([["up", "w8a16"], ["norm", "float"]], True), ([["up", "float"]], False)])
+def test_decisions_that_a_person_edited_stay_beside_the_checkpoint_that_was_made_from_them(folder, rules, stays):
+    for rank in (0, 1):
+        write_note(folder, rank, decisions="layer_schemes: {up: w8a8}\n", equal={"norm.weight": "digest"})
+    publish_shards(folder, notes(folder))
+    edited = "layer_schemes: {up: w8a16}  # by hand\n"
+    (folder / DECISIONS).write_text(edited)
+    for rank in (0, 1):
+        stage(folder, rank)
+        write_note(
+            folder, rank, fields={"quantization.layer_schemes": rules}, fingerprint="e" * 64, equal={"norm.weight": ""}
+        )
+    publish_shards(folder, notes(folder))
+    assert (folder / DECISIONS).exists() is stays
+    assert not stays or (folder / DECISIONS).read_text() == edited
+
+
 def test_an_old_manifest_goes_before_the_first_file_is_replaced(folder, monkeypatch):
     publish_shards(folder, notes(folder))
     for rank in (0, 1):
