@@ -83,7 +83,8 @@ def verify(folder: Path, model: str | None = None, *, with_runtime: bool = False
     readable = [rank for rank in published.ranks if not rank.checkpoint.is_empty]
     for rank in published.ranks:
         found += rank.checkpoint.findings()
-    opened = len(readable) == len(published.ranks) > 0
+    shards = len(published.paths) // 2  # of which those that could not be opened are no ranks
+    opened = len(readable) == shards
     if opened:
         found += check(RANK_RULES, published, folder)
     found += _of_manifest(published, opened)
@@ -98,6 +99,9 @@ def verify(folder: Path, model: str | None = None, *, with_runtime: bool = False
             findings, line = load_with_runtime(published)
             verdict.findings += findings
             verdict.remarks.append(line)
+    elif others := [name for name, asked in (("the model", model), ("the runtime", with_runtime)) if asked]:
+        why = f"the files of {shards - len(readable)} of {shards} ranks cannot be opened"
+        verdict.remarks.append(f"not compared with {' and '.join(others)}: {why}")
     return verdict
 
 

@@ -104,6 +104,18 @@ def test_a_model_of_other_weights_is_told_from_the_one_that_was_quantized(jobs, 
     }
 
 
+def test_files_that_cannot_be_opened_are_said_not_to_have_been_compared(jobs, tiny_sd3_folder, tmp_path: Path):
+    folder = copy(jobs["sd3"], SCHEMES["sd3"], tmp_path)
+    weights = next(folder.path.glob("*_1.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    alone, compared = verify(folder.path), verify(folder.path, str(tiny_sd3_folder), with_runtime=True)
+    assert alone.remarks == []
+    why = "the files of 1 of 2 ranks cannot be opened"
+    assert compared.remarks == [f"not compared with the model and the runtime: {why}"]
+    assert compared.findings == alone.findings
+    assert {finding.rule for finding in alone.findings} == {"readable", "digests"}
+
+
 def test_the_command_prints_all_of_it_and_ends_with_the_code_of_verification(jobs, tmp_path: Path, capsys):
     parse(["verify", str(jobs["smoothed"].folder / "weights")]).run(None)
     said = capsys.readouterr().out
