@@ -38,11 +38,11 @@ def run(config: JobConfig, watch: Monitor | None = None) -> None:
 
 def evaluate_published(config: JobConfig, watch: Monitor | None = None) -> None:
     """Evaluate what the job has published, and do nothing else of it."""
-    _on_ranks(config, watch, lambda job: evaluate(job, run_folder(job)), only_weights=True)
+    _on_ranks(config, watch, lambda job: evaluate(job, run_folder(job)), only_evaluates=True)
 
 
 def _on_ranks(
-    config: JobConfig, watch: Monitor | None, work: Callable[[Job], object], *, only_weights: bool = False
+    config: JobConfig, watch: Monitor | None, work: Callable[[Job], object], *, only_evaluates: bool = False
 ) -> None:
     watch = watch or Monitor(config)
     quiet_diffusers()
@@ -53,9 +53,9 @@ def _on_ranks(
     asked, config = config, fetch(config, ranks, watch)
     watch.enter("prepare")
     log("asked for", words=sys.argv[1:])
-    job = run_together(ranks, "preparing", lambda: _prepare(asked, config, ranks, watch))
+    job = run_together(ranks, "preparing", lambda: _prepare(asked, config, ranks, watch, only_evaluates))
     gc.freeze()  # what was imported stays: looking through it takes a quarter of a second, whenever a model goes
-    with own_folders(job, only_weights=only_weights):
+    with own_folders(job, only_weights=only_evaluates):
         work(job)
     barrier(ranks, "the end")  # still watched, so a rank that stands still before it is named, and signals are heard
     watch.finish()
@@ -77,11 +77,11 @@ def _quantize(job: Job) -> None:
     evaluate(job, results.folder)
 
 
-def _prepare(asked: JobConfig, config: JobConfig, ranks: Ranks, watch: Monitor) -> Job:
+def _prepare(asked: JobConfig, config: JobConfig, ranks: Ranks, watch: Monitor, only_evaluates: bool) -> Job:
     """Check everything that can be checked before anything is loaded or written."""
-    session = ModelSession(config, ranks)
+    session = ModelSession(config, ranks, only_evaluates)
     session.check()
-    batches = read_batches(config.pipeline, are_needed=session.needs_prompts)
+    batches = [] if only_evaluates else read_batches(config.pipeline, are_needed=session.needs_prompts)
     job = Job(asked, config, ranks, session, watch, _share(batches, ranks) if batches else [])
     check_save_path(config, lists=ranks.rank == 0)
     check_evaluation(config, session.adapter)

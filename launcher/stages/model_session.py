@@ -12,7 +12,7 @@ from torch import nn
 from launcher.config.job_config import JobConfig
 from launcher.devices.host_memory import return_large_blocks
 from launcher.ranks.process_group import Ranks
-from launcher.stages.online import check_online, needs_prompts, reason_to_replay, runs_pipeline, takes_ranges
+from launcher.stages.online import check_online, needs_prompts, reason_to_replay, takes_ranges
 from launcher.stages.processors import disabled_layers_of, processors, session_of
 from model_adapters import load_adapter
 from model_adapters.adapter import Embeddings, ModelAdapter
@@ -37,6 +37,8 @@ class ModelSession:
 
     config: JobConfig
     ranks: Ranks
+    # Whether the job evaluates what is published and does nothing else: what calibrating needs, it does not.
+    only_evaluates: bool = False
     adapter: ModelAdapter = field(init=False)
     _transformer: LoadedTransformer | None = None
     _pipeline: Any = None
@@ -60,7 +62,7 @@ class ModelSession:
     @property
     def needs_prompts(self) -> bool:
         """Tell whether the job has a use for prompts of its own."""
-        return needs_prompts(self.config, reads_activations=self.reads_activations)
+        return not self.only_evaluates and needs_prompts(self.config, reads_activations=self.reads_activations)
 
     @property
     def layout(self) -> str:
@@ -79,7 +81,7 @@ class ModelSession:
         self.adapter.check_options(getattr(part.model, "config"), self.config.pipeline)  # noqa: B009, a Module has none
         if self.config.quantization.do_quant:
             self._check_quantization(part.model)
-        if runs_pipeline(self.config, reads_activations=self.reads_activations):
+        if self.needs_prompts or self.config.evaluation.evaluate:  # on prompts of its own, or on those of pictures
             check_tokenizers(pipeline_folder(self.config.pipeline.path))
             steps_of(self.adapter, self.config.pipeline)
 

@@ -188,6 +188,15 @@ def test_files_of_swapped_ranks_are_refused(dual: Path, tmp_path: Path):
     assert not (copy / "weights" / "quality").exists()
 
 
+def test_layers_are_compared_without_the_prompts_and_tokenizers_that_nothing_reads(alone: Path, tmp_path: Path):
+    copy = copied(alone, tmp_path / "copy")
+    model = shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    evaluate_published(asked(copy, "--evaluate", 0, "--prompt_path", tmp_path / "gone.txt", "--path", model))
+    assert card_of(copy).layers
+    with pytest.raises(InputError, match="no such prompt file"):
+        evaluate_published(asked(copy, "--evaluate", PICTURES, "--prompt_path", tmp_path / "gone.txt"))
+
+
 def test_what_was_evaluated_is_not_evaluated_again_but_judged_again(alone: Path, capsys: pytest.CaptureFixture[str]):
     quality = alone / "weights" / "quality"
     before = {path: path.stat().st_mtime_ns for path in quality.rglob("*")}
