@@ -9,12 +9,13 @@ import psutil
 import torch
 
 
-def held_memory(local_rank: int) -> int:
-    """Return the bytes of host memory, or of this rank's card if it uses more, that this process holds."""
+def held_memory() -> int:
+    """Return the bytes of host memory, or of its card if it uses more, that this process holds."""
     held = psutil.Process().memory_info().rss
     accelerator: Any = torch.accelerator
     if torch.accelerator.is_available() and hasattr(accelerator, "memory_allocated"):
-        # By number: the current device is a thread's own, and the watching thread has never set one.
+        # Of every card that it sees, of which it uses one: the current device is a thread's own, and the watching
+        # thread has never set one. The allocator's counts are in this process's memory; no card is asked, or opened.
         with suppress(RuntimeError, ValueError):
-            return max(held, accelerator.memory_allocated(local_rank % accelerator.device_count()))
+            return max([held, *map(accelerator.memory_allocated, range(accelerator.device_count()))])
     return held

@@ -85,7 +85,7 @@ class Monitor:
     def enter(self, stage: str) -> None:
         """Note which stage this rank is in."""
         self._heartbeat = replace(self._heartbeat, stage=stage, done=0, total=0, step=None)
-        if line := self._clock.turn(stage, held_memory(self.launch.local_rank)):
+        if line := self._clock.turn(stage, held_memory()):
             self.console.say(line)
 
     def progress(self, stage: str, done: int, total: int) -> None:
@@ -115,7 +115,7 @@ class Monitor:
 
     def finish(self) -> None:
         """Stop watching after success; rank 0 says that the job is done."""
-        if line := self._clock.turn("", held_memory(self.launch.local_rank)):
+        if line := self._clock.turn("", held_memory()):
             self.console.say(line)
         self._heartbeat = replace(self._heartbeat, finished=True, stage="finished")
         self._over.set()
@@ -152,7 +152,7 @@ class Monitor:
         self._listen()
         self._count += 1
         # Not kept: the main thread may have changed stage and progress meanwhile.
-        own = replace(self._heartbeat, count=self._count, memory=held_memory(self.launch.local_rank))
+        own = replace(self._heartbeat, count=self._count, memory=held_memory())
         self._state.publish(own)
         self._heartbeats = self._state.heartbeats()
         for heartbeat in (*self._heartbeats.values(), own):
@@ -213,7 +213,7 @@ class Monitor:
     def _note(self) -> str:
         """Say what rank 0 knows of all ranks: the slowest, and the most memory that one uses."""
         if len(self._heartbeats) < 2:
-            return f"{held_memory(self.launch.local_rank) / 2**30:.1f} GiB"
+            return f"{held_memory() / 2**30:.1f} GiB"
         stage, heartbeats = self._heartbeat.stage, self._heartbeats.values()
         slowest = min(heartbeats, key=lambda each: (each.stage == stage, each.done, each.step or 0))
         most = max(each.memory for each in heartbeats)
