@@ -226,9 +226,15 @@ def calibration_records(folder: Path, mesh: Mesh, *, fingerprint: str, copies: i
     """Read the dumps that a checkpoint was made from, this copy's share of those of this rank's shard.
 
     fingerprint: of the dumps. copies: of the model, that made them, each its own for each shard. Raises InputError when
-    one is missing or was changed.
+    one is missing or was changed, naming what cannot be read: nothing says whose that is.
     """
-    dumps = {path: load_dump(path)["header"] for path in sorted(folder.glob("calib_data*.pth"))}
+    dumps: dict[Path, Mapping[str, Any]] = {}
+    unreadable: list[str] = []
+    for path in sorted(folder.glob("calib_data*.pth")):
+        try:
+            dumps[path] = load_dump(path)["header"]
+        except InputError as error:
+            unreadable.append(f"; {path.name} cannot be read: {error.why or error.what}")
     wanted = {"fingerprint": fingerprint, "tp_rank": mesh.tp_rank}
     # By the copy that made it: a host may have only the dumps of its own ranks.
     own = {header["dp_rank"]: path for path, header in dumps.items() if wanted.items() <= header.items()}
@@ -237,7 +243,8 @@ def calibration_records(folder: Path, mesh: Mesh, *, fingerprint: str, copies: i
         raise InputError(
             "there is no calibration data of this checkpoint to compare layers on",
             where=str(folder),
-            why=f"of {len(dumps)} calib_data*.pth none is of shard {mesh.tp_rank} in copy {missing[0]} of its job",
+            why=f"of {len(dumps) + len(unreadable)} calib_data*.pth none is of shard {mesh.tp_rank} in copy "
+            f"{missing[0]} of its job{''.join(unreadable)}",
             advice="--evaluate 4 makes pictures and needs none",
         )
     return [record for copy in share for record in as_records(load_sound_dump(own[copy]))]

@@ -60,3 +60,15 @@ def test_a_dump_that_was_changed_is_not_measured_on_unless_it_is_another_jobs(tm
     assert raised.value.where.endswith("calib_data_rank0.pth")
     dump(tmp_path, 0)
     assert read(tmp_path, 0, COPIES) == [0]
+
+
+def test_damaged_files_are_passed_over_where_all_that_is_needed_is_there_and_named_where_it_is_not(tmp_path: Path):
+    dump(tmp_path, 0)
+    for rank, damage in ((1, b"no torch file"), (7, b"")):
+        (tmp_path / f"calib_data_rank{rank}.pth").write_bytes(damage)
+    assert read(tmp_path, 0, COPIES) == [0]
+    with pytest.raises(InputError, match="no calibration data") as raised:
+        read(tmp_path, 1, COPIES)
+    assert "of 3 calib_data*.pth none is of shard 0 in copy 1 of its job; calib_data_rank1.pth cannot be read: " in (
+        raised.value.why
+    )
