@@ -66,6 +66,10 @@ class _Subject:
     def card(self) -> Path:
         return self.store.folder / CARD
 
+    def beside(self, folder: RunFolder) -> _Subject:
+        """Return the same for a host that has the published files in this folder."""
+        return replace(self, store=replace(self.store, folder=folder.weights / QUALITY))
+
     def is_of(self, card: QualityCard) -> bool:
         """Tell whether a card is of this checkpoint and these pictures."""
         wanted = [(r.number, r.prompt, self.store.seed + r.number) for batch in self.batches for r in batch]
@@ -97,7 +101,8 @@ def evaluate(job: Job, folder: RunFolder) -> None:
         return
     job.watch.enter("evaluate")
     model = shared_model_fields(job.config, job.ranks)
-    subject = ask_first(job.ranks, "looking at the published checkpoint", lambda: _look(job, folder, model))
+    found = ask_first(job.ranks, "looking at the published checkpoint", lambda: _look(job, folder, model))
+    subject = found.beside(folder)  # rank 0 told its host's path
     card = subject.found or _make_card(job, folder, subject)
     for sentence in verdict(card):
         job.console.say(f"evaluate: {sentence}")

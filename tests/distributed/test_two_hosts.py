@@ -93,6 +93,21 @@ def test_two_hosts_publish_the_bytes_of_one(tiny_flux_folder: Path, prompt_file:
     assert files_below(two) == expected
 
 
+def test_each_host_keeps_its_pictures_where_it_finds_the_weights_folder(
+    tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
+):
+    first, second = tmp_path / "first" / "weights", tmp_path / "second"
+    second.mkdir()
+    first.parent.mkdir()
+    first.symlink_to(second)
+    words = job(tiny_flux_folder, prompt_file, tmp_path)
+    words += ["--quant_type", "w8a8_dynamic", "--infer_steps", 1, "--tp_size", 1, "--evaluate", 2]
+    words += ["--quant_weight_save_folder", first]
+    with two_hosts(*words, own=first.parent, differently=["--quant_weight_save_folder", second]) as hosts:
+        outputs(hosts)
+    assert len(list((second / "quality" / "quantized").glob("*.png"))) == 2
+
+
 def test_hosts_that_do_not_share_the_weights_folder_are_told_before_anything_is_loaded(
     tiny_flux_folder: Path, prompt_file: Path, tmp_path: Path
 ):
