@@ -47,6 +47,8 @@ _FAILED_LOOKS = 3
 _CAUSE_S = 3.0
 # Within that time, how long a silence is no accident.
 _SILENCE_S = 2.0
+# How long the account of the end waits for a status that is being written; a disk that hangs must not keep it.
+_WRITING_S = 2.0
 # What `status.json` says of each rank.
 _SHOWN = ("rank", "stage", "done", "total", "step", "memory", "host", "pid")
 
@@ -71,6 +73,9 @@ class Monitor:
         self._count = 0
         self._asked: str | None = None
         self._interrupts = 0
+        # Whoever writes the status holds the one, and says that the job runs until the account of its end begins.
+        self._status = threading.Lock()
+        self._is_ending = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
@@ -124,7 +129,7 @@ class Monitor:
         self._state.publish(self._heartbeat)
         self.console.close()
         if self.launch.rank == 0:
-            write_end(self._folder, self._started, None)
+            self._say_end(None)
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an exception in its main thread, or because of what caused that."""
@@ -177,9 +182,21 @@ class Monitor:
             logs.log(f"{number.name}: leaving at the next safe point", signal=number.name)
 
     def _say_running(self, heartbeats: Iterable[Heartbeat]) -> None:
-        if self.launch.rank == 0 and not is_kept(self._folder, self._run_name):
-            ranks = [{name: getattr(heartbeat, name) for name in _SHOWN} for heartbeat in heartbeats]
-            write_status(self._folder, "running", self._started, run=self._run_name, ranks=ranks)
+        if self.launch.rank != 0 or is_kept(self._folder, self._run_name):
+            return
+        ranks = [{name: getattr(heartbeat, name) for name in _SHOWN} for heartbeat in heartbeats]
+        with self._status:
+            if not self._is_ending:
+                write_status(self._folder, "running", self._started, run=self._run_name, ranks=ranks)
+
+    def _say_end(self, first: Failure | None) -> None:
+        self._is_ending = True
+        is_free = self._status.acquire(timeout=_WRITING_S)
+        try:
+            write_end(self._folder, self._started, first)
+        finally:
+            if is_free:
+                self._status.release()
 
     def _failure(self, error: BaseException) -> Failure:
         return Failure.of(error, self.launch.rank, self._heartbeat.work)
@@ -207,7 +224,7 @@ class Monitor:
             logs.dump_stacks(self._folder, self.launch.rank)
         if first.is_frozen and first.rank != self.launch.rank and first.rank in self._heartbeats:
             end_frozen(self._heartbeats[first.rank])
-        write_end(self._folder, self._started, first)
+        self._say_end(first)
         self.console.close()
 
     def _note(self) -> str:

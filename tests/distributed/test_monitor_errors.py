@@ -65,3 +65,41 @@ def test_an_error_of_the_monitor_that_stays_is_told_by_the_rank_that_has_it(
     assert job.returncode == 1, output
     assert_noted(tmp_path)
     assert "error: ZeroDivisionError: injected\n  where  rank 1, " in output
+
+
+# A job that fails while its monitor writes the status: the disk takes SECONDS to flush what the monitor wrote, and then
+# 1.5 s to flush the folder, after the file that tells the end was renamed.
+FAILS_MEANWHILE = """import os, threading, time
+from launcher.config.job_config import JobConfig, Output, RankOptions
+from launcher.failure.monitor import Monitor
+from model_adapters import load_adapter
+from quant_core.errors import InputError
+
+flush, writes, of_main = os.fsync, threading.Event(), []
+def fsync(descriptor):
+    if threading.current_thread().name == "monitor":
+        writes.set()
+        time.sleep(SECONDS)
+    elif writes.is_set():
+        of_main.append(descriptor)
+        if len(of_main) == 2:
+            time.sleep(1.5)
+    flush(descriptor)
+os.fsync = fsync
+
+options = load_adapter("flux").options(path="flux", device_type="A2-64g")
+output = Output(save_path="FOLDER")
+watch = Monitor(JobConfig(model="flux", pipeline=options, ranks=RankOptions(device="cpu"), output=output))
+watch.start()
+assert writes.wait(60)
+watch.fail(InputError("the prompts cannot be read"))
+"""
+
+
+@pytest.mark.parametrize("seconds", [1, 60])
+def test_a_job_that_fails_while_its_status_is_written_has_failed_in_it_and_leaves(tmp_path: Path, seconds: int) -> None:
+    program = FAILS_MEANWHILE.replace("SECONDS", str(seconds)).replace("FOLDER", str(tmp_path / "out"))
+    (path := tmp_path / "fails_meanwhile.py").write_text(program)
+    done = run_forked(1, path, timeout_s=40)
+    assert done.returncode == 4, done.stderr
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
