@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     given = typed_values(flag_parser(command, options, flags), words, flags)
     config = config_path(name.split()[-1], given.pop(CONFIG)) if CONFIG in given else None
     written = given.pop(WRITE_CONFIG, None)
-    tree = _read_config(config, options) if config else {}
+    tree = _read_config(config, name, options) if config else {}
     typed = [flag for flag in flags if flag.name in given]
     for flag in typed:
         _put(tree, flag, given[flag.name])
@@ -89,7 +89,7 @@ def _unknown_model(command: str, given: str, models: Sequence[str]) -> Configura
     )
 
 
-def _read_config(path: Path, options: type[BaseModel]) -> dict[str, Any]:
+def _read_config(path: Path, command: str, options: type[BaseModel]) -> dict[str, Any]:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), where=f"--config {path}")
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +105,7 @@ def _read_config(path: Path, options: type[BaseModel]) -> dict[str, Any]:
             f"'{path}' configures {named}, not {model}",
             where=f"--config {path}, model",
             why="options of one model do not fit another",
-            advice=f"{PROGRAM} {named} --config {path}",
+            advice=f"{PROGRAM} {' '.join([*command.split()[:-1], str(named)])} --config {path}",
         )
     return tree
 

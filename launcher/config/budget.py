@@ -28,7 +28,7 @@ def budget_of(words: Sequence[str]) -> Budget:
         if not equals and name in BUDGETS:
             budget = BUDGETS[name]
         elif equals and name in _NUMBERS:
-            budget = replace(budget, **{name: _number(value, BUDGET, word)})
+            budget = replace(budget, **{name: _number(value, BUDGET, word, example="dynamic=0.25")})
         else:
             raise ConfigurationError(
                 f"no budget is called '{word}'",
@@ -58,17 +58,18 @@ def read_costs(given: Any) -> Any:
                 why=f"a cost is of one of {', '.join(COSTS)}: w8a8_dynamic=1.2",
                 advice=suggestion(str(scheme), COSTS),
             )
-        found[scheme] = _number(value, SCHEME_COSTS, f"{scheme}={value}")
+        example = f"{scheme}={COSTS[scheme]:g}"
+        found[scheme] = _number(value, SCHEME_COSTS, f"{scheme}={value}", example=example)
     return found
 
 
-def _number(value: Any, where: str, word: str) -> float:
+def _number(value: Any, where: str, word: str, *, example: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise ConfigurationError(f"'{word}' is no number", where=where, why="a number from 0 on", advice="dynamic=0.25")
+        raise ConfigurationError(f"'{word}' is no number", where=where, why="a number from 0 on", advice=example)
     return number
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from launcher.config.job_config import AUTO, JobConfig, Quantization
-from model_adapters.quality.gate import Thresholds
+from model_adapters.quality.gate import OF_PICTURES, Thresholds
 from quant_core.errors import ConfigurationError
 from quant_core.schemes.option_rules import OptionNames, estimator_problems, schemes_that, smoothing_problems
 from quant_core.schemes.scheme import separator
@@ -182,8 +182,9 @@ def what_is_asked_for_is_measured(job: JobConfig) -> Iterator[ConfigurationError
     """Refuse a threshold on what nobody measures, and to measure what nobody makes."""
     options = job.evaluation
     asked = [name for name in Thresholds.model_fields if getattr(options, name) is not None]
+    prompts = ["evaluate_prompts"] if options.evaluate_prompts else []
     if options.evaluate is None:
-        if given := [*asked, *(["evaluate_prompts"] if options.evaluate_prompts else [])]:
+        if given := [*asked, *prompts]:
             yield ConfigurationError(
                 f"--{given[0]} has no meaning without --evaluate",
                 where=f"--{given[0]}, --evaluate",
@@ -198,9 +199,10 @@ def what_is_asked_for_is_measured(job: JobConfig) -> Iterator[ConfigurationError
             advice="add --do_quant, or drop --evaluate",
         )
     elif options.evaluate == 0 and (options.needs_pictures or options.evaluate_prompts):
+        given = [*(name for name in asked if name in OF_PICTURES), *prompts]
         yield ConfigurationError(
             "--evaluate 0 makes no pictures",
-            where=f"--evaluate, {', '.join(f'--{name}' for name in asked) or '--evaluate_prompts'}",
+            where=f"--evaluate, {', '.join(f'--{name}' for name in given)}",
             why="PSNR, SSIM and FLIP are measured on pictures, and only they need prompts",
             advice="--evaluate 4, or --min_output_sqnr and --min_layer_sqnr only",
         )

@@ -35,7 +35,10 @@ class Fault:
     advice: str
 
 
-_FREE_MEMORY = "use more ranks for one copy of the model (--tp_size), --device_type A2-32g-single, or a smaller image"
+_FREE_MEMORY = (
+    "use more ranks for one copy of the model (--tp_size), CPU offload if the model has it, or a smaller image; plan "
+    "foretells what a job holds"
+)
 _DEVICE_LOG = (
     "npu-smi info shows the card's health; details are in ~/ascend/log; another card tells hardware from software"
 )

@@ -75,8 +75,8 @@ def _out_of_memory(error: BaseException) -> MemoryExhausted:
         "out of memory",
         where=_place(error),
         why=_line(error) or "the host could not give more",
-        advice="use more ranks for one copy of the model (--tp_size), CPU offload (--device_type A2-32g-single), a "
-        "smaller image, or --device cpu",
+        advice="use more ranks for one copy of the model (--tp_size), CPU offload if the model has it, a smaller "
+        "image, or --device cpu; plan foretells what a job holds",
     )
 
 

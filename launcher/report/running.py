@@ -71,7 +71,12 @@ def option_rows(folder: Path) -> tuple[list[OptionRow], str]:
 
 
 def command(folder: Path, model: str, world: int) -> str:
-    """Return what to type to run the job again, on so many ranks, from the same folder."""
+    """Return what to type to run the job again, on so many ranks, from the same folder; empty where no model is known.
+
+    model: what `option_rows` returned.
+    """
+    if not model:
+        return ""
     words = _words(folder)
     if not words:
         words = [model, "--config", str(folder / CONFIG)]

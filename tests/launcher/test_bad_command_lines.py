@@ -111,6 +111,20 @@ def test_a_wrong_command_line_is_refused_with_its_own_message(name: str) -> None
     assert_refused(words, message)
 
 
+def test_the_cost_to_try_is_one_of_the_scheme_that_was_typed() -> None:
+    error = refusal([*JOB, "--quant_type", "auto", "--scheme_costs", "w8a8=abc"])
+    assert "'w8a8=abc' is no number" in error.what
+    parse([*JOB, "--quant_type", "auto", "--scheme_costs", error.advice])
+    assert error.advice.startswith("w8a8=")
+
+
+def test_without_pictures_only_what_needs_them_is_named() -> None:
+    words = [*JOB, "--evaluate", "0", "--min_layer_sqnr", "20"]
+    assert refusal([*words, "--evaluate_prompts", "p.txt"]).where == "--evaluate, --evaluate_prompts"
+    both = refusal([*words, "--max_flip", "0.1", "--evaluate_prompts", "p.txt"])
+    assert both.where == "--evaluate, --max_flip, --evaluate_prompts"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_configuration_file_is_refused_with_its_own_message(name: str, tmp_path: Path) -> None:
     content, message = FILES[name]
@@ -120,9 +134,15 @@ def test_a_wrong_configuration_file_is_refused_with_its_own_message(name: str, t
 
 def assert_refused(words: list[str], message: str) -> None:
     """Check that the words are refused in those words, with a place and an advice."""
+    error = refusal(words)
+    assert message in error.what
+    assert error.where
+    assert error.advice
+    assert "Undefined" not in str(error)
+
+
+def refusal(words: list[str]) -> ConfigurationError:
+    """Return the error that the words are refused with."""
     with pytest.raises(ConfigurationError) as caught:
         parse(words)
-    assert message in caught.value.what
-    assert caught.value.where
-    assert caught.value.advice
-    assert "Undefined" not in str(caught.value)
+    return caught.value

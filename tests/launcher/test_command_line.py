@@ -173,6 +173,12 @@ def test_a_wrong_file_gets_four_lines_naming_it(tmp_path: Path, text: str, what:
     assert len(str(error).splitlines()) == 4
 
 
+def test_the_configuration_of_another_model_leads_to_the_same_command_of_that_model(tmp_path: Path) -> None:
+    (file := tmp_path / "job.yaml").write_text("model: sd3")
+    assert refusal("plan", "flux", "--config", str(file)).advice == f"python -m launcher plan sd3 --config {file}"
+    assert refusal("flux", "--config", str(file)).advice == f"python -m launcher sd3 --config {file}"
+
+
 def test_all_unknown_flags_are_told() -> None:
     error = refusal(*FLUX, "--widht", "64", "--do_quan")
     assert "--width (nearest name)" in str(error)

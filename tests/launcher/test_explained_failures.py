@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,9 +12,13 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from launcher.config.option_flags import flags_of
+from launcher.config.resolve import job_config_class
+from launcher.devices import npu_faults
 from launcher.failure.explain import explained
 from launcher.failure.phases import combine
 from launcher.failure.record import Failure
+from model_adapters import adapter_names
 from quant_core.errors import (
     ConfigurationError,
     DistributedError,
@@ -50,6 +55,15 @@ def test_an_exception_becomes_an_error_of_its_kind(error: Exception, kind: type)
     assert told.what
     assert told.why
     assert told.advice
+
+
+def test_who_runs_out_of_memory_is_advised_options_that_every_model_has() -> None:
+    advised = {explained(MemoryError()).advice}
+    advised |= {fault.advice for fault in npu_faults.FAULTS.values() if fault.kind is MemoryExhausted}
+    flags = set(re.findall(r"--\w+", " ".join(advised)))
+    assert flags
+    for model in adapter_names():
+        assert flags <= {flag.option for flag in flags_of(job_config_class(model))}
 
 
 def test_an_explained_error_stays_itself() -> None:

@@ -273,6 +273,13 @@ def test_the_command_to_repeat_and_the_stages_are_of_as_many_ranks_as_the_job_ha
     assert command(tmp_path, "flux", 2) == f"torchrun --nproc_per_node 2 -m launcher flux --config {tmp_path / CONFIG}"
 
 
+def test_nothing_is_told_to_repeat_where_the_configuration_is_gone(tmp_path: Path):
+    rows, model = option_rows(tmp_path)
+    assert (rows, command(tmp_path, model, 2)) == ([], "")
+    drawn = page(report(command="", options=[]), "report.html", tmp_path, tmp_path)
+    assert '<pre><span class="word"></span>' not in drawn
+
+
 def test_an_option_whose_default_is_made_is_the_default_and_not_given(tmp_path: Path):
     options = parse(["flux", "--path", "m", "--prompt_path", "p", "--do_save_img"]).options
     (tmp_path / CONFIG).write_text(options.to_yaml())
