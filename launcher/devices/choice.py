@@ -16,6 +16,12 @@ from launcher.devices.launch import Launch
 from quant_core.errors import ConfigurationError, EnvironmentFailure
 
 
+
+# Ranks that torchrun starts have one environment. Tasks of srun may have a card each, which each of them sees as its
+# only one: nothing that a rank sees alone tells that from a card that all share.
+_SHOW_ALL = "if srun gave each task its own card, let every task see all: --gpus-per-node N --gpu-bind=none"
+
+
 @dataclass(frozen=True)
 class Cards:
     """Count the devices of one kind that this process can see; `visible` shows the variable that may hide some."""
@@ -63,14 +69,16 @@ def choose_device_index(cards: Cards, device_id: int, launch: Launch) -> tuple[i
         )
     if cards.shared_by(launch):
         index = launch.local_rank % cards.count
-        return index, f"{launch.local_world} ranks share {cards.count} {kind.noun}{'s' * (cards.count > 1)}"
+        remark = f"; {_SHOW_ALL}" if launch.source == "srun" else ""
+        return index, f"{launch.local_world} ranks share {cards.count} {kind.noun}{'s' * (cards.count > 1)}{remark}"
     wanted, source = (launch.local_rank, "local rank") if launch.is_distributed else (device_id, "--device_id")
     if wanted >= cards.count:
+        hint = f"; {_SHOW_ALL}" if launch.source == "srun" and cards.count else ""
         raise EnvironmentFailure(
             f"{kind.name} {wanted} does not exist: this process sees {cards.count or 'none'}",
             where=f"{source} {wanted}, {cards.visible}",
             why=f"the {source} picks one of the devices that this process sees",
-            advice=f"{kind.listing} lists those of the host; start fewer ranks, or use --device cpu",
+            advice=f"{kind.listing} lists those of the host; start fewer ranks, or use --device cpu{hint}",
         )
     return wanted, f"{source} {wanted} of {cards.count} visible"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -68,6 +69,20 @@ def test_a_device_that_does_not_exist_is_refused_with_what_hides_devices(
         choose_device_index(cards, device_id, launch)
     assert where in caught.value.where
     assert "--device cpu" in caught.value.advice
+
+
+@pytest.mark.parametrize("source", ["torchrun", "srun"])
+def test_ranks_that_may_have_cards_of_their_own_are_told_how_to_see_all_of_them(source: str) -> None:
+    """Under torchrun they have one environment; srun may give each task another card, which each calls 0."""
+    launch, is_srun = replace(SECOND_OF_TWO, source=source), source == "srun"
+    index, reason = choose_device_index(ONE_GPU, 0, launch)
+    assert (index, "2 ranks share 1 GPU" in reason, "--gpu-bind=none" in reason) == (0, True, is_srun)
+    with pytest.raises(EnvironmentFailure) as caught:
+        choose_device_index(Cards(KINDS["npu"], 1, "ASCEND_RT_VISIBLE_DEVICES=4"), 0, launch)
+    assert ("--gpu-bind=none" in caught.value.advice, "start fewer ranks" in caught.value.advice) == (is_srun, True)
+    with pytest.raises(EnvironmentFailure) as caught:
+        choose_device_index(NO_NPU, 0, launch)
+    assert "--gpu-bind=none" not in caught.value.advice
 
 
 def test_a_device_number_by_hand_is_refused_when_torchrun_places_the_ranks() -> None:
