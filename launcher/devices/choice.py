@@ -15,8 +15,6 @@ from launcher.devices.kinds import KINDS, DeviceKind
 from launcher.devices.launch import Launch
 from quant_core.errors import ConfigurationError, EnvironmentFailure
 
-
-
 # Ranks that torchrun starts have one environment. Tasks of srun may have a card each, which each of them sees as its
 # only one: nothing that a rank sees alone tells that from a card that all share.
 _SHOW_ALL = "if srun gave each task its own card, let every task see all: --gpus-per-node N --gpu-bind=none"
