@@ -56,7 +56,8 @@ def typed_values(parser: argparse.ArgumentParser, words: Sequence[str], flags: S
     """Return the values that were typed, as text, by the names of their flags; a switch is True.
 
     Raises:
-        ConfigurationError: a flag without its value, an unknown word, a value given twice.
+        ConfigurationError: a flag without its value, an unknown word, a value given with its flag and without it. Of a
+            flag given twice the last one counts, as users of argparse expect.
     """
     # Intermixed: a word may stand behind the flags as well as in front of them.
     known, unknown = parser.parse_known_intermixed_args(list(words))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher.files.manifest import Manifest, read_manifest
@@ -19,10 +18,9 @@ from quant_core.errors import ConfigurationError, ExplainedError, InputError
 from quant_core.parallel.sharding import Shard, Style
 from quant_core.schemes import SCHEMES
 
-_ENDINGS = {"weight": "safetensors", "description": "json"}
 _FILE = re.compile(
-    rf"quant_model_(?P<kind>weight|description)_(?P<scheme>{'|'.join(sorted(SCHEMES, key=len, reverse=True))})"
-    r"(?:_(?P<rank>\d+))?\.(?P<ending>safetensors|json)"
+    rf"quant_model_(?:weight|description)_(?P<scheme>{'|'.join(sorted(SCHEMES, key=len, reverse=True))})"
+    r"(?:_(?P<rank>\d+))?\.(?:safetensors|json)"
 )
 
 
@@ -67,11 +65,16 @@ class Published:
     findings: tuple[Finding, ...] = field(default=(), compare=False)
 
     @property
+    def files(self) -> dict[str | None, CheckpointFiles]:
+        """Return where each rank's two files are or have to be, by the rank in their names; None where there is none."""
+        found = (_FILE.fullmatch(name) for name in self.names)
+        ranks = dict.fromkeys(each["rank"] for each in found if each and each["scheme"] == self.scheme)
+        return {rank: shard_files(self.folder, self.scheme, f"_{rank}" if rank else "") for rank in ranks}
+
+    @property
     def paths(self) -> list[Path]:
-        """Return where the files of the checkpoint's ranks are or have to be."""
-        suffixes = dict.fromkeys(suffix for name in self.names for suffix in self._suffix_of(name))
-        files = [shard_files(self.folder, self.scheme, suffix) for suffix in suffixes]
-        return [path for each in files for path in (each.weights, each.description)]
+        """Return all these files."""
+        return [path for each in self.files.values() for path in (each.weights, each.description)]
 
     def shard(self, layer: str, rank: int) -> Shard | None:
         """Return how a linear layer is divided, by its name; None where nobody knows the model's plan."""
@@ -83,11 +86,6 @@ class Published:
     def option(self, name: str) -> object:
         """Return what the manifest says that the job was asked for, `quantization.anti_method`; None if nothing."""
         return self.manifest.fields.get(name) if self.manifest else None
-
-    def _suffix_of(self, name: str) -> Iterator[str]:
-        found = _FILE.fullmatch(name)
-        if found and found["scheme"] == self.scheme:
-            yield f"_{found['rank']}" if found["rank"] else ""
 
 
 def read_published(folder: Path) -> Published:
@@ -109,9 +107,8 @@ def read_published(folder: Path) -> Published:
     wanted = manifest.quant_type.lower() if manifest else ""
     scheme = wanted if wanted in schemes else min(schemes)
     found = Published(folder, scheme, names, (), manifest, _adapter(manifest))
-    ranks = tuple(filter(None, (_open(path, findings) for path in found.paths if path.suffix == ".json")))
-    ordered = tuple(sorted(ranks, key=lambda each: each.rank))
-    return Published(folder, scheme, names, ordered, manifest, found.adapter, tuple(findings))
+    ranks = filter(None, (_open(rank, files, findings) for rank, files in found.files.items()))
+    return replace(found, ranks=tuple(sorted(ranks, key=lambda each: each.rank)), findings=tuple(findings))
 
 
 def _manifest(folder: Path, findings: list[Finding]) -> Manifest | None:
@@ -129,15 +126,12 @@ def _adapter(manifest: Manifest | None) -> ModelAdapter | None:
         return None  # a stranger's model, that is not installed here
 
 
-def _open(description: Path, findings: list[Finding]) -> RankCheckpoint | None:
-    found = _FILE.fullmatch(description.name)
-    assert found, "the names of a checkpoint's files have this form"
-    suffix = f"_{found['rank']}" if found["rank"] else ""
-    files = shard_files(description.parent, found["scheme"], suffix)
+def _open(rank: str | None, files: CheckpointFiles, findings: list[Finding]) -> RankCheckpoint | None:
     try:
         checkpoint = Checkpoint(files)
     except ExplainedError as error:
+        description = files.description
         where = Path(error.where) if Path(error.where).parent == description.parent else description
         findings.append(Finding("readable", where, "", error.what, error.why))
         return None
-    return RankCheckpoint(int(found["rank"]) if found["rank"] else None, files, checkpoint)
+    return RankCheckpoint(int(rank) if rank else None, files, checkpoint)

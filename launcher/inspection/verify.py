@@ -83,7 +83,7 @@ def verify(folder: Path, model: str | None = None, *, with_runtime: bool = False
     readable = [rank for rank in published.ranks if not rank.checkpoint.is_empty]
     for rank in published.ranks:
         found += rank.checkpoint.findings()
-    shards = len(published.paths) // 2  # of which those that could not be opened are no ranks
+    shards = len(published.files)  # of which those that could not be opened are no ranks
     opened = len(readable) == shards
     if opened:
         found += check(RANK_RULES, published, folder)

@@ -64,11 +64,6 @@ class Mesh:
         """The ranks that hold one copy of the model together with this one."""
         return self.tp_groups[self.dp_rank]
 
-    @property
-    def dp_ranks(self) -> list[int]:
-        """The ranks that hold the same shard as this one."""
-        return self.dp_groups[self.tp_rank]
-
     def __str__(self) -> str:
         return f"world {self.world} = dp {self.dp_size} × tp {self.tp_size}"
 

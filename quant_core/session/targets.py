@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from quant_core.errors import ConfigurationError
+from quant_core.errors import ConfigurationError, few
 from quant_core.naming import linear_names, select
 from quant_core.schemes.scheme import SchemeConfig
 
@@ -77,7 +77,7 @@ def _nothing_left(model: nn.Module, names: Sequence[str]) -> ConfigurationError:
 
 
 def _decides_nothing(pattern: str, earlier: Sequence[str], where: str) -> ConfigurationError:
-    those = ", ".join(f"'{each}'" for each in earlier[:3]) + (f" and {len(earlier) - 3} more" if earlier[3:] else "")
+    those = few(f"'{each}'" for each in earlier)
     return ConfigurationError(
         f"'{pattern}' decides for no layer",
         where=where,

@@ -19,9 +19,9 @@ def test_every_rank_is_in_one_tp_group_and_one_dp_group_which_meet_only_in_it(dp
     world = dp_size * tp_size
     meshes = [Mesh(Launch(rank, world), tp_size) for rank in range(world)]
     for mesh in meshes:
-        assert set(mesh.tp_ranks) & set(mesh.dp_ranks) == {mesh.rank}
+        assert set(mesh.tp_ranks) & set(mesh.dp_groups[mesh.tp_rank]) == {mesh.rank}
         assert mesh.tp_ranks[mesh.tp_rank] == mesh.rank
-        assert mesh.dp_ranks[mesh.dp_rank] == mesh.rank
+        assert mesh.dp_groups[mesh.tp_rank][mesh.dp_rank] == mesh.rank
         assert (mesh.dp_size, mesh.tp_size) == (dp_size, tp_size)
     for groups in (meshes[0].tp_groups, meshes[0].dp_groups):
         assert sorted(rank for group in groups for rank in group) == list(range(world))
