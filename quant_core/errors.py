@@ -69,11 +69,11 @@ class VerificationError(ExplainedError):
     """What was produced is not what the consumer loads."""
 
 
-def few(items: Iterable[str], shown: int = 3) -> str:
+def few(items: Iterable[str], *, between: str = "; ", shown: int = 3) -> str:
     """Return the first of many on one line, and how many more there are."""
     known = list(items)
-    rest = len(known) - shown
-    return "; ".join(known[:shown]) + (f"; and {rest} more" if rest > 0 else "")
+    rest = [f"and {len(known) - shown} more"] if len(known) > shown else []
+    return between.join([*known[:shown], *rest])
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

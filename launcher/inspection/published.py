@@ -66,7 +66,7 @@ class Published:
 
     @property
     def files(self) -> dict[str | None, CheckpointFiles]:
-        """Return where each rank's two files are or have to be, by the rank in their names; None where there is none."""
+        """Return where each rank's two files are or have to be, by the rank in their names; None if there is none."""
         found = (_FILE.fullmatch(name) for name in self.names)
         ranks = dict.fromkeys(each["rank"] for each in found if each and each["scheme"] == self.scheme)
         return {rank: shard_files(self.folder, self.scheme, f"_{rank}" if rank else "") for rank in ranks}

@@ -77,7 +77,7 @@ def _nothing_left(model: nn.Module, names: Sequence[str]) -> ConfigurationError:
 
 
 def _decides_nothing(pattern: str, earlier: Sequence[str], where: str) -> ConfigurationError:
-    those = few(f"'{each}'" for each in earlier)
+    those = few([f"'{each}'" for each in earlier], between=", ")
     return ConfigurationError(
         f"'{pattern}' decides for no layer",
         where=where,
