@@ -133,19 +133,19 @@ def _no_layer(layer: str, file: LoraFile, shapes: Mapping[str, object]) -> Input
 def _read(pipeline_type: Any, file: LoraFile) -> dict[str, LowRank]:
     """Return the changes in a file by part and layer: `transformer.proj_out`."""
     with open_weights(file.path) as opened:
-        if strange := [key for key in opened.keys() if any(word in key for word in _OTHER_METHODS)]:  # noqa: SIM118
+        shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        if strange := [key for key in shapes if any(word in key for word in _OTHER_METHODS)]:
             raise _unreadable(file, f"{strange[0]} is no factor of a plain LoRA")
-    try:
-        state, *about = pipeline_type.lora_state_dict(
-            str(file.path.parent),
-            weight_name=file.path.name,
-            use_safetensors=True,
-            local_files_only=True,
-            return_alphas=True,
-            return_lora_metadata=True,
-        )
-    except Exception as error:  # whatever a converter meets in a file of another format
-        raise _unreadable(file, f"{type(error).__name__}: {error}") from error
+        if lost := [key for key in _left_out(pipeline_type, file, shapes) if opened.get_tensor(key).double().any()]:
+            raise _unreadable(file, f"diffusers leaves {lost[0]} out, which would change the model too")
+    state, *about = _convert(
+        pipeline_type,
+        file,
+        str(file.path.parent),
+        weight_name=file.path.name,
+        use_safetensors=True,
+        local_files_only=True,
+    )
     alphas, metadata = (about[0] if len(about) > 1 else None) or {}, about[-1] or {}
     state = _peft_names(state)
     pairs = dict.fromkeys(key[: -len(end)] for key in state for end in (_UP, _DOWN) if key.endswith(end))
@@ -160,6 +160,29 @@ def _read(pipeline_type: Any, file: LoraFile) -> dict[str, LowRank]:
         name: LowRank(up := state[name + _UP], state[name + _DOWN], file.scale * _scale(name, up, alphas, metadata))
         for name in pairs
     }
+
+
+def _convert(pipeline_type: Any, file: LoraFile, source: Any, **where: Any) -> Any:
+    """Have diffusers rename, cut and scale tensors; with them come alphas and metadata that it leaves to others."""
+    try:
+        return pipeline_type.lora_state_dict(source, return_alphas=True, return_lora_metadata=True, **where)
+    except Exception as error:  # whatever a converter meets in a file of another format
+        raise _unreadable(file, f"{type(error).__name__}: {error}") from error
+
+
+def _left_out(pipeline_type: Any, file: LoraFile, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the tensors of a file that nothing depends on after conversion, which diffusers does not tell.
+
+    The conversion runs on ones, which autograd follows from the names in the file to what comes out. Alphas do not
+    count: they are taken as numbers, and change nothing without their factors.
+    """
+    with torch.enable_grad():
+        marks = {key: torch.ones((), dtype=torch.bfloat16, requires_grad=True) for key in shapes}
+        marked = {key: mark.expand(shapes[key]).clone() for key, mark in marks.items()}
+        state = _convert(pipeline_type, file, marked)[0]
+        ends = [tensor.sum() for tensor in state.values() if tensor.requires_grad]
+        found = torch.autograd.grad(ends, [*marks.values()], allow_unused=True) if ends else [None] * len(marks)
+    return [key for key, used in zip(marks, found) if used is None and not key.endswith(".alpha")]
 
 
 def _multiply(up: Tensor, down: Tensor) -> bool:

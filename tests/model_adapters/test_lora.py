@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -193,6 +194,26 @@ def test_kohyas_names_and_alphas_are_understood(tmp_path: Path):
         save_file(tensors, tmp_path / "lora.safetensors")
         fused = load("flux", folder, LoraFile(tmp_path / "lora.safetensors"))
         assert largest_error(fused, by_formula(model, pairs, alpha / RANK)) < 1e-6
+
+
+def dropped() -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    yield "kohya's T5", "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight", (64, RANK)
+    yield "ComfyUI's T5", "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.q.lora_up.weight", (64, RANK)
+    yield "a bias", "lora_unet_double_blocks_0_img_mlp_0.diff_b", (64,)
+    yield "an unknown part", "lora_prior_unet_img_in.lora_up.weight", (64, RANK)
+
+
+@pytest.mark.parametrize(("name", "shape"), [(name, shape) for _, name, shape in dropped()])
+def test_what_diffusers_would_leave_out_of_a_file_is_refused_unless_it_changes_nothing(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+):
+    folder, file = save("flux", tmp_path / "model"), tmp_path / "lora.safetensors"
+    known = kohya(factors(build("flux")), 6.0)
+    save_file(known | {name: torch.zeros(shape)}, file)
+    assert load("flux", folder, LoraFile(file))
+    save_file(known | {name: torch.ones(shape)}, file)
+    with pytest.raises(InputError, match=re.escape(name)):
+        load("flux", folder, LoraFile(file))
 
 
 @pytest.mark.parametrize(("rslora", "rank"), [(False, RANK), (True, math.sqrt(RANK))])
