@@ -189,10 +189,16 @@ def _multiply(up: Tensor, down: Tensor) -> bool:
     return up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0] > 0
 
 
-def _peft_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    from diffusers.utils import convert_unet_state_dict_to_peft
+def _peft_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the factors under PEFT's names, which a file may have for one part and older ones for another."""
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import StateDictType
 
-    return state if any("lora_A" in key for key in state) else convert_unet_state_dict_to_peft(dict(state))
+    texts = {key: tensor for key, tensor in state.items() if key.startswith("text_encoder")}
+    others = {key: tensor for key, tensor in state.items() if key not in texts}
+    for age in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
+        texts = convert_state_dict_to_peft(texts, original_type=age)
+    return {**convert_unet_state_dict_to_peft(others), **texts}
 
 
 def _scale(name: str, up_OR: Tensor, alphas: Mapping[str, Any], metadata: Mapping[str, Any]) -> float:

@@ -243,6 +243,24 @@ def test_the_part_of_a_text_encoder_goes_into_the_text_encoder(tiny_flux_folder:
     assert torch.allclose(after, layer.weight + 0.5 * pair[0] @ pair[1], atol=1e-6)
 
 
+def test_a_file_of_kohya_may_change_the_transformer_and_a_text_encoder(tiny_flux_folder: Path, tmp_path: Path):
+    adapter = load_adapter("flux")
+    options = adapter.options(path=str(tiny_flux_folder))
+    encoder = load_text_encoders(adapter, options, "cpu", torch.float32).text_encoder
+    known = {name: layer for name, layer in encoder.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {end: next(name for name in known if name.endswith(end)) for end in ("0.self_attn.q_proj", "0.mlp.fc1")}
+    pairs, tensors = {}, kohya(factors(load("flux", tiny_flux_folder)), 6.0)
+    for end, name in layers.items():
+        up, down = torch.randn(known[name].out_features, RANK), torch.randn(RANK, known[name].in_features)
+        key = f"lora_te1_text_model_encoder_layers_{end.replace('.', '_')}"
+        tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(6.0)}
+        pairs[name] = up, down
+    save_file(tensors, tmp_path / "lora.safetensors")
+    options = adapter.options(path=str(tiny_flux_folder), lora=(str(tmp_path / "lora.safetensors"),))
+    fused = load_text_encoders(adapter, options, "cpu", torch.float32).text_encoder
+    assert largest_error(fused, by_formula(encoder, pairs, 6.0 / RANK)) < 1e-5
+
+
 def bad_files() -> Iterator[tuple[str, dict[str, Tensor], str]]:
     up, down = torch.zeros(96, RANK), torch.zeros(RANK, 96)
     layer = "transformer.transformer_blocks.0.attn.to_q"
