@@ -15,8 +15,8 @@ def require_new(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(
             f"{folder} already holds something",
-            where="folder of the tiny pipeline",
-            why="files of two pipelines must not mix, and nothing of yours is deleted",
+            where="the folder to write",
+            why="files of two models must not mix, and nothing of yours is deleted",
             advice="name a new folder, or remove this one",
         )
 
@@ -30,7 +30,7 @@ def new_folder(target: Path, mode: int = 0o755) -> Iterator[Path]:
     except OSError as error:
         raise InputError(
             f"{target} cannot be made",
-            where="folder of the tiny pipeline",
+            where="the folder to write",
             why=f"{error.strerror}: {error.filename}",
             advice="name a folder in one that exists and may be written to",
         ) from None

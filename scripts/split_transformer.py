@@ -22,15 +22,17 @@ from model_adapters import load_adapter
 from model_adapters.weights.model_folder import INDEX_NAME, pipeline_folder
 from model_adapters.weights.transformer_folders import WHOLE, rank_folder, used_folders
 from model_adapters.weights.transformer_part import TransformerPart, describe_transformer
-from quant_core.atomic_file import make_folder, write_atomically, write_text_atomically
+from quant_core.atomic_file import write_atomically, write_text_atomically
 from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import ExplainedError, InputError
+from scripts.new_folder import new_folder, require_new
 
 
 def split(root: Path, tp_size: int = 2) -> list[Path]:
     """Write the folders of all ranks, and return them.
 
-    Raises InputError when the pipeline has no whole transformer.
+    Raises InputError when the pipeline has no whole transformer, or one of the folders holds something: of an older
+    division an index or a file too many would be read.
     """
     if used_folders(root) != [root / WHOLE]:
         raise InputError(
@@ -39,6 +41,8 @@ def split(root: Path, tp_size: int = 2) -> list[Path]:
             why=f"only divided folders are there ({rank_folder(root, 0).name}, ...)",
             advice="give the folder of the original model",
         )
+    for tp_rank in range(tp_size):
+        require_new(rank_folder(root, tp_rank))
     return [_write_rank(root, tp_rank, tp_size) for tp_rank in range(tp_size)]
 
 
@@ -46,18 +50,18 @@ def _write_rank(root: Path, tp_rank: int, tp_size: int) -> Path:
     part = describe_transformer(
         load_adapter("flux"), str(root), tp_rank=tp_rank, tp_size=tp_size, layout="mindie", dtype=torch.bfloat16
     )
-    folder = make_folder(rank_folder(root, tp_rank))
-    homes: dict[Path, list[str]] = {}
-    for name in part.model.state_dict():
-        homes.setdefault(part.stored[name].path, []).append(name)
-    for source, names in sorted(homes.items()):
-        write_atomically(folder / source.name, lambda path, names=names: _write_file(path, part, names))
-    if len(homes) > 1:
-        weight_map = {name: source.name for source, names in homes.items() for name in names}
-        size = sum((folder / source.name).stat().st_size for source in homes)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_text_atomically(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    write_text_atomically(folder / "config.json", (root / WHOLE / "config.json").read_text(encoding="utf-8"))
+    with new_folder(folder := rank_folder(root, tp_rank), mode=0o750) as whole:
+        homes: dict[Path, list[str]] = {}
+        for name in part.model.state_dict():
+            homes.setdefault(part.stored[name].path, []).append(name)
+        for source, names in sorted(homes.items()):
+            write_atomically(whole / source.name, lambda path, names=names: _write_file(path, part, names))
+        if len(homes) > 1:
+            weight_map = {name: source.name for source, names in homes.items() for name in names}
+            size = sum((whole / source.name).stat().st_size for source in homes)
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            write_text_atomically(whole / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        write_text_atomically(whole / "config.json", (root / WHOLE / "config.json").read_text(encoding="utf-8"))
     return folder
 
 

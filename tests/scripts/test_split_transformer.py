@@ -116,3 +116,15 @@ def test_the_job_is_known_by_what_it_reads(divided, tmp_path):
 def test_a_folder_without_a_whole_transformer_cannot_be_divided(divided, capsys):
     assert main([str(divided[1])]) == 4  # the code of wrong input
     assert "no whole transformer" in capsys.readouterr().err
+
+
+def test_nothing_is_written_where_an_older_division_lies(divided, tmp_path):
+    copy = Path(shutil.copytree(divided[0], tmp_path / "copy"))
+    (copy / "transformer_1").mkdir()
+    older = copy / "transformer_1" / "diffusion_pytorch_model.safetensors.index.json"
+    older.write_text("{}")
+    with pytest.raises(InputError, match="transformer_1 already holds something"):
+        split(copy)
+    assert [path.name for path in sorted(copy.glob("*transformer_*"))] == ["transformer_1"]
+    older.unlink()
+    assert len(split(copy)) == 2
