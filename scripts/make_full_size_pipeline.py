@@ -38,6 +38,7 @@ from quant_core.atomic_file import make_folder, write_atomically, write_text_ato
 from quant_core.checkpoint.tensor_file import TensorFile
 from quant_core.errors import ExplainedError
 from scripts.make_tiny_pipeline import DTYPES, RECIPES, write_components
+from scripts.new_folder import new_folder
 
 # The published configurations of the transformers.
 FLUX = {
@@ -106,16 +107,18 @@ def make_full_size(
 ) -> Path:
     """Write a pipeline of that kind with a transformer of that configuration; returns the folder.
 
-    Raises EnvironmentFailure when the disk is too small.
+    It appears whole or not at all. Raises EnvironmentFailure when the disk is too small, InputError for a folder that
+    holds something.
     """
     recipe = replace(RECIPES[kind], text_widths=KINDS[kind].text_widths(config))
-    transformer = make_folder(folder / "transformer")
-    write_components(recipe, folder, seed, DTYPES[recipe.dtype], "10GB", leave_out=["transformer"])
-    write_text_atomically(transformer / "config.json", json.dumps(dict(config), indent=2) + "\n")
-    model = build_empty(load_adapter(kind), transformer)
-    tensors = {name: _described(tensor, DTYPES[recipe.dtype]) for name, tensor in model.state_dict().items()}
-    require_room({folder: _size(tensors)})
-    _write_files(transformer, _share_out(tensors, file_size), torch.Generator().manual_seed(seed))
+    with new_folder(folder, mode=0o750) as whole:
+        transformer = make_folder(whole / "transformer")
+        write_components(recipe, whole, seed, DTYPES[recipe.dtype], "10GB", leave_out=["transformer"])
+        write_text_atomically(transformer / "config.json", json.dumps(dict(config), indent=2) + "\n")
+        model = build_empty(load_adapter(kind), transformer)
+        tensors = {name: _described(tensor, DTYPES[recipe.dtype]) for name, tensor in model.state_dict().items()}
+        require_room({whole: _size(tensors)})
+        _write_files(transformer, _share_out(tensors, file_size), torch.Generator().manual_seed(seed))
     return folder
 
 

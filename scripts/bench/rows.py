@@ -46,10 +46,7 @@ def _full(kind: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         from scripts.make_full_size_pipeline import KINDS, make_full_size
 
-        # Not whole under its name before it is whole: a folder that is there is taken for one.
-        unfinished = folder.with_name(f".{folder.name}")
-        make_full_size(unfinished, KINDS[kind].config, kind=kind)
-        unfinished.rename(folder)
+        make_full_size(folder, KINDS[kind].config, kind=kind)
 
     return make
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from quant_core.errors import InputError
 from scripts.make_full_size_pipeline import FLUX, INDEX_NAME, SD3, make_full_size
 
 # The real shapes with fewer heads and blocks and narrower text: proportions stay (two CLIPs as 3 to 5).
@@ -53,3 +54,13 @@ def test_a_model_larger_than_a_file_is_several_with_an_index(tmp_path):
     for name in set(home.values()):
         with safe_open(folder / name, "pt") as file:
             assert set(file.keys()) == {tensor for tensor, file_name in home.items() if file_name == name}
+
+
+def test_it_appears_whole_or_not_at_all_and_never_over_another(tmp_path):
+    folder = tmp_path / "pipeline"
+    with pytest.raises(InputError, match="another model"):  # the other parts are written by then
+        make_full_size(folder, NARROW["flux"] | {"_class_name": "SD3Transformer2DModel"})
+    assert not any(tmp_path.iterdir())
+    make_full_size(folder, NARROW["flux"])
+    with pytest.raises(InputError, match="already holds something"):
+        make_full_size(folder, NARROW["flux"])
