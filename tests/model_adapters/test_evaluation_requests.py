@@ -39,6 +39,17 @@ def test_prompts_that_were_left_out_come_first_and_then_the_others_as_further_co
     ]
 
 
+def test_of_a_divided_file_the_prompts_of_the_other_parts_come_first(tmp_path: Path):
+    job = options(tmp_path, count=3, data_split_num=3, data_split_id=1)
+    found = flat(evaluation_batches(job, 4))
+    assert [(request.prompt_number, request.copy, request.number) for request in found] == [
+        (0, 1, 3),
+        (2, 1, 4),
+        (1, 1, 5),
+        (0, 2, 6),
+    ]
+
+
 @pytest.mark.parametrize("changes", [{}, {"max_num_prompt": 3}, {"num_images_per_prompt": 2}, {"max_num_prompt": 9}])
 @pytest.mark.parametrize("count", [1, 4, 13])
 def test_noise_and_files_are_never_those_of_the_calibration(tmp_path: Path, changes: dict[str, int], count: int):
