@@ -165,6 +165,8 @@ def _from_folder(
     dtype: torch.dtype,
     given: Mapping[str, nn.Module | None],
 ) -> Any:
+    if variant is None:
+        variant = variant_of_pipeline(folder, [name for name in read_parts(folder) if name not in given])
     with warnings.catch_warnings():
         # The newest diffusers calls it `dtype`, the oldest one that is supported knows only this name.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
@@ -174,7 +176,7 @@ def _from_folder(
             torch_dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
-            variant=variant or variant_of_pipeline(folder),
+            variant=variant,
         )
 
 

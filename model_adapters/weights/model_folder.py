@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,22 @@ def check_tokenizers(root: Path) -> None:
             )
 
 
-def variant_of_pipeline(root: Path) -> str | None:
-    """Return the variant (`fp16`) that some part of a pipeline has weights of and no usual ones; None if none has."""
-    parts = [root / name for name, kind in read_parts(root).items() if any(kind)]
-    return next((variant for part in parts if (variant := variant_of(part))), None)
+def variant_of_pipeline(root: Path, parts: Iterable[str]) -> str | None:
+    """Return the variant (`fp16`) that some part to load has weights of and no usual ones; None if none has.
+
+    Raises InputError where another part has both: diffusers would read the variant of that one too.
+    """
+    folders = [root / name for name in parts]
+    variant = next((variant for folder in folders if (variant := variant_of(folder))), None)
+    for folder in folders:
+        if variant and not variant_of(folder) and _has_variant(folder, variant):
+            raise InputError(
+                f"{folder.name}/ has weights in two forms, the usual one and {variant}",
+                where=str(folder),
+                why=f"another part has only {variant}, and a variant is read of all parts that have it",
+                advice=f"say --variant {variant}, or move the files away that are not meant",
+            )
+    return variant
 
 
 def variant_of(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from model_adapters import load_adapter
 from model_adapters.weights.brought import NOTHING, Brought
-from model_adapters.weights.loading import LoadedTransformer, load_transformer
+from model_adapters.weights.loading import LoadedTransformer, load_pipeline, load_text_encoders, load_transformer
 from model_adapters.weights.model_folder import INDEX_NAME, WEIGHTS_NAME
 from quant_core.errors import InputError
 from tests.support.tiny_models import build, save
@@ -78,3 +79,20 @@ def test_several_variants_are_explained(flux):
     with pytest.raises(InputError, match="has weights in several variants: bf16, fp16") as caught:
         load(flux)
     assert all((caught.value.where, caught.value.why, caught.value.advice))
+
+
+def test_a_part_that_has_one_variant_only_chooses_for_no_other(tiny_flux_folder, tmp_path):
+    folder, adapter = Path(shutil.copytree(tiny_flux_folder, tmp_path / "copy")), load_adapter("flux")
+    alone, both, vae = (folder / name for name in ("text_encoder_2", "text_encoder", "vae"))
+    (alone / "model.safetensors").rename(alone / "model.fp16.safetensors")
+    shutil.copy(both / "model.safetensors", both / "model.fp16.safetensors")
+    (vae / "diffusion_pytorch_model.fp16.safetensors").write_text("never read")
+    options = adapter.options(path=str(folder))
+    assert load_pipeline(adapter, options, build("flux"), "cpu", torch.float32).vae, "only text encoders have one alone"
+    with pytest.raises(InputError, match="text_encoder/ has weights in two forms, the usual one and fp16") as caught:
+        load_text_encoders(adapter, options, "cpu", torch.float32)
+    assert "--variant fp16" in caught.value.advice
+    asked = adapter.options(path=str(folder), variant="fp16")
+    assert load_text_encoders(adapter, asked, "cpu", torch.float32).text_encoder
+    (both / "model.fp16.safetensors").unlink()
+    assert load_text_encoders(adapter, options, "cpu", torch.float32).text_encoder
