@@ -28,7 +28,7 @@ from launcher.stages.model_session import ModelSession
 from launcher.stages.places import check_save_path
 from launcher.stages.quant_images import make_quant_images
 from launcher.stages.quantize import quantize
-from model_adapters.pipeline.prompts import Batch, even_share, read_batches
+from model_adapters.pipeline.prompts import Batch, read_batches, share_of_copy
 
 
 def run(config: JobConfig, watch: Monitor | None = None) -> None:
@@ -90,6 +90,5 @@ def _prepare(asked: JobConfig, config: JobConfig, ranks: Ranks, watch: Monitor, 
 
 
 def _share(batches: list[Batch], ranks: Ranks) -> list[Batch]:
-    """Return this copy's batches: consecutive ones, so that the dumps of all copies, in order, are those of one."""
     mesh = ranks.mesh
-    return even_share(batches, mesh.dp_size, mesh.dp_rank, where=f"{mesh.dp_size} data-parallel ranks")
+    return share_of_copy(batches, mesh.dp_size, mesh.dp_rank, where=f"{mesh.dp_size} data-parallel ranks")

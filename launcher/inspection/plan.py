@@ -37,7 +37,7 @@ from model_adapters import load_adapter
 from model_adapters.adapter import ModelAdapter
 from model_adapters.memory.memory_model import MemoryModel, estimate_memory
 from model_adapters.pipeline.noise_levels import steps_of
-from model_adapters.pipeline.prompts import Batch, even_share, read_batches
+from model_adapters.pipeline.prompts import Batch, read_batches, share_of_copy
 from model_adapters.weights.brought import Brought
 from model_adapters.weights.model_folder import cached_folder, check_tokenizers, is_hub_id, pipeline_folder
 from model_adapters.weights.transformer_folders import pipeline_files, used_folders
@@ -197,7 +197,7 @@ def _look_at_prompts(
     needed = needs_prompts(config, reads_activations=reads_activations)
     batches = plan.attempt(lambda: read_batches(config.pipeline, are_needed=needed))
     copies = plan.mesh.dp_size if plan.mesh else 1
-    if batches and (share := plan.attempt(lambda: even_share(batches, copies, 0, where=f"{copies} copies"))):
+    if batches and (share := plan.attempt(lambda: share_of_copy(batches, copies, 0, where=f"{copies} copies"))):
         plan.batches = len(share)
     pictures = plan.attempt(lambda: check_evaluation(config, adapter))
     if config.evaluation.evaluate is not None and pictures is not None:

@@ -69,17 +69,28 @@ def has_no_prompts(options: PipelineOptions) -> bool:
     return options.prompt_path == default and not Path(default).exists()
 
 
-def even_share(items: Sequence, parts: int, index: int, *, where: str) -> list:
+def share_of_copy(batches: Sequence[Batch], copies: int, index: int, *, where: str) -> list[Batch]:
+    """Return one copy's batches: consecutive ones, so that the dumps of all copies, in order, are those of one.
+
+    Raises ConfigurationError when a copy would have none.
+    """
+    return even_share(batches, copies, index, where=where, what="batches", more="prompts or a smaller --batch_size")
+
+
+def even_share(
+    items: Sequence, parts: int, index: int, *, where: str, what: str = "images", more: str = "prompts"
+) -> list:
     """Return the part of that index when the items are cut, in order, into parts that differ by one at most.
 
-    Raises ConfigurationError when a part would be empty.
+    what: the items in a word. more: what to give so that there are more. Raises ConfigurationError when a part would be
+    empty.
     """
     if len(items) < parts:
         raise ConfigurationError(
-            f"{len(items)} cannot be shared out over {parts}",
+            f"{what}: {len(items)} cannot be shared out over {parts}",
             where=where,
-            why="every part needs at least one prompt; a part without any would calibrate nothing",
-            advice=f"give at least {parts} prompts, or use fewer parts or ranks",
+            why="a part without any would calibrate nothing",
+            advice=f"give more {more}, or use fewer parts or ranks",
         )
     size, rest = divmod(len(items), parts)
     start = index * size + min(index, rest)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model_adapters.options import PipelineOptions
-from model_adapters.pipeline.prompts import even_share, read_batches, read_prompts
+from model_adapters.pipeline.prompts import even_share, read_batches, read_prompts, share_of_copy
 from quant_core.errors import ConfigurationError, InputError
 
 
@@ -121,6 +121,17 @@ def test_shares_are_consecutive_complete_and_differ_by_one_at_most(count, parts)
 def test_more_parts_than_prompts_is_an_error_because_a_part_would_calibrate_nothing():
     with pytest.raises(ConfigurationError, match="2 cannot be shared out over 3"):
         even_share([1, 2], 3, 0, where="test")
+
+
+def test_too_few_batches_are_more_when_they_are_smaller(tmp_path):
+    file = write(tmp_path / "p.txt", "a\nb\nc\nd\n")
+    with pytest.raises(ConfigurationError, match="batches: 1 cannot be shared out over 2") as caught:
+        share_of_copy(read_batches(options(file, batch_size=4)), 2, 0, where="test")
+    assert "a smaller --batch_size" in caught.value.advice
+    assert len(share_of_copy(read_batches(options(file, batch_size=2)), 2, 0, where="test")) == 1
+    with pytest.raises(ConfigurationError, match="images: 4 cannot be shared out over 5") as caught:
+        read_batches(options(file, batch_size=4, data_split_num=5))
+    assert "--batch_size" not in caught.value.advice
 
 
 def test_a_job_without_a_use_for_prompts_does_without_the_file_of_the_default_name_only(tmp_path, monkeypatch):
