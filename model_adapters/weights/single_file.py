@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model_adapters.weights.stored_tensor import JoinedTensor, Stored, StoredTensor, stored_tensors
+from model_adapters.weights.stored_tensor import Header, JoinedTensor, Stored, StoredTensor, read_header
 from quant_core.errors import InputError
 
 # A row's number counts from here for each tensor of the file: no tensor has as many rows.
@@ -28,18 +28,20 @@ _STRIDE = 2**32
 def converted_tensors(path: Path, transformer_class: str, expected: Mapping[str, object]) -> Mapping[str, Stored]:
     """Return where the tensors of a model lie in a file, by their names in diffusers; reads the header.
 
-    expected: the names of the model's tensors. Raises InputError when the format is none that diffusers converts.
+    A checkpoint of a whole pipeline holds other models too, of which nothing is asked. expected: the names of the
+    model's tensors. Raises InputError when the format is none that diffusers converts.
     """
-    own = stored_tensors(path)
-    if set(own) == set(expected):
-        return own
+    header = read_header(path)
+    if set(header.entries) == set(expected):
+        return {name: header.stored(name) for name in header.entries}
+    shapes = {name: entry["shape"] for name, entry in header.entries.items()}
     numbered = {
-        name: (torch.arange(tensor.shape[0]) + index * _STRIDE).view(-1, *[1] * len(tensor.shape[1:]))
-        for index, (name, tensor) in enumerate(own.items())
-        if tensor.shape
+        name: (torch.arange(shape[0]) + index * _STRIDE).view(-1, *[1] * len(shape[1:]))
+        for index, (name, shape) in enumerate(shapes.items())
+        if shape
     }
-    converted, tensors = _convert(numbered, path, transformer_class), list(own.values())
-    return {name: _joined([*_runs(numbers.flatten(), tensors)]) for name, numbers in converted.items()}
+    converted = _convert(numbered, path, transformer_class)
+    return {name: _joined([*_runs(numbers.flatten(), header)]) for name, numbers in converted.items()}
 
 
 def _convert(checkpoint: dict[str, Tensor], path: Path, transformer_class: str) -> Mapping[str, Tensor]:
@@ -55,12 +57,13 @@ def _convert(checkpoint: dict[str, Tensor], path: Path, transformer_class: str) 
         ) from error
 
 
-def _runs(numbers: Tensor, tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
+def _runs(numbers: Tensor, header: Header) -> Iterator[StoredTensor]:
     """Yield numbered rows as runs of neighbours."""
+    names = list(header.entries)
     breaks = (numbers.diff() != 1).nonzero().flatten() + 1
     for piece in numbers.tensor_split(breaks):
         index, start = divmod(int(piece[0]), _STRIDE)
-        yield tensors[index].rows(start, start + len(piece))
+        yield header.stored(names[index]).rows(start, start + len(piece))
 
 
 def _joined(pieces: Sequence[StoredTensor]) -> Stored:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,26 +159,43 @@ class JoinedTensor:
 Stored = StoredTensor | JoinedTensor
 
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return all tensors of a safetensors file by name, reading the header; raises InputError for a damaged one."""
-    with open_weights(path), path.open("rb") as file:  # the library checks the header
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
+@dataclass(frozen=True)
+class Header:
+    """Know what a safetensors file says of its tensors, by name, and the byte where their bytes begin."""
+
+    path: Path
+    start: int
+    entries: Mapping[str, Mapping[str, Any]]
+
+    def stored(self, name: str) -> StoredTensor:
+        """Return where a tensor lies; raises InputError for one of a type that no weights to quantize have."""
+        entry = self.entries[name]
         if entry["dtype"].startswith(_SMALL_FLOATS):
             raise InputError(
                 f"the weights are floats of less than 16 bits, {entry['dtype']}, which are not read",
-                where=str(path),
+                where=str(self.path),
                 why=f"tensor {name} lost digits already, and quantizing it would lose more",
                 advice="give the file with the model's weights in bfloat16 or float16",
             )
         if entry["dtype"] not in DTYPES:
-            raise damaged_weights(path, f"tensor {name} has the type {entry['dtype']}, which no model has")
-    return {
-        name: StoredTensor(path, 8 + size + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        for name, entry in header.items()
-    }
+            raise damaged_weights(self.path, f"tensor {name} has the type {entry['dtype']}, which no model has")
+        start = self.start + entry["data_offsets"][0]
+        return StoredTensor(self.path, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a safetensors file; raises InputError for a damaged one."""
+    with open_weights(path), path.open("rb") as file:  # the library checks the header
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return Header(path, 8 + size, entries)
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return all tensors of a safetensors file by name; raises InputError as above."""
+    header = read_header(path)
+    return {name: header.stored(name) for name in header.entries}
 
 
 def _ranges(parts: Sequence[Slice], rows: slice | None, height: int) -> Iterator[tuple[int, int]]:

@@ -103,6 +103,19 @@ def test_a_published_file_gives_each_rank_what_the_folder_gives(kind: str, prefi
         assert_same(load(kind, folder, tmp_path / "published.safetensors", **where), expected)
 
 
+def test_small_floats_of_other_models_in_the_file_are_no_reason_to_refuse_it(tmp_path: Path):
+    folder, file = save("sd3", tmp_path / "model"), tmp_path / "published.safetensors"
+    tensors = published_sd3(build("sd3").state_dict(), "model.diffusion_model.")
+    small = torch.zeros(2, 2).to(torch.float8_e4m3fn)
+    save_file(tensors | {"text_encoders.t5xxl.transformer.shared.weight": small}, file)
+    assert_same(load("sd3", folder, file), load("sd3", folder, None))
+    own = "model.diffusion_model.context_embedder.weight"
+    save_file(tensors | {own: tensors[own].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(InputError, match="floats of less than 16 bits, F8_E4M3") as caught:
+        load("sd3", folder, file)
+    assert own in caught.value.why
+
+
 def test_a_file_that_diffusers_saved_is_read_in_place_of_the_folders(tmp_path: Path):
     folder, other = save("flux", tmp_path / "model"), save("flux", tmp_path / "other", seed=5)
     file = shutil.move(other / "transformer" / WEIGHTS_NAME, tmp_path / "mine.safetensors")
