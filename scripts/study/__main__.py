@@ -4,7 +4,8 @@
     python scripts/study --models sd3 --seeds 1        a look
     python scripts/study --full                        every combination that is allowed, hours
 
-`scripts/study.md` holds two of the default's three seeds, as `--seeds 2` measures them.
+`scripts/study.md` holds two of the default's three seeds, as `--seeds 2` measures them, and remarks written by hand; it
+is written over only where `--out` names it.
 
 Each figure is the mean over seeds with its standard deviation; a seed has its own prompts and noise to calibrate, and
 its own noise to paint. Everything is done in this process. A cell that is done stands in `results.jsonl` of the work
@@ -17,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -100,25 +101,26 @@ def text(cells: Iterable[Cell], pictures: int) -> Iterator[str]:
     yield from markdown(found)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is asked for and not there yet, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--work", type=Path, default=ROOT / "demo" / "study", help="folder of results and pictures")
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "study.md", help="file of the table")
+    parser.add_argument("--out", type=Path, help="file of the table (default: study.md in the work folder)")
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="MODEL")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="each has prompts of its own")
     parser.add_argument("--pictures", type=int, default=AT_ONCE, choices=range(1, PAINTED + 1), metavar="N")
     parser.add_argument("--full", action="store_true", help="every combination")
     parser.add_argument("--table", action="store_true", help="only write the table")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     quiet_libraries()
     study = Study(asked.work, asked.pictures)
     for seed in () if asked.table else range(asked.seeds):
         for model in asked.models:
             study.measure(model, seed, full() if asked.full else chosen(model.partition(",")[0]))
-    asked.out.write_text("\n".join(text(study.cells(), asked.pictures)) + "\n", encoding="utf-8")
-    print(asked.out)
+    out = asked.out or asked.work / "study.md"
+    out.write_text("\n".join(text(study.cells(), asked.pictures)) + "\n", encoding="utf-8")
+    print(out)
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.study import subject
-from scripts.study.__main__ import FLOAT, Study, text
+from scripts.study.__main__ import FLOAT, ROOT, Study, main, text
 from scripts.study.grid import Method, chosen, full
 from scripts.study.table import markdown
 
@@ -44,3 +44,12 @@ def test_a_cell_is_measured_once_and_one_that_was_cut_short_again(tmp_path: Path
     assert study.file.read_text() == before
     assert Study(tmp_path, pictures=2).cells() == []
     assert "| w8a16 | none | minmax | float32 |" in "\n".join(text([floating, quantized], 1))
+
+
+def test_the_table_goes_into_the_work_folder_and_not_over_the_one_that_is_published(tmp_path: Path):
+    published = (ROOT / "scripts" / "study.md").read_bytes()
+    assert main(["--table", "--work", str(tmp_path)]) == 0
+    assert (ROOT / "scripts" / "study.md").read_bytes() == published
+    assert (tmp_path / "study.md").read_text().startswith("# What quantization does")
+    assert main(["--table", "--work", str(tmp_path), "--out", str(tmp_path / "other.md")]) == 0
+    assert (tmp_path / "other.md").read_bytes() == (tmp_path / "study.md").read_bytes()
