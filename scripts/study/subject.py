@@ -64,7 +64,10 @@ def model_folder(variant: str, work: Path) -> Path:
 
 
 class Subject:
-    """One model and one seed. What the float model makes is made once, and its pictures stay in the folder `work`."""
+    """One model and one seed. What the float model makes is made once, and its pictures stay in a folder in `work`.
+
+    The folder is of one number of pictures: those that are painted together share a file of latents.
+    """
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class Subject:
         dtype: torch.dtype | None = None,
     ) -> None:
         """Take the model in a folder. dtype: of its transformer, its own when left out."""
-        self.adapter, self.work = load_adapter(kind), work
+        self.adapter, self.work = load_adapter(kind), work / f"{pictures}_pictures"
         self.options = load_options(kind).OPTIONS(
             path=str(path), width=SIDE, height=SIDE, infer_steps=steps, seed=1000 * seed, **OPTIONS[kind]
         )

@@ -46,6 +46,15 @@ def test_a_cell_is_measured_once_and_one_that_was_cut_short_again(tmp_path: Path
     assert "| w8a16 | none | minmax | float32 |" in "\n".join(text([floating, quantized], 1))
 
 
+def test_a_model_is_measured_with_fewer_pictures_after_one_with_more(tmp_path: Path):
+    """A batch of fewer pictures must not be compared with the latents of a larger one."""
+    for pictures in (2, 1):
+        measured = subject.Subject("sd3", subject.MODELS / "sd3", 0, pictures, tmp_path, steps=1)
+        found = measured.psnrs(measured.transformer, fingerprint=f"the {pictures}. look")
+        assert len(found) == pictures
+        assert min(found) > 30
+
+
 def test_the_table_goes_into_the_work_folder_and_not_over_the_one_that_is_published(tmp_path: Path):
     published = (ROOT / "scripts" / "study.md").read_bytes()
     assert main(["--table", "--work", str(tmp_path)]) == 0
