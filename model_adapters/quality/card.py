@@ -21,7 +21,7 @@ from quant_core.errors import InputError
 FORMAT: Literal["dit-quality"] = "dit-quality"
 VERSION: Literal[1] = 1
 
-# The floor is doubled where the latents are this much further from the float model's than the floor's are.
+# Error has entered where the latents are this much further from the float model's than the floor's are: twice as far.
 ENTRY_DB = 6.0
 WORST_LAYERS = 3
 
