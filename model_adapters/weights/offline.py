@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from model_adapters.weights.model_folder import is_hub_id
 
@@ -13,7 +12,7 @@ def stay_offline(model_path: str) -> bool:
 
     Must run before huggingface_hub is imported: it reads the variable then.
     """
-    if is_hub_id(model_path) and not Path(model_path).expanduser().exists():
+    if is_hub_id(model_path):
         return False
     os.environ["HF_HUB_OFFLINE"] = "1"
     return True
