@@ -13,25 +13,8 @@ from model_adapters.quality.card import Origin
 
 # Packages whose version may move a figure.
 _PACKAGES = ("dit-quant-launcher", "torch", "diffusers", "transformers")
-# Options that no picture depends on, or that the card holds elsewhere: prompts and seeds stand at the pictures, and the
-# fingerprint knows the files by their content.
-_LEFT_OUT = frozenset(
-    {
-        "path",
-        "transformer",
-        "lora",
-        "prompt_path",
-        "prompt_type",
-        "num_images_per_prompt",
-        "max_num_prompt",
-        "info_file_save_path",
-        "data_split_num",
-        "data_split_id",
-        "device_type",
-        "dtype",
-        "use_cache",
-    }
-)
+# What tells jobs apart and no picture: prompts and seeds stand at the pictures themselves.
+_AT_THE_PICTURES = frozenset({"num_images_per_prompt", "data_split_num", "data_split_id"})
 
 
 def origin_of(
@@ -39,7 +22,7 @@ def origin_of(
 ) -> Origin:
     """Describe an evaluation; fingerprint: of the job that made the checkpoint; checkpoint: digest of its files."""
     dtype = adapter.dtype(options)
-    chosen = options.model_dump(mode="json", exclude=set(_LEFT_OUT))
+    chosen = options.model_dump(mode="json", exclude={*options.OUTSIDE_IDENTITY, *_AT_THE_PICTURES})
     return Origin(
         model=adapter.name,
         quant_type=quant_type,
