@@ -15,7 +15,7 @@ from launcher.failure.phases import run_together
 from launcher.files.identity import common_options
 from launcher.journal.logs import log, quiet_diffusers
 from launcher.ranks.agreement import barrier, require_alike_in_store
-from launcher.ranks.process_group import Ranks, join, leave
+from launcher.ranks.process_group import Ranks, join, part
 from launcher.stages.calibrate import calibrate, complete_float_images
 from launcher.stages.evaluate import check_evaluation, evaluate
 from launcher.stages.fetch import fetch
@@ -59,7 +59,7 @@ def _on_ranks(
         work(job)
     barrier(ranks, "the end")  # still watched, so a rank that stands still before it is named, and signals are heard
     watch.finish()
-    leave(ranks)
+    part(ranks)
 
 
 def _quantize(job: Job) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from launcher.devices.host_memory import group_limits
 from launcher.doctor.finding import Finding, judged
 
 _GIB = 2**30
@@ -23,7 +24,7 @@ _LEAST_FILES = 1024
 
 
 def memory() -> Iterator[Finding]:
-    """Show the memory that is free, and a container's limit."""
+    """Show the memory that is free, and the limit of a container or a batch job's step."""
     found = psutil.virtual_memory()
     yield judged(
         "memory",
@@ -31,9 +32,9 @@ def memory() -> Iterator[Finding]:
         "end other programs: the weights of one rank alone take gigabytes",
         is_well=found.available >= _LEAST_MEMORY,
     )
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
-        yield Finding("--", "memory of the container", f"at most {int(text) / _GIB:.1f} GiB")
+    limit = min(group_limits(), default=found.total)
+    if limit < found.total:
+        yield Finding("--", "memory of the container", f"at most {limit / _GIB:.1f} GiB")
 
 
 def limits() -> Iterator[Finding]:

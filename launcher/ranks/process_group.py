@@ -116,7 +116,7 @@ def join(config: JobConfig, launch: Launch, store: dist.Store | None = None) -> 
     )
 
 
-def leave(ranks: Ranks) -> None:
+def part(ranks: Ranks) -> None:
     """Take the groups down after success, which all ranks have come to; after a failure just exit.
 
     Nobody watches any more, so the wait for the others is short: until then the host of the store must not go, nor a

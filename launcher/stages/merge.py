@@ -53,7 +53,7 @@ def merge(job: Job, results: Results) -> None:
 
     manifest = run_together(job.ranks, "merging", publish)
     if manifest is not None:
-        report(results.folder.weights, manifest, job.console.say)
+        say_published(results.folder.weights, manifest, job.console.say)
 
 
 def merge_files(folder: Path, quant_type: str | None = None) -> None:
@@ -68,7 +68,7 @@ def merge_files(folder: Path, quant_type: str | None = None) -> None:
             raise _not_one(folder, found)
         [(scheme, size)] = found
         names = [note_file(folder / STAGING, scheme, tp_suffix(rank, size)) for rank in range(size)]
-        report(folder, publish_shards(folder, names), print)
+        say_published(folder, publish_shards(folder, names), print)
 
 
 def _not_one(folder: Path, found: Collection[tuple[str, int]]) -> InputError:
@@ -160,7 +160,7 @@ def _forget_findings(folder: Path) -> None:
     shutil.rmtree(folder / QUALITY / QUANTIZED, ignore_errors=True)
 
 
-def report(folder: Path, manifest: Manifest, say: Callable[[str], object]) -> None:
+def say_published(folder: Path, manifest: Manifest, say: Callable[[str], object]) -> None:
     """Say what was published, and what the user of a per-step checkpoint still has to do."""
     say(f"merge: {len(manifest.files)} files and {MANIFEST} in {folder}")
     policy = manifest.timestep_policy

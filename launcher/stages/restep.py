@@ -17,7 +17,7 @@ from launcher.files.run_folder import CONFIG, MANIFEST, SMOOTHED
 from launcher.files.shard_checks import check_contract
 from launcher.files.shard_note import FileDigest
 from launcher.files.smoothed_inputs import copy_smoothed
-from launcher.stages.merge import report
+from launcher.stages.merge import say_published
 from model_adapters import load_adapter
 from model_adapters.pipeline.noise_levels import noise_levels
 from quant_core.atomic_file import make_folder, write_text_atomically
@@ -45,7 +45,7 @@ def restep_files(folder: Path, steps: int, *, shift: float | None = None, to: Pa
     with reading, hold(target, "--to", job):
         _require_free(target)
         copy = _write(source, _unchanged(source, _with_rows(source)), steps, shift, target)
-    report(target, copy, print)
+    say_published(target, copy, print)
     return target
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher.config.job_config import JobConfig, RankOptions
 from launcher.devices.launch import read_launch
 from launcher.failure.monitor import Monitor
-from launcher.ranks.process_group import join, leave
+from launcher.ranks.process_group import join, part
 from launcher.stages.fetch import fetch
 from model_adapters import load_adapter
 from quant_core.errors import InputError
@@ -51,7 +51,7 @@ def main() -> None:
         fetch(config, ranks, watch)
         _say(f"rank {ranks.rank} went on")
     _say(f"rank {ranks.rank} reads {fetch(config, ranks, watch).pipeline.path}")
-    leave(ranks)
+    part(ranks)
 
 
 if __name__ == "__main__":

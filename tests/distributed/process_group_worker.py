@@ -21,7 +21,7 @@ from launcher.devices.launch import read_launch
 from launcher.failure.exit_codes import exit_code
 from launcher.failure.phases import run_together
 from launcher.ranks.agreement import all_agree, barrier, gather_objects, require_alike
-from launcher.ranks.process_group import Ranks, join, leave
+from launcher.ranks.process_group import Ranks, join, part
 from quant_core.errors import ExplainedError, InputError
 
 
@@ -118,7 +118,7 @@ def main(folder: Path, words: list[str]) -> None:
     absent = os.environ.get("ABSENT_RANK") == "last"
     report["absent" if absent else "checks"] = late_rank(ranks) if absent else checks(ranks)
     if not absent or ranks.rank < ranks.world - 1:
-        leave(ranks)
+        part(ranks)
         report["left"] = not dist.is_initialized()
     (folder / f"{ranks.rank}.json").write_text(json.dumps(report))
 

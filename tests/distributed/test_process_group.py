@@ -18,7 +18,7 @@ from launcher.config.job_config import JobConfig
 from launcher.devices.launch import Launch
 from launcher.failure.phases import run_together
 from launcher.ranks.agreement import all_agree, barrier, gather_objects
-from launcher.ranks.process_group import join, lay_out, leave
+from launcher.ranks.process_group import join, lay_out, part
 from quant_core.errors import ConfigurationError, InputError
 from tests.support.forked_ranks import run_forked
 from tests.support.torchrun import ROOT, run_torchrun
@@ -214,7 +214,7 @@ def test_a_single_process_needs_no_group_and_everything_still_works(monkeypatch:
     with pytest.raises(InputError, match="no"):
         run_together(ranks, "load", raise_input_error)
     barrier(ranks, "anything")
-    leave(ranks)
+    part(ranks)
     torch.set_num_threads(threads)
 
 

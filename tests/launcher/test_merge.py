@@ -30,7 +30,7 @@ from launcher.files.run_folder import (
     shard_files,
 )
 from launcher.files.shard_note import FileDigest, LayerShard, ShardNote, layer_of, read_note
-from launcher.stages.merge import merge_files, publish_shards, report
+from launcher.stages.merge import merge_files, publish_shards, say_published
 from model_adapters.quality.results import CARD, SHEET
 from model_adapters.quality.store import FLOAT, QUANTIZED
 from quant_core.errors import FolderInUse, InputError, VerificationError
@@ -130,7 +130,9 @@ def test_the_merge_command_publishes_what_a_run_left_staged(folder, capsys):
 def test_what_the_runtime_must_be_told_is_said(folder, first_static, says):
     told: list[str] = []
     policy = TimestepPolicy.of(2, first_static)
-    report(folder, publish_shards(folder, notes(folder)).model_copy(update={"timestep_policy": policy}), told.append)
+    say_published(
+        folder, publish_shards(folder, notes(folder)).model_copy(update={"timestep_policy": policy}), told.append
+    )
     assert says in told[1]
     assert len(told) == 2 + len(policy.registration)
 
