@@ -15,7 +15,7 @@ def held_memory() -> int:
     accelerator: Any = torch.accelerator
     if torch.accelerator.is_available() and hasattr(accelerator, "memory_allocated"):
         # Of every card that it sees, of which it uses one: the current device is a thread's own, and the watching
-        # thread has never set one. The allocator's counts are in this process's memory; no card is asked, or opened.
+        # thread has never set one.
         with suppress(RuntimeError, ValueError):
             return max([held, *map(accelerator.memory_allocated, range(accelerator.device_count()))])
     return held

@@ -4,8 +4,8 @@ The reference ran on another processor. How a matrix product in bfloat16 adds up
 token position is the maximum of a few dozen values, so a sum that rounds the other way shows. Measured: with oneDNN's
 kernels 13 of the 288 attention scales of this case differ, by at most two units in the last place, on a processor with
 AVX-512; with torch's own kernels none does. So equality is asked of one of this processor's kernels, closeness of
-both. Without AVX-512 neither set is the reference's: 54 scales differ, all in the last two blocks, and behind a code
-that flipped four of them by more than two units. There no more than 3 % may.
+both. Without AVX-512 neither set is the reference's: 54 scales differ, all in the last two blocks, and four of
+one block by more than two units. There no more than 3 % may.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import nn
 
 from quant_core import FA3ProcessorConfig, M4ProcessorConfig, SaveProcessorConfig, SessionConfig, quant_model
 from quant_core.arithmetic.rotation import Rotation
-from quant_core.attention.rotated_values import find_rotations, levelled, rotate_values
+from quant_core.attention.rotated_values import find_rotations, levelled, rotate_values, rotation_of
 from quant_core.calibration.records import as_records
 from quant_core.checkpoint.loading import load_deployed
 from quant_core.checkpoint.reader import Checkpoint, open_checkpoint
@@ -274,8 +274,11 @@ def test_a_weight_that_two_blocks_share_is_rotated_once_for_each_of_them():
 
 def test_what_a_model_calls_a_rotation_of_its_own_is_none_of_ours():
     model = build("flux")
-    model.transformer_blocks[0].register_buffer("rotation", torch.eye(4))
+    block = model.transformer_blocks[0]
+    block.register_buffer("rotation", torch.eye(4))
+    assert rotation_of(block) is None
     quant_model(model, session(rotate=False))
+    assert torch.equal(block.rotation, torch.eye(4))  # the model's own, as it was
 
 
 class Attending(nn.Module):
