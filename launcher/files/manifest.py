@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.files.shard_note import FileDigest, ShardNote
 from quant_core.atomic_file import write_text_atomically
-from quant_core.errors import InputError
+from quant_core.errors import InputError, few
 
 
 class TimestepPolicy(BaseModel):
@@ -84,7 +84,7 @@ def another_jobs(manifest: Path, differences: Sequence[str]) -> InputError:
     return InputError(
         "the output folder holds the checkpoint of another job",
         where=str(manifest),
-        why="; ".join(differences[:5]),
+        why=few(differences, shown=5),
         advice="use another --quant_weight_save_folder, or --overwrite to replace it",
     )
 

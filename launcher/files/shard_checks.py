@@ -17,7 +17,7 @@ from quant_core.checkpoint.entries import FA_QUANT_TYPE_KEY, MODEL_TYPE_KEY, Che
 from quant_core.checkpoint.json_file import read_object
 from quant_core.checkpoint.reader import open_checkpoint
 from quant_core.checkpoint.tensor_parts import TensorFiles
-from quant_core.errors import VerificationError
+from quant_core.errors import VerificationError, few
 
 _AGAIN = "quantize all ranks again in one run (--resume never)"
 
@@ -46,7 +46,7 @@ def check_shards(shards: Sequence[OpenedShard]) -> None:
     """Raise VerificationError with everything that any check objects to."""
     problems = [problem for check in CHECKS for problem in check(shards)]
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        shown = few(problems, shown=5)
         raise VerificationError(
             "the shards do not fit together, nothing was published",
             where=f"{len(shards)} shards of {shards[0].note.quant_type}",

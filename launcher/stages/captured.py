@@ -22,7 +22,7 @@ from launcher.stages.quantize import parallel_of
 from quant_core.calibration.capture import DumperManager
 from quant_core.calibration.measured import Measured
 from quant_core.calibration.records import load_dump, save_dump
-from quant_core.errors import InputError
+from quant_core.errors import InputError, few
 from quant_core.session.online import OnlineCalibration
 
 
@@ -103,7 +103,7 @@ class Captured(ABC):
         raise InputError(
             "the calibration data was made by another job",
             where=str(self.path),
-            why="; ".join(differences[:5]) or f"rank: {header.get('rank')} -> {rank}",
+            why=few(differences, shown=5) or f"rank: {header.get('rank')} -> {rank}",
             advice="use another --quant_dump_calib_folder, or --overwrite to replace it",
         )
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model_adapters.parallel.shard_plan import ShardPlan, head_count
-from quant_core.errors import DistributedError
+from quant_core.errors import DistributedError, few
 from quant_core.naming import matches
 from quant_core.parallel.sharding import Shard, Style
 
@@ -100,7 +100,7 @@ def assert_collectives(model: nn.Module) -> None:
     if lost:
         raise DistributedError(
             f"{len(lost)} modules lost the collective that combines their local outputs",
-            where=f"{type(model).__name__}: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}",
+            where=f"{type(model).__name__}: {few(lost, between=', ', shown=5)}",
             why="a module was replaced; its forward hook stayed behind, and each rank would go on with a part",
             advice="change modules in place (their class), or divide the model again after replacing them",
         )

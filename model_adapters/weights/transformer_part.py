@@ -23,7 +23,7 @@ from model_adapters.weights.model_folder import CONFIG_NAME, check_class, pipeli
 from model_adapters.weights.single_file import converted_tensors
 from model_adapters.weights.stored_tensor import PLAIN, Reading, Stored, stored_tensors
 from model_adapters.weights.transformer_folders import WHOLE, files_of, folder_of_rank, used_folders
-from quant_core.errors import InputError
+from quant_core.errors import InputError, few
 from quant_core.parallel.sharding import Shard, Style
 
 _WHOLE = Shard(Style.REPLICATED, 0, 1)
@@ -158,7 +158,7 @@ def _check_tensors(stored: Mapping[str, Stored], expected: Mapping[str, tuple[in
         "unexpected": [name for name in found if name not in expected],
         "of another shape": [name for name in expected if name in found and found[name] != expected[name]],
     }
-    told = [f"{len(names)} {problem} ({_some(names)})" for problem, names in problems.items() if names]
+    told = [f"{len(names)} {problem} ({few(names, between=', ')})" for problem, names in problems.items() if names]
     if told:
         raise InputError(
             "the weights do not fit the model that config.json describes",
@@ -166,7 +166,3 @@ def _check_tensors(stored: Mapping[str, Stored], expected: Mapping[str, tuple[in
             why="tensors " + ", ".join(told),
             advice="take config.json and all weight files from one copy of the model",
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

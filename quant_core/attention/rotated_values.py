@@ -16,7 +16,7 @@ from torch import nn
 from quant_core.arithmetic.rotation import Rotation, is_rotatable
 from quant_core.attention.value_levels import Read, value_levels
 from quant_core.calibration.replay import Progress, silent
-from quant_core.errors import ConfigurationError
+from quant_core.errors import ConfigurationError, few
 from quant_core.naming import inside, linear_at, matches
 from quant_core.parallel.groups import Parallel
 from quant_core.structure import NO_STRUCTURE, AttentionValues, ModelStructure
@@ -156,6 +156,6 @@ def _nothing_to_rotate(
     return ConfigurationError(
         f"no attention of {type(model).__name__} can be rotated",
         where="rotate_values",
-        why="; ".join(list(dict.fromkeys(skipped.values()))[:3]) or otherwise,
+        why=few(dict.fromkeys(skipped.values())) or otherwise,
         advice="quantize the linears around an attention too (disable_names, layer_schemes), or drop rotate_values",
     )

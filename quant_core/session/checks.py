@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quant_core.calibration.measured import require_kept
-from quant_core.errors import ConfigurationError, InputError
+from quant_core.errors import ConfigurationError, InputError, few
 from quant_core.layers.calibrated import CalibratedLinear
 from quant_core.layers.deployed import DeployedLinear
 from quant_core.naming import linear_at
@@ -37,10 +37,10 @@ def check_outputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     narrow = [name for name, scheme in schemes.items() if linear_at(model, name).out_features < scheme.least_outputs]
     if narrow:
         raise ConfigurationError(
-            f"{schemes[narrow[0]].quant_type} layers with one output: {', '.join(narrow[:5])}",
+            f"{schemes[narrow[0]].quant_type} layers with one output: {few(narrow, between=', ', shown=5)}",
             where=f"{type(model).__name__}: {len(narrow)} of {len(schemes)} layers to quantize",
             why="the runtime loads such a layer and fails when it computes: it squeezes the one scale to no axis",
-            advice=f"keep them float: disable_names (--disable_names {' '.join(narrow[:5])})",
+            advice=f"keep them float: disable_names (--disable_names {' '.join(narrow)})",
         )
 
 

@@ -2,9 +2,8 @@
 
 Where one part of the way ends stands in two places: the log of rank 0 says when its stages begin and when the prompts
 were encoded, and `traced_rank.py` notes the rest. Beside it stands a plain script that loads the same pipeline under
-torchrun and calls it (`plain_start.py`), and the same script as one process without torchrun, which no job of ranks can
-be faster than; all run in turns with ours. What is imported is asked of Python itself
-(`-X importtime`), in a run of its own, because asking takes time.
+torchrun and calls it (`plain_start.py`), and the same script as one process without torchrun, run in turns with ours.
+What is imported is asked of Python itself (`-X importtime`), in a run of its own, because asking takes time.
 """
 
 from __future__ import annotations
